@@ -1,0 +1,224 @@
+"""The session enhancement module, Eq. 1 and 2."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import gin
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpgr_plugin.jagged import complete_cumsum, ranges, segment_ids, segment_positions
+from hpgr_plugin.sessions import Sessions, partition_sessions
+from hpgr_plugin.transformer import INIT_STD, JaggedEncoder, segment_layout, segment_mean
+
+
+class _EncodedSessions(NamedTuple):
+    """Which sessions, and which of their tokens, SEM encodes.
+
+    token_starts, token_lengths: `[S']` the tokens of each session, in the flat history.
+    user_offsets: `[B + 1]` into these sessions.
+    """
+
+    token_starts: Tensor
+    token_lengths: Tensor
+    user_offsets: Tensor
+
+
+@gin.configurable(module="hpgr")
+class SessionEnhancementModule(nn.Module):
+    """Adds what a user's sessions say together to every history token.
+
+    Eq. 1: `s_k = IntraTransformer([CLS], Emb(S_k))[CLS]`, one shared encoder, each session alone.
+    Eq. 2: `F = InterTransformer(s_1..s_M)`, pooled, and `H_enhanced = fusion(H_emb, F)`.
+
+    In causal form the context of a token comes only from sessions that ended before its own
+    session began, and a token of the first session is left as it is. The sessions are then
+    numbered from the user's first one, because a number counted from the end would tell how many
+    sessions are still to come; numbers past `max_sessions` share the last position.
+
+    Caps keep the most recent. A session longer than `max_session_length` is summarised by its last
+    `max_session_length` tokens. With more than `max_sessions` sessions, the inter-session encoder
+    reads the last `max_sessions` of the user; in causal form each of its layers lets a session
+    look at itself and the `max_sessions - 1` before it (a cut counted from the user's end would
+    depend on the future). Tokens outside the caps receive the context all the same.
+
+    Args:
+        embedding_dim: D, a multiple of `num_heads`.
+        num_heads, num_layers: of each of the two encoders.
+        gap_seconds: the longest pause inside a session, seconds.
+        pooling: "cls", a second [CLS] reads the sessions (in causal form it leads them, and the
+            context is the output at the last earlier session), or "mean" of the encoded sessions.
+        fusion: "add", the paper's `H_emb + F`, or "gate": `h + gate * rms(h) * LayerNorm(F)` with
+            `gate` `[D]` starting at zero, so the module starts as the identity. The item table
+            lives on a scale near 0.02: rms(h), the token's own root mean square, keeps F on that
+            scale as the table grows, and the gate says its share. No gradient through rms(h).
+        causal: for next-item objectives.
+        max_session_length: tokens.
+        max_sessions: sessions.
+        dropout: inside the encoders.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        num_heads: int = 4,
+        num_layers: int = 1,
+        gap_seconds: int = 1800,
+        pooling: Literal["cls", "mean"] = "cls",
+        fusion: Literal["gate", "add"] = "gate",
+        causal: bool = False,
+        max_session_length: int = 512,
+        max_sessions: int = 128,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if pooling not in ("cls", "mean"):
+            raise ValueError(f'pooling must be "cls" or "mean", got {pooling!r}')
+        if fusion not in ("gate", "add"):
+            raise ValueError(f'fusion must be "gate" or "add", got {fusion!r}')
+        for name, value in (
+            ("max_session_length", max_session_length),
+            ("max_sessions", max_sessions),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        if gap_seconds < 0:
+            raise ValueError(f"gap_seconds must be 0 or more seconds, got {gap_seconds}")
+        self.embedding_dim = embedding_dim
+        self.num_heads = num_heads
+        self.num_layers = num_layers
+        self.gap_seconds = gap_seconds
+        self.pooling = pooling
+        self.fusion = fusion
+        self.causal = causal
+        self.max_session_length = max_session_length
+        self.max_sessions = max_sessions
+
+        def encoder() -> JaggedEncoder:
+            return JaggedEncoder(
+                embedding_dim=embedding_dim,
+                num_heads=num_heads,
+                num_layers=num_layers,
+                dropout=dropout,
+            )
+
+        def learned(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape).normal_(std=INIT_STD))
+
+        self.intra_encoder = encoder()
+        self.inter_encoder = encoder()
+        self.session_cls = learned(embedding_dim)
+        self.item_position = learned(max_session_length, embedding_dim)
+        self.session_position = learned(max_sessions, embedding_dim)
+        if pooling == "cls":
+            self.history_cls = learned(embedding_dim)
+        if fusion == "gate":
+            self.gate = nn.Parameter(torch.zeros(embedding_dim))
+
+    def forward(self, embeddings: Tensor, offsets: Tensor, timestamps: Tensor) -> Tensor:
+        """Enhance the tokens of B histories.
+
+        Args:
+            embeddings: `[T, D]`, tokens in order of time inside every user.
+            offsets: `[B + 1]`; a user may have no tokens.
+            timestamps: int64 `[T]`, seconds.
+
+        Returns:
+            H_enhanced `[T, D]`, in the dtype of `embeddings`.
+
+        Raises:
+            ValueError: from `partition_sessions`, or embeddings that are not `[T, D]`.
+        """
+        if embeddings.shape != (timestamps.numel(), self.embedding_dim):
+            raise ValueError(
+                f"embeddings must be [{timestamps.numel()}, {self.embedding_dim}], one row a "
+                f"timestamp, got {list(embeddings.shape)}"
+            )
+        sessions = partition_sessions(timestamps, offsets, self.gap_seconds)
+        history = embeddings.to(self.session_cls.dtype)
+        encoded = self._choose(sessions)
+        vectors = self._encode_sessions(history, encoded)
+        context = self._context(vectors, encoded, sessions, offsets)
+        return self._fuse(history, context).to(embeddings.dtype)
+
+    def _choose(self, sessions: Sessions) -> _EncodedSessions:
+        """The sessions somebody will read, and their most recent tokens."""
+        available = sessions.user_offsets.diff()
+        if self.causal:  # nobody comes after a user's last session
+            counts, starts = (available - 1).clamp(min=0), sessions.user_offsets[:-1]
+        else:
+            counts = available.clamp(max=self.max_sessions)
+            starts = sessions.user_offsets[1:] - counts
+        chosen = ranges(starts, counts)
+        lengths = sessions.session_offsets.diff()[chosen].clamp(max=self.max_session_length)
+        return _EncodedSessions(
+            token_starts=sessions.session_offsets[1:][chosen] - lengths,
+            token_lengths=lengths,
+            user_offsets=complete_cumsum(counts),
+        )
+
+    def _encode_sessions(self, history: Tensor, encoded: _EncodedSessions) -> Tensor:
+        """Eq. 1: `[T, D]` -> one vector a session `[S', D]`."""
+        tokens = ranges(encoded.token_starts, encoded.token_lengths)
+        offsets = complete_cumsum(encoded.token_lengths)
+        position = segment_positions(offsets, tokens.numel())
+        x = history.index_select(0, tokens) + F.embedding(position, self.item_position)
+        x, offsets = _lead_with(self.session_cls, x, offsets)
+        return self.intra_encoder(x, segment_layout(offsets)).index_select(0, offsets[:-1])
+
+    def _context(
+        self, vectors: Tensor, encoded: _EncodedSessions, sessions: Sessions, offsets: Tensor
+    ) -> Tensor:
+        """Eq. 2: session vectors `[S', D]` -> the F of every token `[T, D]`."""
+        offsets_in = encoded.user_offsets
+        user = segment_ids(offsets, sessions.session_index.numel())
+        number = segment_positions(offsets_in, len(vectors))
+        if self.causal:
+            number = number.clamp(max=self.max_sessions - 1)
+        else:
+            number = offsets_in.diff()[segment_ids(offsets_in, len(vectors))] - 1 - number
+        x = vectors + F.embedding(number, self.session_position)
+        if self.pooling == "cls":
+            x, offsets_in = _lead_with(self.history_cls, x, offsets_in)
+        window = self.max_sessions if self.causal else None
+        layout = segment_layout(
+            offsets_in, causal=self.causal, window=window, sink=self.pooling == "cls"
+        )
+        x = self.inter_encoder(x, layout)
+        if self.pooling == "mean":
+            x = segment_mean(x, layout)
+
+        if self.causal:
+            earlier = sessions.session_index - sessions.user_offsets[user]
+            leading = int(self.pooling == "cls")
+            row = torch.where(earlier > 0, offsets_in[user] + leading + earlier - 1, -1)
+        elif self.pooling == "cls":
+            row = offsets_in[user]
+        else:
+            row = offsets_in[user + 1] - 1
+        # Row -1, "no earlier session", is the zero row put in front. F.embedding, not indexing: its
+        # backward adds up the tokens of a user in a fixed order on CUDA too.
+        return F.embedding(row + 1, torch.cat([x.new_zeros(1, x.shape[1]), x]))
+
+    def _fuse(self, history: Tensor, context: Tensor) -> Tensor:
+        if self.fusion == "add":
+            return history + context
+        scale = history.detach().square().mean(1, keepdim=True).sqrt()
+        return history + self.gate * scale * F.layer_norm(context, context.shape[1:])
+
+
+def _lead_with(row: Tensor, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Put `row` `[D]` in front of every segment: `[T, D]`, `[S + 1]` -> `[T + S, D]`, `[S + 1]`."""
+    segments = torch.arange(offsets.numel(), device=offsets.device)
+    total = len(values)
+    offsets_out = offsets + segments
+    moved = torch.arange(total, device=offsets.device) + segment_ids(offsets, total) + 1
+    out = values.new_empty(total + offsets.numel() - 1, values.shape[1])
+    out = out.index_copy(0, offsets_out[:-1], row.expand(offsets.numel() - 1, -1))
+    return out.index_copy(0, moved, values), offsets_out
