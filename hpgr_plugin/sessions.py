@@ -46,12 +46,10 @@ def partition_sessions(timestamps: Tensor, offsets: Tensor, gap_seconds: int = 1
     total = timestamps.numel()
     offsets = offsets.long()
 
-    opens_history = torch.zeros(total + 1, dtype=torch.bool, device=timestamps.device)
-    opens_history[offsets] = (
-        True  # an empty user marks the next one's start, or the spare last slot
-    )
-    opens_history = opens_history[:total]
-    opens_session = opens_history
+    # One slot more than tokens: trailing users without history begin there.
+    opens_session = torch.zeros(total + 1, dtype=torch.bool, device=timestamps.device)
+    opens_session[offsets] = True
+    opens_session = opens_session[:total]
     opens_session[1:] |= timestamps.diff() > gap_seconds
     sessions_so_far = opens_session.long().cumsum(0)
     starts = opens_session.nonzero().squeeze(1)
