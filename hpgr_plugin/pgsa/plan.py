@@ -8,8 +8,10 @@ from torch import Tensor
 
 from hpgr_plugin.jagged import complete_cumsum, ranges, segment_ids
 
-# Candidates are planned in chunks of about this many numbers, so that memory stays bounded.
-_CHUNK_ELEMENTS = 2**25
+# Candidates are planned in chunks of about this many numbers, so that memory stays bounded:
+# on a CPU little more than its caches, on an accelerator enough to keep it busy.
+_CHUNK_ELEMENTS_CPU = 2**22
+_CHUNK_ELEMENTS_ACCELERATOR = 2**26
 # What one padded (candidate, item) cell costs beside its embedding, in numbers.
 _CELL_ELEMENTS = 16
 
@@ -85,7 +87,9 @@ def plan_preferences(
     lengths = history_offsets.long().diff()[users]
 
     cell = history_embeddings.shape[1] + _CELL_ELEMENTS
-    chunk = max(1, _CHUNK_ELEMENTS // (cell * max(1, longest)))
+    on_cpu = history_embeddings.device.type == "cpu"
+    elements = _CHUNK_ELEMENTS_CPU if on_cpu else _CHUNK_ELEMENTS_ACCELERATOR
+    chunk = max(1, elements // (cell * max(1, longest)))
     parts = []
     for first in range(0, num_candidates, chunk):
         rows = slice(first, first + chunk)
