@@ -128,7 +128,7 @@ def plan_preferences(
                 or bool(history_timestamps[i] < candidate_timestamps[c])
             ]
             score = {i: float(history_embeddings[i] @ candidate_embeddings[c]) for i in visible}
-            anchors = sorted(visible, key=lambda i: (-score[i], -i))[:top_k]  # noqa: B023
+            anchors = sorted(visible, key=lambda i: (-score[i], -i))[:top_k]
             newest = visible[len(visible) - min(recent, len(visible)) :]
             for j in visible:
                 mask = max(
