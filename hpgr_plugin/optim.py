@@ -1,0 +1,87 @@
+"""Learning rates for inherited and fresh weights (section 6 of the method, Eq. 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import gin
+import torch
+from torch import nn
+
+
+def parameter_groups(
+    module: nn.Module,
+    *,
+    inherited: Collection[str],
+    lr: float,
+    inherited_lr_ratio: float = 0.1,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Optimizer groups named "inherited" and "fresh"; an empty group is left out.
+
+    Args:
+        module: parameters that need no gradient are left out.
+        inherited: names of parameters, or prefixes that end at a dot of the name ("sem" takes
+            "sem.gate"); empty if nothing was pre-trained.
+        lr: of fresh parameters.
+        inherited_lr_ratio: inherited parameters take `lr * inherited_lr_ratio`; 0 freezes them, in
+            that they get no group and no weight decay.
+        weight_decay: of both groups.
+
+    Raises:
+        ValueError: a ratio outside [0, 1], a negative lr or weight decay, or an inherited name that
+            no parameter has.
+    """
+    if not 0.0 <= inherited_lr_ratio <= 1.0:
+        raise ValueError(f"inherited_lr_ratio must be in [0, 1], got {inherited_lr_ratio}")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if value < 0.0:
+            raise ValueError(f"{name} must be 0 or more, got {value}")
+    if isinstance(inherited, str):
+        raise ValueError(f"inherited must be a collection of names, got the string {inherited!r}")
+
+    parameters = dict(module.named_parameters())
+    unknown = [n for n in inherited if not any(_covers(n, name) for name in parameters)]
+    if unknown:
+        raise ValueError(
+            f"inherited must name parameters of {type(module).__name__}, got {unknown}; "
+            f"it has {sorted({name.split('.')[0] for name in parameters})}"
+        )
+    groups: dict[str, list[nn.Parameter]] = {"inherited": [], "fresh": []}
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            is_inherited = any(_covers(n, name) for n in inherited)
+            groups["inherited" if is_inherited else "fresh"].append(parameter)
+    rates = {"inherited": lr * inherited_lr_ratio, "fresh": lr}
+    return [
+        {"name": name, "params": group, "lr": rates[name], "weight_decay": weight_decay}
+        for name, group in groups.items()
+        if group and not (name == "inherited" and inherited_lr_ratio == 0.0)
+    ]
+
+
+@gin.configurable(module="hpgr")
+def build_adamw(
+    module: nn.Module,
+    *,
+    inherited: Collection[str] = (),
+    lr: float = 1e-3,
+    inherited_lr_ratio: float = 0.1,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`."""
+    groups = parameter_groups(
+        module,
+        inherited=inherited,
+        lr=lr,
+        inherited_lr_ratio=inherited_lr_ratio,
+        weight_decay=weight_decay,
+    )
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+
+
+def _covers(inherited: str, name: str) -> bool:
+    return name == inherited or name.startswith(inherited + ".")
