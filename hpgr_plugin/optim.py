@@ -25,8 +25,8 @@ def parameter_groups(
         inherited: names of parameters, or prefixes that end at a dot of the name ("sem" takes
             "sem.gate"); empty if nothing was pre-trained.
         lr: of fresh parameters.
-        inherited_lr_ratio: inherited parameters take `lr * inherited_lr_ratio`; 0 freezes them, in
-            that they get no group and no weight decay.
+        inherited_lr_ratio: inherited parameters take `lr * inherited_lr_ratio`; 0 freezes them
+            (weight decay goes with the rate).
         weight_decay: of both groups.
 
     Raises:
@@ -57,7 +57,7 @@ def parameter_groups(
     return [
         {"name": name, "params": group, "lr": rates[name], "weight_decay": weight_decay}
         for name, group in groups.items()
-        if group and not (name == "inherited" and inherited_lr_ratio == 0.0)
+        if group
     ]
 
 
