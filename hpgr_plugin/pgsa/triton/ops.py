@@ -7,6 +7,7 @@ on CUDA, where that is slow, it is said once why.
 
 import functools
 import importlib.util
+import os
 import warnings
 
 import torch
@@ -65,7 +66,7 @@ def hstu_attention(
             Triton kernel does not know the case.
     """
     _check_arguments(q, k, v, offsets, column_weights, apply, query_offsets, kernel)
-    reason = _why_not_triton(q, v, bias) if kernel != "torch" else "torch was asked for"
+    reason = "torch was asked for" if kernel == "torch" else _why_not_triton(q, v, bias, kernel)
     if kernel == "triton" and reason is not None:
         raise ValueError(f"kernel='triton' does not know this case: {reason}")
     if reason is None:
@@ -136,7 +137,8 @@ def padded_hstu_attention(
 
     scores = torch.matmul(padded_q, padded_k.transpose(2, 3)) * alpha
     if bias is not None:
-        scores = scores + _bias_of_rows(bias, rows)
+        suffix = query_offsets is not offsets
+        scores = scores + (_bias_of_rows(bias, rows) if suffix else bias)
     weights = None
     if column_weights is not None:
         weights = jagged_to_padded_dense(column_weights[:, None].to(q.dtype), offsets, max_length)
@@ -173,16 +175,16 @@ def triton_is_installed() -> bool:
 
 def _bias_of_rows(bias: Tensor, rows: Tensor) -> Tensor:
     """The rows `[B, R]` of a bias `[B or 1, H or 1, N, N]`."""
-    if rows.shape[1] == bias.shape[2]:
-        return bias
     num_sequences, num_rows = rows.shape
     index = rows.clamp(0, bias.shape[2] - 1).view(num_sequences, 1, num_rows, 1)
     index = index.expand(-1, bias.shape[1], -1, bias.shape[3])
     return bias.expand(num_sequences, -1, -1, -1).gather(2, index)
 
 
-def _why_not_triton(q: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
-    if not q.is_cuda:
+def _why_not_triton(q: Tensor, v: Tensor, bias: Tensor | None, kernel: str) -> str | None:
+    # The interpreter knows every device, but is for tests: it runs only when asked for.
+    interpreted = kernel == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not q.is_cuda and not interpreted:
         return f"the tensors are on {q.device.type}, not on a CUDA device"
     if not triton_is_installed():
         return "triton is not installed"
