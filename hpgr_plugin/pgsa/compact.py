@@ -83,4 +83,4 @@ def gather_tokens(
     """
     tokens = history.new_empty(len(compact.column_weights), *history.shape[1:])
     tokens = tokens.index_copy(0, compact.history_tokens, history[plan.index])
-    return tokens.index_copy(0, compact.candidate_tokens, candidates.to(history.dtype))
+    return tokens.index_copy(0, compact.candidate_tokens, candidates)
