@@ -130,6 +130,22 @@ def load_handoff(
     return Handoff(table, sem_state if header["sem"] is not None else None, header)
 
 
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header alone, see `Handoff`: for callers that learn the sizes from the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        HandoffError: not a hand-over, or another format version.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no hand-over at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _read_header(path, file.metadata())
+    except SafetensorError as error:
+        raise HandoffError(f"{path} is not a safetensors file: {error}") from error
+
+
 def load_sem_state(sem: nn.Module, handoff: Handoff) -> None:
     """Put the SEM weights of a hand-over into `sem`, all of them or none.
 
