@@ -1,0 +1,84 @@
+"""What a host receives: jagged tensors of requests (ranking) or of sequences (pre-training)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
+
+import torch
+
+_T = TypeVar("_T", bound="_OnDevice")
+
+
+class _OnDevice:
+    """`to` for dataclasses of tensors and dicts of tensors."""
+
+    def to(self: _T, device: torch.device | str, non_blocking: bool = False) -> _T:
+        def move(value: object) -> object:
+            if isinstance(value, dict):
+                return {name: move(inner) for name, inner in value.items()}
+            assert isinstance(value, torch.Tensor)
+            return value.to(device, non_blocking=non_blocking)
+
+        moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return type(self)(**moved)
+
+
+@dataclass
+class Batch(_OnDevice):
+    """B requests: a history and some candidates each. T history items, C candidates in all.
+
+    A history holds what happened strictly before the request's last (or first) candidate; a
+    host must still hide, for each candidate, the history items with t_i >= t_C.
+
+    Attributes:
+        history_items: [T] int64, 0..num_items-1, oldest first.
+        history_timestamps: [T] int64 seconds, ascending inside a request.
+        history_actions: [T] int64, 0..num_actions-1.
+        history_offsets: [B + 1] int64 into the history.
+        candidate_items: [C] int64.
+        candidate_timestamps: [C] int64 seconds, ascending inside a request.
+        candidate_labels: [C] float32, 0 or 1.
+        candidate_offsets: [B + 1] int64 into the candidates.
+        users: [B] int64, 0..num_users-1.
+        user_features: name -> [B] int64 codes. Item features are looked up by item id
+            in InteractionLog.item_features.
+    """
+
+    history_items: torch.Tensor
+    history_timestamps: torch.Tensor
+    history_actions: torch.Tensor
+    history_offsets: torch.Tensor
+    candidate_items: torch.Tensor
+    candidate_timestamps: torch.Tensor
+    candidate_labels: torch.Tensor
+    candidate_offsets: torch.Tensor
+    users: torch.Tensor
+    user_features: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def num_requests(self) -> int:
+        """B."""
+        return self.users.numel()
+
+    @property
+    def num_candidates(self) -> int:
+        """C."""
+        return self.candidate_items.numel()
+
+
+@dataclass
+class SequenceBatch(_OnDevice):
+    """B user sequences without candidates, for masked item modelling.
+
+    Attributes:
+        items: [T] int64.
+        timestamps: [T] int64 seconds, ascending inside a sequence.
+        offsets: [B + 1] int64.
+        users: [B] int64.
+    """
+
+    items: torch.Tensor
+    timestamps: torch.Tensor
+    offsets: torch.Tensor
+    users: torch.Tensor

@@ -1,0 +1,105 @@
+"""From a source to PreparedData, through the cache."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import gin
+import numpy as np
+
+from hpgr_plugin.data import cache
+from hpgr_plugin.data.build import build_log
+from hpgr_plugin.data.events import Reader
+from hpgr_plugin.data.labels import LabelRule
+from hpgr_plugin.data.prepared import PreparedData
+from hpgr_plugin.data.split import Split
+
+logger = logging.getLogger(__name__)
+
+
+@gin.configurable(module="hpgr")
+def prepare_data(
+    *,
+    reader: Reader = gin.REQUIRED,
+    label: LabelRule = gin.REQUIRED,
+    split: Split = gin.REQUIRED,
+    action: str | None = None,
+    history_events: str = "all",
+    min_user_events: int = 1,
+    min_item_events: int = 1,
+    min_user_sessions: int = 1,
+    session_gap_seconds: int = 1800,
+    cache_dir: str | None = "cache",
+) -> PreparedData:
+    """Reads, labels, codes, sorts and splits a log; the second time it comes from the cache.
+
+    Args:
+        reader: where the events come from, such as @hpgr.MovieLensReader().
+        label: which of them are positives, such as @hpgr.rating_at_least().
+        split: such as @hpgr.last_fraction_split().
+        action: the field whose values become the actions of the history. None: the label.
+        history_events: "all" | "positives": which events later requests may see.
+        min_user_events, min_item_events: minimum counts, applied once (see build_log).
+        min_user_sessions: drop users with fewer sessions.
+        session_gap_seconds: a session ends where more than this many seconds pass.
+        cache_dir: folder of the cache, keyed by the content of the sources and all of the
+            above. None: no cache.
+
+    Raises:
+        DataError: a source cannot be read, or nothing is left of it.
+    """
+    if history_events not in ("all", "positives"):
+        raise ValueError(f"history_events is 'all' or 'positives', got {history_events!r}")
+    counts = {
+        "min_user_events": min_user_events,
+        "min_item_events": min_item_events,
+        "min_user_sessions": min_user_sessions,
+        "session_gap_seconds": session_gap_seconds,
+    }
+    if cache_dir is None:
+        return _prepare(reader, split, label, action, history_events, counts)
+    settings = {
+        "reader": cache.settings_of(reader),
+        "label": cache.settings_of(label),
+        "split": cache.settings_of(split),
+        "action": action,
+        "history_events": history_events,
+        **counts,
+    }
+    sources = reader.sources()
+    entry = Path(cache_dir).expanduser() / cache.cache_key(sources, settings)
+    with cache.exclusive(entry):
+        if (found := cache.load(entry)) is not None:
+            return found
+        prepared = _prepare(reader, split, label, action, history_events, counts)
+        cache.store(entry, prepared, {"sources": [str(s) for s in sources], **settings})
+        found = cache.load(entry)
+    assert found is not None
+    return found
+
+
+def _prepare(
+    reader: Reader,
+    split: Split,
+    label: LabelRule,
+    action: str | None,
+    history_events: str,
+    counts: dict[str, int],
+) -> PreparedData:
+    events = reader.read(list(dict.fromkeys([label.field, action or label.field])))
+    labels = label.labels(events.values[label.field])
+    log, is_candidate = build_log(
+        events, label=labels, action=events.values[action] if action else labels, **counts
+    )
+    dropped = {file: count for file, count in events.dropped.items() if count}
+    for file, count in dropped.items():
+        logger.warning("%s: dropped %d bad rows", file, count)
+    everything = np.ones(log.num_events, dtype=bool)
+    return PreparedData(
+        log=log,
+        split=split.assign(log, is_candidate),
+        is_history=everything if history_events == "all" else log.label == 1,
+        is_candidate=is_candidate,
+        dropped=dropped,
+    )

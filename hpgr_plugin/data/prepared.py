@@ -1,0 +1,40 @@
+"""A log with its split: what prepare_data returns and everything else starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from hpgr_plugin.data.log import InteractionLog
+from hpgr_plugin.data.ranges import offsets_of
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The log and the part each event plays.
+
+    Attributes:
+        log: every event.
+        split: int8 [E], index into SPLITS.
+        is_history: bool [E]; events that later requests of the user may see.
+        is_candidate: bool [E]; events that are ranked.
+        dropped: file name -> bad rows left out.
+    """
+
+    log: InteractionLog
+    split: np.ndarray
+    is_history: np.ndarray
+    is_candidate: np.ndarray
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def history_rows(self) -> np.ndarray:
+        """Rows of the log that are history, int64 [H]."""
+        return np.flatnonzero(self.is_history)
+
+    @cached_property
+    def history_offsets(self) -> np.ndarray:
+        """User u owns history_rows[history_offsets[u]:history_offsets[u + 1]]; int64 [U + 1]."""
+        return offsets_of(self.is_history)[self.log.user_offsets]

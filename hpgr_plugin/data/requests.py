@@ -1,0 +1,191 @@
+"""Requests: runs of one user's candidates, each with the history they share.
+
+A request is four numbers into the flat log. Nothing is copied until a batch is gathered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gin
+import numpy as np
+
+from hpgr_plugin.data.prepared import PreparedData
+from hpgr_plugin.data.ranges import concatenated_ranges
+from hpgr_plugin.data.split import SPLITS, TRAIN
+
+
+@gin.configurable(module="hpgr")
+@dataclass(frozen=True, kw_only=True)
+class RequestSettings:
+    """How candidates are put together into requests.
+
+    Args:
+        max_history: the most recent so many history events are kept.
+        max_candidates: most candidates of a request.
+        request_span_seconds: a request ends before the first candidate later than this many
+            seconds after its first one. None: no such end.
+        history: "candidate": events strictly before the last candidate's second, so the host
+            hides t_i >= t_C for each candidate, and earlier candidates of the request are
+            history of later ones. "request": events strictly before the first candidate's.
+            With either, max_history counts back from there, once a request.
+        min_history: training requests with a shorter history are left out.
+        min_history_in_evaluation: the same for validation and test.
+        max_train_candidates_per_user: only the most recent so many train. None: all.
+        train_fraction: train on this fraction of the requests, drawn by `seed`.
+        seed: of that draw.
+    """
+
+    max_history: int = 400
+    max_candidates: int = 16
+    request_span_seconds: int | None = None
+    history: str = "candidate"
+    min_history: int = 1
+    min_history_in_evaluation: int = 0
+    max_train_candidates_per_user: int | None = None
+    train_fraction: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.history not in ("candidate", "request"):
+            raise ValueError(f"history is 'candidate' or 'request', got {self.history!r}")
+        if self.max_history < 1 or self.max_candidates < 1:
+            raise ValueError(
+                "max_history and max_candidates are 1 or more, "
+                f"got {self.max_history} and {self.max_candidates}"
+            )
+        if self.request_span_seconds is not None and self.request_span_seconds < 0:
+            raise ValueError(
+                f"request_span_seconds is None or 0 or more, got {self.request_span_seconds}"
+            )
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"train_fraction lies in (0, 1], got {self.train_fraction}")
+
+
+@dataclass(frozen=True)
+class Requests:
+    """R requests of one split, in the order of the log.
+
+    Attributes:
+        candidate_rows: int64 [N] rows of the log that are candidates of the split.
+        users: int32 [R].
+        candidate_start: int64 [R] into candidate_rows.
+        candidate_count: int64 [R], at least 1.
+        history_start: int64 [R] into PreparedData.history_rows.
+        history_count: int64 [R], 0 to max_history.
+    """
+
+    candidate_rows: np.ndarray
+    users: np.ndarray
+    candidate_start: np.ndarray
+    candidate_count: np.ndarray
+    history_start: np.ndarray
+    history_count: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def take(self, which: np.ndarray) -> Requests:
+        """The requests at these places, or under this mask."""
+        return Requests(
+            candidate_rows=self.candidate_rows,
+            users=self.users[which],
+            candidate_start=self.candidate_start[which],
+            candidate_count=self.candidate_count[which],
+            history_start=self.history_start[which],
+            history_count=self.history_count[which],
+        )
+
+    def all_candidate_rows(self) -> np.ndarray:
+        """The rows of the log that these requests rank, in order."""
+        return self.candidate_rows[concatenated_ranges(self.candidate_start, self.candidate_count)]
+
+
+def build_requests(
+    prepared: PreparedData, split: str, settings: RequestSettings | None = None
+) -> Requests:
+    """All requests of a split.
+
+    Args:
+        prepared: the data.
+        split: "train", "validation" or "test".
+        settings: RequestSettings; None: as gin has them.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is one of {', '.join(SPLITS)}, got {split!r}")
+    settings = settings or RequestSettings()
+    code = SPLITS.index(split)
+    rows = np.flatnonzero(prepared.is_candidate & (prepared.split == code))
+    users = np.searchsorted(prepared.log.user_offsets, rows, side="right") - 1
+    if code == TRAIN and settings.max_train_candidates_per_user is not None:
+        recent = _most_recent(users, settings.max_train_candidates_per_user)
+        rows, users = rows[recent], users[recent]
+
+    start = _request_starts(prepared, rows, users, settings)
+    count = np.diff(start, append=len(rows))
+    owner = users[start]
+    bound = start if settings.history == "request" else start + count - 1
+    history_start, history_count = _histories(
+        prepared, owner, prepared.log.timestamp[rows[bound]], settings.max_history
+    )
+    requests = Requests(rows, owner.astype(np.int32), start, count, history_start, history_count)
+    least = settings.min_history if code == TRAIN else settings.min_history_in_evaluation
+    requests = requests.take(history_count >= least)
+    if code == TRAIN and settings.train_fraction < 1:
+        random = np.random.default_rng([settings.seed, 1])
+        requests = requests.take(random.random(len(requests)) < settings.train_fraction)
+    return requests
+
+
+def _most_recent(users: np.ndarray, limit: int) -> np.ndarray:
+    """True for the last `limit` of each user's rows."""
+    last = np.searchsorted(users, users, side="right")
+    return last - np.arange(len(users)) <= limit
+
+
+def _request_starts(
+    prepared: PreparedData, rows: np.ndarray, users: np.ndarray, settings: RequestSettings
+) -> np.ndarray:
+    """Where each request starts in `rows`, ascending."""
+    if not len(rows):
+        return np.zeros(0, dtype=np.int64)
+    new_block = np.ones(len(rows), dtype=bool)
+    new_block[1:] = users[1:] != users[:-1]
+    if prepared.log.group is not None:
+        group = prepared.log.group[rows]
+        new_block[1:] |= group[1:] != group[:-1]
+    block_start = np.flatnonzero(new_block)
+    block = np.cumsum(new_block) - 1
+    block_end = np.append(block_start[1:], len(rows))
+
+    following = np.minimum(np.arange(len(rows)) + settings.max_candidates, block_end[block])
+    if settings.request_span_seconds is not None:
+        times = prepared.log.timestamp[rows]
+        times = times - times.min()
+        span = min(settings.request_span_seconds, int(times.max()))
+        # One ascending key over all blocks: the next block is always out of reach.
+        key = block * (int(times.max()) + span + 1) + times
+        following = np.minimum(following, np.searchsorted(key, key + span, side="right"))
+
+    # Every block walks from request to request, all blocks at once.
+    starts, current, end = [], block_start, block_end
+    while len(current):
+        starts.append(current)
+        current = following[current]
+        inside = current < end
+        current, end = current[inside], end[inside]
+    return np.sort(np.concatenate(starts))
+
+
+def _histories(
+    prepared: PreparedData, users: np.ndarray, bounds: np.ndarray, max_history: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Start and count, in history_rows, of each user's events strictly before the bound."""
+    log, offsets = prepared.log, prepared.history_offsets
+    owner = np.repeat(np.arange(log.num_users), np.diff(offsets))
+    times = log.timestamp[prepared.history_rows]
+    low = int(log.timestamp.min())
+    width = int(log.timestamp.max()) - low + 1
+    end = np.searchsorted(owner * width + (times - low), users * width + (bounds - low))
+    start = np.maximum(offsets[users], end - max_history)
+    return start, end - start

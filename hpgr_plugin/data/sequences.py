@@ -1,0 +1,96 @@
+"""User sequences for masked item modelling: training events alone, cut to a length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gin
+import numpy as np
+
+from hpgr_plugin.data.batch import SequenceBatch
+from hpgr_plugin.data.batches import BatchPlan, ahead
+from hpgr_plugin.data.gather import tensor
+from hpgr_plugin.data.prepared import PreparedData
+from hpgr_plugin.data.ranges import concatenated_ranges, offsets_of
+from hpgr_plugin.data.split import TRAIN
+
+
+@gin.configurable(module="hpgr", denylist=["prepared", "rank", "world_size"])
+class SequenceLoader:
+    """Batches of user sequences: the history events of the train split, nothing later.
+
+    A sequence longer than max_length is cut from its recent end: the last chunk is full and
+    the oldest may be short. Chunks under min_length are left out.
+
+    Args:
+        prepared: the data.
+        max_length: most events of a chunk.
+        min_length: fewest events of a chunk.
+        batch_tokens: most events of a batch.
+        seed: of the shuffling, as in RequestLoader.
+        rank, world_size: see BatchPlan.
+        prefetch: batches gathered ahead by a thread; 0: none.
+    """
+
+    def __init__(
+        self,
+        *,
+        prepared: PreparedData,
+        max_length: int = 400,
+        min_length: int = 2,
+        batch_tokens: int = 16384,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 2,
+    ) -> None:
+        if max_length < 1 or min_length < 1:
+            raise ValueError(
+                f"max_length and min_length are 1 or more, got {max_length} and {min_length}"
+            )
+        self.prepared = prepared
+        in_train = prepared.is_history & (prepared.split == TRAIN)
+        self._rows = np.flatnonzero(in_train)
+        offsets = offsets_of(in_train)[prepared.log.user_offsets]
+        self._users, self._starts, self._lengths = _chunks(offsets, max_length, min_length)
+        self._prefetch = prefetch
+        self._plan = BatchPlan(
+            self._lengths, batch_tokens=batch_tokens, seed=seed, rank=rank, world_size=world_size
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        """Chunks of all users."""
+        return len(self._users)
+
+    def num_batches(self, epoch: int = 0) -> int:
+        """Batches of this rank in the epoch; by a few different from epoch to epoch."""
+        return len(self._plan.batches(epoch))
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[SequenceBatch]:
+        """The batches of the epoch from number `start` on."""
+        return ahead(self._plan.batches(epoch)[start:], self._gather, self._prefetch)
+
+    def _gather(self, places: np.ndarray) -> SequenceBatch:
+        lengths = self._lengths[places]
+        rows = self._rows[concatenated_ranges(self._starts[places], lengths)]
+        return SequenceBatch(
+            items=tensor(self.prepared.log.item[rows]),
+            timestamps=tensor(self.prepared.log.timestamp[rows]),
+            offsets=tensor(offsets_of(lengths)),
+            users=tensor(self._users[places]),
+        )
+
+
+def _chunks(
+    offsets: np.ndarray, max_length: int, min_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """User, start and length of every chunk [S], users ascending and old chunks first."""
+    lengths = np.diff(offsets)
+    counts = -(-lengths // max_length)
+    users = np.repeat(np.arange(len(lengths)), counts)
+    from_end = counts[users] - 1 - concatenated_ranges(np.zeros_like(counts), counts)
+    end = offsets[1:][users] - from_end * max_length
+    start = np.maximum(offsets[:-1][users], end - max_length)
+    kept = end - start >= min_length
+    return users[kept], start[kept], (end - start)[kept]

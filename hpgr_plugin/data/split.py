@@ -1,0 +1,128 @@
+"""Which events are for training, for validation and for test.
+
+Every rule cuts each user's events (or all time) in the order train, validation, test. An event
+that is only history takes the split of the user's next candidate (of the last one after it).
+A cut may fall between two events of one second: their places stay as the log has them, and
+the history rule, strictly before in time, keeps them from seeing each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import gin
+import numpy as np
+
+from hpgr_plugin.data.log import InteractionLog
+from hpgr_plugin.data.ranges import offsets_of
+
+SPLITS = ("train", "validation", "test")
+TRAIN, VALIDATION, TEST = 0, 1, 2
+
+
+class Split(Protocol):
+    """A rule; a frozen dataclass, so that it has settings."""
+
+    def assign(self, log: InteractionLog, is_candidate: np.ndarray) -> np.ndarray:
+        """int8 [E]: TRAIN, VALIDATION or TEST."""
+        ...
+
+
+@gin.configurable("global_time_split", module="hpgr")
+@dataclass(frozen=True, kw_only=True)
+class GlobalTimeSplit:
+    """The last `test` of all candidates in time, and `validation` before it.
+
+    Candidates of the second at a cut all fall on its later side, so a split can be a little
+    larger than its fraction.
+    """
+
+    test: float = 0.1
+    validation: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_fractions(self.test, self.validation)
+
+    def assign(self, log: InteractionLog, is_candidate: np.ndarray) -> np.ndarray:
+        """By the time of the event alone."""
+        times = np.sort(log.timestamp[is_candidate])
+        code = np.zeros(log.num_events, dtype=np.int8)
+        for fraction in (self.test + self.validation, self.test):
+            start = len(times) - round(fraction * len(times))
+            if start < len(times):
+                code += log.timestamp >= times[start]
+        return code
+
+
+@gin.configurable("last_fraction_split", module="hpgr")
+@dataclass(frozen=True, kw_only=True)
+class LastFractionSplit:
+    """The last `test` of each user's candidates, and `validation` before it, both rounded."""
+
+    test: float = 0.1
+    validation: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_fractions(self.test, self.validation)
+
+    def assign(self, log: InteractionLog, is_candidate: np.ndarray) -> np.ndarray:
+        """By the place among the user's candidates."""
+        _, counts = _places(log, is_candidate)
+        num_test = np.floor(counts * self.test + 0.5).astype(np.int64)
+        num_validation = np.floor(counts * self.validation + 0.5).astype(np.int64)
+        return _assign_last(log, is_candidate, num_test, num_validation)
+
+
+@gin.configurable("last_n_split", module="hpgr")
+@dataclass(frozen=True, kw_only=True)
+class LastNSplit:
+    """The last `test` candidates of each user, and `validation` candidates before them."""
+
+    test: int = 1
+    validation: int = 1
+
+    def __post_init__(self) -> None:
+        if self.test < 0 or self.validation < 0:
+            raise ValueError(
+                f"test and validation are counts of events, got {self.test} and {self.validation}"
+            )
+
+    def assign(self, log: InteractionLog, is_candidate: np.ndarray) -> np.ndarray:
+        """By the place among the user's candidates."""
+        shape = log.num_users
+        return _assign_last(
+            log, is_candidate, np.full(shape, self.test), np.full(shape, self.validation)
+        )
+
+
+def _assign_last(
+    log: InteractionLog,
+    is_candidate: np.ndarray,
+    num_test: np.ndarray,
+    num_validation: np.ndarray,
+) -> np.ndarray:
+    place, counts = _places(log, is_candidate)
+    lengths = np.diff(log.user_offsets)
+    place = np.minimum(place, np.repeat(np.maximum(counts - 1, 0), lengths))
+    code = np.zeros(log.num_events, dtype=np.int8)
+    has_candidates = counts > 0
+    for cut in (counts - num_test, counts - num_test - num_validation):
+        code += place >= np.repeat(np.where(has_candidates, cut, 1), lengths)
+    return code
+
+
+def _places(log: InteractionLog, is_candidate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many of the user's candidates come before each event [E]; how many there are [U]."""
+    before = offsets_of(is_candidate)
+    first = before[log.user_offsets[:-1]]
+    counts = before[log.user_offsets[1:]] - first
+    return before[:-1] - np.repeat(first, np.diff(log.user_offsets)), counts
+
+
+def _check_fractions(test: float, validation: float) -> None:
+    if test < 0 or validation < 0 or test + validation >= 1:
+        raise ValueError(
+            "test and validation are fractions of 0 or more that leave some for training, "
+            f"got {test} and {validation}"
+        )
