@@ -32,7 +32,7 @@ def time_aware_index(
     """
     _check_shapes(history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
     check_sorted(history_timestamps, history_offsets, "history_timestamps")
-    earlier = _count_earlier(
+    earlier = count_earlier(
         history_timestamps, history_offsets, candidate_timestamps, candidate_offsets
     )
     users = segment_ids(candidate_offsets, len(candidate_timestamps))
@@ -97,7 +97,7 @@ class TimeAwarePositionalEncoder(nn.Module):
         _check_shapes(history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
         check_sorted(history_timestamps, history_offsets, "history_timestamps")
         self._check_lengths(history_offsets, candidate_offsets)
-        earlier = _count_earlier(
+        earlier = count_earlier(
             history_timestamps, history_offsets, candidate_timestamps, candidate_offsets
         )
         # Row of the table = index - 1: a place in the history, or the number of earlier items.
@@ -130,7 +130,7 @@ class TimeAwarePositionalEncoder(nn.Module):
             )
 
 
-def _count_earlier(
+def count_earlier(
     history_timestamps: Tensor,
     history_offsets: Tensor,
     candidate_timestamps: Tensor,

@@ -1,0 +1,64 @@
+"""Side features: a token for each user feature, a sum of embeddings for those of an item."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def _embedding(num_values: int, embedding_dim: int) -> nn.Embedding:
+    table = nn.Embedding(num_values, embedding_dim)
+    nn.init.normal_(table.weight, std=0.02)
+    return table
+
+
+class UserFeatureTokens(nn.Module):
+    """One context token a feature and user.
+
+    Args:
+        num_values: feature name -> number of codes.
+        embedding_dim: ``D``.
+    """
+
+    def __init__(self, num_values: Mapping[str, int], embedding_dim: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict(
+            {name: _embedding(size, embedding_dim) for name, size in sorted(num_values.items())}
+        )
+
+    @property
+    def tokens_per_user(self) -> int:
+        return len(self.tables)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Codes ``[B]`` a feature -> ``[B * tokens_per_user, D]``, user by user."""
+        missing = [name for name in self.tables if name not in features]
+        if missing:
+            raise ValueError(f"user_features lacks {missing}; the batch has {sorted(features)}")
+        columns = [table(features[name]) for name, table in self.tables.items()]
+        return torch.stack(columns, dim=1).flatten(0, 1)
+
+
+class ItemFeatures(nn.Module):
+    """The summed embeddings of an item's categorical features.
+
+    Args:
+        codes: feature name -> ``[V]`` int64 code of every item.
+        embedding_dim: ``D``.
+    """
+
+    def __init__(self, codes: Mapping[str, Tensor], embedding_dim: int) -> None:
+        super().__init__()
+        self.names = sorted(codes)
+        self.tables = nn.ModuleDict()
+        for name in self.names:
+            values = codes[name].long()
+            self.tables[name] = _embedding(int(values.max()) + 1, embedding_dim)
+            self.register_buffer(f"codes_{name}", values, persistent=False)
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Items ``[L]`` -> ``[L, D]``."""
+        parts = [self.tables[name](getattr(self, f"codes_{name}")[items]) for name in self.names]
+        return torch.stack(parts).sum(0)

@@ -1,0 +1,92 @@
+"""The HSTU layer: pointwise SiLU attention, gated by U (HSTU paper, Eq. 1 to 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpgr_plugin.hosts.embedded.attention import pointwise_attention
+from hpgr_plugin.hosts.embedded.padded import AttentionInputs, take_rows
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``[S, N, H * d]`` -> ``[S, H, N, d]``."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """``[S, H, N, d]`` -> ``[S, N, H * d]``."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class HSTULayer(nn.Module):
+    """``Y = f(LN(attention) * U) + X`` with ``U, V, Q, K = SiLU(f(LN(X)))``.
+
+    Args:
+        embedding_dim: ``D``; also the width of U, V, Q and K over all heads.
+        num_heads: attention heads.
+        dropout: on the gated output.
+    """
+
+    def __init__(self, *, embedding_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.alpha = (embedding_dim // num_heads) ** -0.5
+        self.input_norm = nn.LayerNorm(embedding_dim)
+        self.uvqk = nn.Linear(embedding_dim, 4 * embedding_dim)
+        self.attention_norm = nn.LayerNorm(embedding_dim)
+        self.output = nn.Linear(embedding_dim, embedding_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        domains: Tensor,
+        attention: AttentionInputs,
+        bias: Tensor | None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """``x [S, N, D]`` -> ``[S, N, D]``, or ``[S, R, D]`` for the query rows ``rows [S, R]``.
+
+        ``attention`` and ``bias`` are those of the query rows.
+        """
+        del domains  # the same for every token here; MTGR's layer reads it
+        normed = self.input_norm(x)
+        if rows is None:
+            u, v, q, k = F.silu(self.uvqk(normed)).chunk(4, dim=-1)
+        else:
+            u, v, q, k = self._uvqk_for_rows(normed, rows)
+            x = take_rows(x, rows)
+        mixed = pointwise_attention(
+            split_heads(q, self.num_heads),
+            split_heads(k, self.num_heads),
+            split_heads(v, self.num_heads),
+            bias=bias,
+            visible=attention.visible,
+            weights=attention.weights,
+            alpha=self.alpha,
+            norm_length=attention.norm_length,
+            apply=attention.apply,
+        )
+        gated = self.attention_norm(merge_heads(mixed)) * u
+        return x + self.output(self.dropout(gated))
+
+    def _uvqk_for_rows(self, normed: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        """Queries and gates of ``rows`` alone; keys and values of every token."""
+        weight = self.uvqk.weight.chunk(4)
+        offset = self.uvqk.bias.chunk(4)
+        chosen = take_rows(normed, rows)
+        u, q = (F.silu(F.linear(chosen, weight[i], offset[i])) for i in (0, 2))
+        v, k = (F.silu(F.linear(normed, weight[i], offset[i])) for i in (1, 3))
+        return u, v, q, k
+
+
+def initialise_linear(module: nn.Module) -> None:
+    """Xavier weights and zero biases for every linear layer below ``module``."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            if child.bias is not None:
+                torch.nn.init.zeros_(child.bias)
