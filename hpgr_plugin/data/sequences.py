@@ -15,7 +15,7 @@ from hpgr_plugin.data.ranges import concatenated_ranges, offsets_of
 from hpgr_plugin.data.split import TRAIN
 
 
-@gin.configurable(module="hpgr", denylist=["prepared", "rank", "world_size"])
+@gin.configurable(module="hpgr", denylist=["prepared", "users", "rank", "world_size"])
 class SequenceLoader:
     """Batches of user sequences: the history events of the train split, nothing later.
 
@@ -27,6 +27,7 @@ class SequenceLoader:
         max_length: most events of a chunk.
         min_length: fewest events of a chunk.
         batch_tokens: most events of a batch.
+        users: bool [U], whose sequences; None: everyone's.
         seed: of the shuffling, as in RequestLoader.
         rank, world_size: see BatchPlan.
         prefetch: batches gathered ahead by a thread; 0: none.
@@ -39,6 +40,7 @@ class SequenceLoader:
         max_length: int = 400,
         min_length: int = 2,
         batch_tokens: int = 16384,
+        users: np.ndarray | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -50,6 +52,8 @@ class SequenceLoader:
             )
         self.prepared = prepared
         in_train = prepared.is_history & (prepared.split == TRAIN)
+        if users is not None:
+            in_train &= users[prepared.log.event_users()]
         self._rows = np.flatnonzero(in_train)
         offsets = offsets_of(in_train)[prepared.log.user_offsets]
         self._users, self._starts, self._lengths = _chunks(offsets, max_length, min_length)

@@ -1,0 +1,75 @@
+"""The process group: one process, or what ``torchrun`` started (gloo on CPU, nccl on CUDA)."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group() -> Iterator[Process]:
+    """Join the group that ``torchrun`` describes in the environment, or stand alone."""
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Process(0, 1, device)
+        return
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Process(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Fix python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of ``value`` over all processes (``value`` itself when alone)."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def gather_arrays(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Each array concatenated over the ranks, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return arrays
+    gathered: list[list[np.ndarray]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, arrays)
+    return [np.concatenate(parts) for parts in zip(*gathered, strict=True)]
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
