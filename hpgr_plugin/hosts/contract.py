@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 HOST_PACKAGE = "generative_recommenders"
 HOST_URL = "https://github.com/meta-recsys/generative-recommenders"
 
-# The commits every adapter is tested on, newest first, with the blob ids (as git computes them)
-# of files of the package that tell them apart: a checkout without its .git directory is recognised too.
+# The commits every adapter is tested on, newest first, each with the blob ids (as git computes
+# them) of files of the package that tell it apart: a copy without .git is recognised too.
 KNOWN_COMMITS: dict[str, dict[str, str]] = {
     "db1bf8f": {
         "modules/dlrm_hstu.py": "7f841067e2f5081c6e3d0f2c3218ab6363cbc793",
@@ -200,9 +200,11 @@ def _field_problem(requirement: Requirement, module: Any) -> str | None:
         return f"there is no class {owner_name}"
     # Attributes that a constructor sets exist only on instances; their names are in its code.
     for base in owner.__mro__:
-        constructor = inspect.unwrap(base.__init__) if "__init__" in base.__dict__ else None
-        code = getattr(constructor, "__code__", None)
-        if field in base.__dict__ or (code is not None and field in code.co_names):
+        if field in base.__dict__:
+            return None
+        constructor = base.__dict__.get("__init__")
+        code = getattr(inspect.unwrap(constructor), "__code__", None) if constructor else None
+        if code is not None and field in code.co_names:
             return None
     return f"{owner_name}'s constructor sets no {field}"
 

@@ -1,0 +1,6 @@
+"""python -m hpgr_plugin.hosts.dlrm_v3 --gin_config_file=FILE --mode=train."""
+
+from hpgr_plugin.hosts.dlrm_v3.launch import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The host's STU layer with a preference plan in its attention."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from generative_recommenders.modules.stu import STULayer
+from generative_recommenders.ops.hstu_attention import hstu_mha
+from generative_recommenders.ops.hstu_compute import hstu_compute_output, hstu_compute_uqvk
+from torch import Tensor
+
+from hpgr_plugin.hosts.contract import accepts
+from hpgr_plugin.hosts.dlrm_v3.layout import SequenceLayout, candidate_weights
+from hpgr_plugin.jagged import dense_to_jagged, jagged_to_padded_dense
+from hpgr_plugin.pgsa.plan import PreferencePlan
+
+# Until 2026 the host had one flag for what goes into its output projection, since then three.
+_OUTPUT_FLAGS: dict[str, Any] = (
+    {"concat_ux": True}
+    if accepts(hstu_compute_output, "concat_ux")
+    else {"concat_u": True, "concat_x": True, "mul_u_activation_type": "none"}
+)
+_NORM_EPS = 1e-6
+
+
+@dataclass
+class CandidateRows:
+    """Weights of the candidates' attention rows, over the columns of their own sequence.
+
+    Args:
+        layout: of the sequences; in cached inference, of the full ones (cached and new).
+        plan: one row per candidate.
+        before_activation: SiLU(M s) instead of SiLU(s) M.
+    """
+
+    layout: SequenceLayout
+    plan: PreferencePlan
+    before_activation: bool = False
+    _weights: Tensor | None = field(default=None, repr=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, max_seq_len: int, alpha: float) -> Tensor:
+        """HSTU attention of the candidate rows alone.
+
+        Args:
+            q: `[C, H, d]`, the candidates.
+            k: `[L, H, d]`, whole sequences.
+            v: `[L, H, dv]`.
+            max_seq_len: longest sequence, and the n of the host's 1/n.
+            alpha: factor of q . k.
+
+        Returns:
+            `[C, H, dv]`.
+        """
+        weights = self._mask(max_seq_len).unsqueeze(1)
+        offsets, candidates = self.layout.seq_offsets, self.layout.candidate_offsets
+        most = weights.shape[2]
+        dense_q = jagged_to_padded_dense(q, candidates, most).transpose(1, 2)
+        dense_k = jagged_to_padded_dense(k, offsets, max_seq_len).transpose(1, 2)
+        dense_v = jagged_to_padded_dense(v, offsets, max_seq_len).transpose(1, 2)
+        scores = (dense_q @ dense_k.transpose(2, 3)) * alpha
+        if self.before_activation:
+            attention = F.silu(scores * weights) / max_seq_len
+        else:
+            attention = F.silu(scores) * weights / max_seq_len
+        dense = (attention.to(dense_v.dtype) @ dense_v).transpose(1, 2)
+        return dense_to_jagged(dense, candidates, self.layout.num_candidates)
+
+    def _mask(self, max_seq_len: int) -> Tensor:
+        # The same for every layer of a step.
+        if self._weights is None or self._weights.shape[2] != max_seq_len:
+            self._weights = candidate_weights(self.layout, self.plan, max_seq_len)
+        return self._weights
+
+
+@dataclass(frozen=True)
+class StepAttention:
+    """What a plan changes in the attention of one forward pass, the same for all layers.
+
+    Args:
+        value_scale: `[L]` factor of the value rows (M_j, and what keeps the host's 1/n that of
+            the full sequence), or None.
+        key_scale: `[L]` factor of the key rows, for SiLU(M s), or None.
+        candidates: weights of the candidates' own rows, or None.
+    """
+
+    value_scale: Tensor | None = None
+    key_scale: Tensor | None = None
+    candidates: CandidateRows | None = None
+
+    @property
+    def scales_values_only(self) -> bool:
+        """Whether a factor on the value rows is all there is."""
+        return self.key_scale is None and self.candidates is None
+
+
+class PreferenceSTULayer(STULayer):
+    """The host's layer, unless a `StepAttention` is set on it.
+
+    HSTU attention is pointwise in its columns, so weighing column j is scaling value row j: the
+    host's own projections and attention kernels run unchanged on scaled rows.
+    """
+
+    step: StepAttention | None = None
+    # The scope of the hook that owns this layer: what cached inference may do.
+    scope: str | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        x_lengths: Tensor,
+        x_offsets: Tensor,
+        max_seq_len: int,
+        num_targets: Tensor,
+        max_kv_caching_len: int = 0,
+        kv_caching_lengths: Tensor | None = None,
+        value_scale: Tensor | None = None,
+    ) -> Tensor:
+        """`[L, D]` -> `[L, D]`, see the host's layer (value_scale: only a patched host's)."""
+        if kv_caching_lengths is not None:
+            self._refuse_sequence_scope()
+        if self.step is None:
+            scale = {} if value_scale is None else {"value_scale": value_scale}
+            return super().forward(
+                x=x,
+                x_lengths=x_lengths,
+                x_offsets=x_offsets,
+                max_seq_len=max_seq_len,
+                num_targets=num_targets,
+                max_kv_caching_len=max_kv_caching_len,
+                kv_caching_lengths=kv_caching_lengths,
+                **scale,
+            )
+        u, q, k, v = self._project(x)
+        self.update_kv_cache(
+            max_seq_len=max_seq_len,
+            seq_offsets=x_offsets,
+            k=k,
+            v=v,
+            max_kv_caching_len=max_kv_caching_len,
+            kv_caching_lengths=kv_caching_lengths,
+        )
+        k, v = _scaled(k, self.step.key_scale), _scaled(v, self.step.value_scale)
+        attention = hstu_mha(
+            max_seq_len=max_seq_len,
+            alpha=self._attn_alpha,
+            q=q,
+            k=k,
+            v=v,
+            seq_offsets=x_offsets,
+            causal=self._causal,
+            dropout_pr=0.0,
+            training=self.training,
+            num_targets=num_targets if self._target_aware else None,
+            max_attn_len=self._max_attn_len,
+            contextual_seq_len=self._contextual_seq_len,
+            sort_by_length=self._sort_by_length,
+            kernel=self.hammer_kernel(),
+        ).view(-1, self._num_heads, self._hidden_dim)
+        candidates = self.step.candidates
+        if candidates is not None:
+            rows = candidates.layout.candidate_rows()
+            own = candidates.attend(
+                q.index_select(0, rows), k, v, max_seq_len=max_seq_len, alpha=self._attn_alpha
+            )
+            attention = attention.index_copy(0, rows, own.to(attention.dtype))
+        return self._output(attention, u, x)
+
+    def cached_forward(
+        self,
+        delta_x: Tensor,
+        num_targets: Tensor,
+        max_kv_caching_len: int = 0,
+        kv_caching_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Candidate rows over cached keys and values, weighted by the plan of the request.
+
+        Raises:
+            RuntimeError: the hook has scope "sequence", or no plan was made for the request.
+        """
+        self._refuse_sequence_scope()
+        if self.scope != "candidate":
+            return super().cached_forward(
+                delta_x, num_targets, max_kv_caching_len, kv_caching_lengths
+            )
+        if self.step is None or self.step.candidates is None:
+            raise RuntimeError(
+                'cached_forward with an attention_hook of scope "candidate" needs a plan for '
+                "these candidates: call it inside `with model.cached_preferences(...)`"
+            )
+        u, q, k, v = self._project(delta_x)
+        k, v, max_seq_len, seq_offsets = self.construct_full_kv(
+            delta_k=k.flatten(1, 2), delta_v=v.flatten(1, 2)
+        )
+        self.update_kv_cache(
+            max_seq_len=max_seq_len,
+            seq_offsets=seq_offsets,
+            k=k,
+            v=v,
+            max_kv_caching_len=max_kv_caching_len,
+            kv_caching_lengths=kv_caching_lengths,
+        )
+        attention = self.step.candidates.attend(
+            q,
+            k.view(-1, self._num_heads, self._attention_dim),
+            v.view(-1, self._num_heads, self._hidden_dim),
+            max_seq_len=max_seq_len,
+            alpha=self._attn_alpha,
+        )
+        return self._output(attention, u, delta_x)
+
+    def _refuse_sequence_scope(self) -> None:
+        if self.scope == "sequence":
+            raise RuntimeError(
+                'no cached inference with an attention_hook of scope "sequence": there every '
+                "candidate has its own history rows, so keys and values cannot be shared. Use "
+                'scope="candidate", or run without the cache'
+            )
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u `[L, H * dv]`, q, k `[L, H, d]`, v `[L, H, dv]`."""
+        u, q, k, v = hstu_compute_uqvk(
+            x=x,
+            norm_weight=self._input_norm_weight.to(x.dtype),
+            norm_bias=self._input_norm_bias.to(x.dtype),
+            norm_eps=_NORM_EPS,
+            num_heads=self._num_heads,
+            attn_dim=self._attention_dim,
+            hidden_dim=self._hidden_dim,
+            uvqk_weight=self._uvqk_weight.to(x.dtype),
+            uvqk_bias=self._uvqk_beta.to(x.dtype),
+            kernel=self.hammer_kernel(),
+        )
+        return u, q, k, v
+
+    def _output(self, attention: Tensor, u: Tensor, x: Tensor) -> Tensor:
+        return hstu_compute_output(
+            attn=attention.reshape(-1, self._num_heads * self._hidden_dim),
+            u=u,
+            x=x,
+            norm_weight=self._output_norm_weight.to(x.dtype),
+            norm_bias=self._output_norm_bias.to(x.dtype),
+            norm_eps=_NORM_EPS,
+            dropout_ratio=self._output_dropout_ratio,
+            output_weight=self._output_weight.to(x.dtype),
+            group_norm=self._use_group_norm,
+            num_heads=self._num_heads,
+            linear_dim=self._hidden_dim,
+            training=self.training,
+            kernel=self.hammer_kernel(),
+            recompute_y_in_backward=self._recompute_y,
+            **_OUTPUT_FLAGS,
+        )
+
+
+def _scaled(rows: Tensor, scale: Tensor | None) -> Tensor:
+    """Rows `[L, H, d]` times a factor `[L]`, one rounding."""
+    return rows if scale is None else (rows * scale.view(-1, 1, 1)).to(rows.dtype)

@@ -1,0 +1,336 @@
+"""The host's ranking model with the slots of HPGR."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gin
+from generative_recommenders.modules import dlrm_hstu as host
+from torch import Tensor, nn
+
+from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
+from hpgr_plugin.hosts.dlrm_v3.layout import SequenceLayout, sequence_layout
+from hpgr_plugin.hosts.dlrm_v3.modules import (
+    PreferenceTransducer,
+    Request,
+    SessionPreprocessor,
+    TimeAwareHSTUPositionalEncoder,
+)
+from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained, mark_inherited
+from hpgr_plugin.jagged import complete_cumsum
+from hpgr_plugin.pgsa.hooks import AttentionHook, PreferenceGuidedSparseAttention
+from hpgr_plugin.positions import TimeAwarePositionalEncoder
+
+_HISTORY_IDS = "hpgr_history_ids"
+_CANDIDATE_IDS = "hpgr_candidate_ids"
+
+
+@gin.configurable(module="hpgr")
+class DlrmHSTU(host.DlrmHSTU):
+    """`DlrmHSTU` of the host with five slots; all of them empty, it is the host's own.
+
+    Args:
+        hstu_configs, embedding_tables, is_inference, is_dense, bf16_training: the host's.
+        sem: enriches the history rows of the raw item embeddings, see `SessionPreprocessor`; of
+            the item table's width.
+        positional_encoder: `TimeAwarePositionalEncoder` of the transducer's width, in place of
+            the host's (its time buckets included). With its `hide_future`, history at or after a
+            candidate's query time is kept from that candidate, with or without a hook.
+        attention_hook: PGSA or stochastic length. History at or after a candidate's query time is
+            hidden from it unless `positional_encoder` says hide_future=False.
+        pretrained: path of a stage-1 hand-over for the table of the history's item feature; SEM
+            weights in it go to `sem`.
+        inherited_lr_ratio: factor on the learning rate of what `pretrained` brought.
+        model_config: fields of the host's DlrmHSTUConfig to set, by name.
+        table_config: per embedding table, fields of its EmbeddingConfig to set, by name. Both
+            change the objects handed in: the host's data loaders read the same ones.
+
+    Raises:
+        ValueError: a slot does not fit the host's configuration, or an unknown field.
+    """
+
+    def __init__(
+        self,
+        hstu_configs: Any,
+        embedding_tables: dict[str, Any],
+        is_inference: bool,
+        is_dense: bool = False,
+        bf16_training: bool = True,
+        *,
+        sem: nn.Module | None = None,
+        positional_encoder: TimeAwarePositionalEncoder | None = None,
+        attention_hook: AttentionHook | None = None,
+        pretrained: str | None = None,
+        inherited_lr_ratio: float = 0.1,
+        model_config: Mapping[str, Any] | None = None,
+        table_config: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        _set_fields("model_config", hstu_configs, model_config or {})
+        for table, fields in (table_config or {}).items():
+            if table not in embedding_tables:
+                raise ValueError(
+                    f"table_config names table {table!r}; there are {sorted(embedding_tables)}"
+                )
+            _set_fields(f"table_config[{table!r}]", embedding_tables[table], fields)
+        with _classes_of_this_model(attention_hook, positional_encoder):
+            super().__init__(
+                hstu_configs=hstu_configs,
+                embedding_tables=embedding_tables,
+                is_inference=is_inference,
+                is_dense=is_dense,
+                bf16_training=bf16_training,
+            )
+        # After the host's constructor: it initialises every Linear that it finds.
+        self.attention_hook = attention_hook
+        self._hide_future = True
+        transducer = self._hstu_transducer
+        contextual_seq_len = sum(hstu_configs.contextual_feature_to_max_length.values())
+        if isinstance(transducer, PreferenceTransducer):
+            transducer.contextual_seq_len = contextual_seq_len
+        if attention_hook is not None:
+            for layer in _layers(transducer):
+                layer.scope = attention_hook.scope
+        if positional_encoder is not None:
+            width = hstu_configs.hstu_transducer_embedding_dim
+            given = positional_encoder.table.embedding_dim
+            _check_width("positional_encoder", given, width, "the transducer")
+            self._hide_future = positional_encoder.hide_future
+            transducer._positional_encoder = TimeAwareHSTUPositionalEncoder(
+                positional_encoder,
+                embedding_dim=width,
+                contextual_seq_len=contextual_seq_len,
+                is_inference=is_inference,
+            )
+        if sem is not None:
+            width = hstu_configs.hstu_embedding_table_dim
+            _check_width("sem", sem.embedding_dim, width, "the item table")
+            transducer._input_preprocessor = SessionPreprocessor(
+                transducer._input_preprocessor, sem
+            )
+        self._pretrained: Pretrained | None = None
+        if pretrained is not None:
+            self._inherit(pretrained, embedding_tables, sem, inherited_lr_ratio)
+        frozen = _frozen(attention_hook)
+        if frozen is not None and frozen.frozen_table is None:
+            raise ValueError('an attention_hook with table="frozen" needs pretrained, got None')
+
+    @property
+    def sem(self) -> nn.Module | None:
+        """What fills the slot."""
+        preprocessor = self._hstu_transducer._input_preprocessor
+        return preprocessor.sem if isinstance(preprocessor, SessionPreprocessor) else None
+
+    def load_pretrained(self) -> None:
+        """Copy the handed-over item rows into the embedding collection, sharded or not.
+
+        The host builds its tables on `meta`, so this comes after they are materialised. Under the
+        host's trainer the adapter calls it as soon as the tables are sharded.
+
+        Raises:
+            RuntimeError: the tables are still on `meta`.
+        """
+        if self._pretrained is not None and hasattr(self, "_embedding_collection"):
+            self._pretrained.load_into(self._embedding_collection)
+
+    @contextlib.contextmanager
+    def cached_preferences(
+        self,
+        *,
+        history_embeddings: Tensor,
+        candidate_embeddings: Tensor,
+        history_lengths: Tensor,
+        num_candidates: Tensor,
+        history_timestamps: Tensor | None = None,
+        candidate_timestamps: Tensor | None = None,
+        cached_lengths: Tensor | None = None,
+        **ids: Tensor,
+    ) -> Iterator[None]:
+        """Candidates scored inside with `cached_forward` of the STU layers follow the hook's plan.
+
+        Args:
+            history_embeddings: `[T, D]` raw item rows, as are the candidates' `[C, D]`.
+            candidate_embeddings: `[C, D]`.
+            history_lengths: `[B]`.
+            num_candidates: `[B]` rows that `cached_forward` gets for each user (all equal).
+            history_timestamps, candidate_timestamps: `[T]` and `[C]` seconds.
+            cached_lengths: `[B]` rows in the cache; default, the contextual tokens and history.
+            **ids: `history_ids` and `candidate_ids` for a hook with table="frozen".
+
+        Raises:
+            RuntimeError: the hook's scope is not "candidate".
+        """
+        hook = self.attention_hook
+        if hook is None or hook.scope != "candidate":
+            scope = None if hook is None else hook.scope
+            raise RuntimeError(
+                'cached_preferences needs an attention_hook of scope "candidate", got '
+                f"{'no hook' if hook is None else f'scope {scope!r}'}"
+            )
+        contextual_seq_len = self._hstu_transducer.contextual_seq_len
+        if cached_lengths is None:
+            cached_lengths = history_lengths + contextual_seq_len
+        layout = SequenceLayout(
+            seq_offsets=complete_cumsum((cached_lengths + num_candidates).long()),
+            history_offsets=complete_cumsum(history_lengths.long()),
+            candidate_offsets=complete_cumsum(num_candidates.long()),
+            contextual_len=contextual_seq_len,
+            num_history=len(history_embeddings),
+            num_candidates=len(candidate_embeddings),
+        )
+        plan = hook.plan(
+            history_embeddings=history_embeddings,
+            candidate_embeddings=candidate_embeddings,
+            history_offsets=layout.history_offsets,
+            candidate_offsets=layout.candidate_offsets,
+            history_timestamps=history_timestamps,
+            candidate_timestamps=candidate_timestamps,
+            **ids,
+        )
+        assert plan is not None
+        rows = CandidateRows(layout, plan, hook.apply_form == "pre")
+        with self._hstu_transducer.attending(StepAttention(candidates=rows)):
+            yield
+
+    def preprocess(self, uih_features: Any, candidates_features: Any) -> Any:
+        """As the host's; with a frozen table the item ids travel along as payloads."""
+        outputs = super().preprocess(uih_features, candidates_features)
+        hook = _frozen(self.attention_hook)
+        if hook is not None and hook.frozen_table is not None:
+            payloads, last = outputs[1], len(hook.frozen_table) - 1
+            history, candidates = self._item_features()
+            payloads[_HISTORY_IDS] = uih_features[history].values().clamp(max=last)
+            payloads[_CANDIDATE_IDS] = candidates_features[candidates].values().clamp(max=last)
+        return outputs
+
+    def _user_forward(
+        self,
+        max_uih_len: int,
+        max_candidates: int,
+        seq_embeddings: Any,
+        payload_features: dict[str, Tensor],
+        num_candidates: Tensor,
+    ) -> Tensor:
+        """As the host's, under the plan of the batch."""
+
+        def of_the_host() -> Tensor:
+            return super(DlrmHSTU, self)._user_forward(
+                max_uih_len, max_candidates, seq_embeddings, payload_features, num_candidates
+            )
+
+        if not isinstance(self._hstu_transducer, PreferenceTransducer):
+            return of_the_host()
+        request = self._request(seq_embeddings, payload_features, num_candidates)
+        with self._hstu_transducer.requested(request):
+            return of_the_host()
+
+    def _request(
+        self,
+        seq_embeddings: Any,
+        payload_features: dict[str, Tensor],
+        num_candidates: Tensor,
+    ) -> Request:
+        hook = self.attention_hook
+        if hook is None:
+            return Request(plan=None, scope="candidate", hide_future=self._hide_future)
+        config = self._hstu_configs
+        items = seq_embeddings[config.uih_post_id_feature_name]
+        layout = sequence_layout(
+            complete_cumsum(items.lengths),
+            num_candidates,
+            contextual_len=0,
+            total_rows=len(items.embedding),
+        )
+        embeddings = items.embedding.detach()
+        query_times = payload_features[config.candidates_querytime_feature_name]
+        plan = hook.plan(
+            history_embeddings=embeddings[layout.history_rows()],
+            candidate_embeddings=embeddings[layout.candidate_rows()],
+            history_offsets=layout.history_offsets,
+            candidate_offsets=layout.candidate_offsets,
+            history_timestamps=payload_features[config.uih_action_time_feature_name],
+            candidate_timestamps=query_times if self._hide_future else None,
+            history_ids=payload_features.get(_HISTORY_IDS),
+            candidate_ids=payload_features.get(_CANDIDATE_IDS),
+        )
+        return Request(plan, hook.scope, hook.apply_form == "pre", self._hide_future)
+
+    def _item_features(self) -> tuple[str, str]:
+        """Names of the item feature in the history and in the candidates."""
+        history = self._hstu_configs.uih_post_id_feature_name
+        mapping = dict(self._hstu_configs.merge_uih_candidate_feature_mapping)
+        return history, mapping[history]
+
+    def _inherit(
+        self, path: str, tables: dict[str, Any], sem: nn.Module | None, lr_ratio: float
+    ) -> None:
+        feature, _ = self._item_features()
+        name = next(n for n, table in tables.items() if feature in table.feature_names)
+        self._pretrained = Pretrained.open(
+            path,
+            table_name=tables[name].name,
+            num_embeddings=tables[name].num_embeddings,
+            width=tables[name].embedding_dim,
+        )
+        if sem is not None:
+            self._pretrained.load_sem(sem)
+            mark_inherited(sem.parameters(), lr_ratio)
+        if hasattr(self, "_embedding_collection"):
+            table = self._embedding_collection.embeddings[self._pretrained.table_name]
+            mark_inherited(table.parameters(), lr_ratio)
+        hook = _frozen(self.attention_hook)
+        if hook is not None:
+            hook.freeze(self._pretrained.table_by_id())
+
+
+def _frozen(hook: AttentionHook | None) -> PreferenceGuidedSparseAttention | None:
+    if isinstance(hook, PreferenceGuidedSparseAttention) and hook.table == "frozen":
+        return hook
+    return None
+
+
+def _layers(transducer: Any) -> list[PreferenceSTULayer]:
+    return [m for m in transducer.modules() if isinstance(m, PreferenceSTULayer)]
+
+
+@contextlib.contextmanager
+def _classes_of_this_model(
+    attention_hook: AttentionHook | None, positional_encoder: nn.Module | None
+) -> Iterator[None]:
+    """The host's constructor builds the layers and the transducer of this package.
+
+    Only where a slot needs them, and only inside. A host with the project's patches names its
+    classes as attributes of the model; in others the constructor looks them up in its module.
+    """
+    if attention_hook is None and positional_encoder is None:
+        yield
+        return
+    wanted = {
+        "STULayer": ("stu_layer_cls", PreferenceSTULayer),
+        "HSTUTransducer": ("transducer_cls", PreferenceTransducer),
+    }
+    with contextlib.ExitStack() as undo:
+        for name, (attribute, replacement) in wanted.items():
+            owner, slot = (
+                (DlrmHSTU, attribute) if hasattr(host.DlrmHSTU, attribute) else (host, name)
+            )
+            undo.callback(setattr, owner, slot, getattr(owner, slot))
+            setattr(owner, slot, replacement)
+        yield
+
+
+def _set_fields(argument: str, config: Any, fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        if not hasattr(config, name):
+            raise ValueError(
+                f"{argument} sets {name!r}, which {type(config).__name__} has not; "
+                f"it has {sorted(vars(config))}"
+            )
+        setattr(config, name, value)
+
+
+def _check_width(slot: str, given: Any, width: int, owner: str) -> None:
+    if given != width:
+        raise ValueError(
+            f"{slot} must have the width of {owner}: embedding_dim={width}, "
+            f"got embedding_dim={given}"
+        )
