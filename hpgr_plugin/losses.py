@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -72,14 +73,15 @@ def sampled_cross_entropy(
         log_proposal: `[V]`, log Q.
         bias: `[V]`.
     """
-    target_scores = (hidden * F.embedding(targets, item_table)).sum(1).float()
-    scores = F.linear(hidden, F.embedding(negatives, item_table)).float()
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    target_scores = (hidden * F.embedding(targets, item_table)).to(exact).sum(1)
+    scores = F.linear(hidden, F.embedding(negatives, item_table)).to(exact)
     if bias is not None:
         target_scores = target_scores + bias[targets]
         scores = scores + bias[negatives]
-    correction = log_proposal[negatives].float() + torch.tensor(float(len(negatives))).log()
+    correction = log_proposal[negatives] + math.log(len(negatives))
     same = negatives == targets.unsqueeze(1)
-    corrected = (scores - correction).masked_fill(same, -torch.inf)
+    corrected = (scores - correction.to(exact)).masked_fill(same, -torch.inf)
     normaliser = torch.cat([target_scores.unsqueeze(1), corrected], 1).logsumexp(1)
     return ItemLosses(normaliser - target_scores, (scores <= target_scores.unsqueeze(1)).all(1))
 
