@@ -5,6 +5,7 @@ reader -> EventTable -> build_log -> InteractionLog -> split -> PreparedData (ca
 file makes them known. Needs pandas and pyarrow (extra `data`).
 """
 
+from hpgr_plugin.data.baselines import item_mean_scores
 from hpgr_plugin.data.batch import Batch, SequenceBatch
 from hpgr_plugin.data.batches import RequestLoader
 from hpgr_plugin.data.errors import DataError
@@ -12,17 +13,23 @@ from hpgr_plugin.data.labels import LabelRule, label_column, rating_at_least
 from hpgr_plugin.data.log import CategoricalFeature, InteractionLog
 from hpgr_plugin.data.prepare import prepare_data
 from hpgr_plugin.data.prepared import PreparedData
+from hpgr_plugin.data.readers.ebnerd import EBNeRDReader
+from hpgr_plugin.data.readers.kuairand import KuaiRandReader
 from hpgr_plugin.data.readers.movielens import MovieLensReader
+from hpgr_plugin.data.readers.table import TableReader
 from hpgr_plugin.data.requests import Requests, RequestSettings, build_requests
 from hpgr_plugin.data.sequences import SequenceLoader
 from hpgr_plugin.data.split import GlobalTimeSplit, LastFractionSplit, LastNSplit
+from hpgr_plugin.data.synthetic import SyntheticReader, SyntheticTruth
 
 __all__ = [
     "Batch",
     "CategoricalFeature",
     "DataError",
+    "EBNeRDReader",
     "GlobalTimeSplit",
     "InteractionLog",
+    "KuaiRandReader",
     "LabelRule",
     "LastFractionSplit",
     "LastNSplit",
@@ -33,7 +40,11 @@ __all__ = [
     "Requests",
     "SequenceBatch",
     "SequenceLoader",
+    "SyntheticReader",
+    "SyntheticTruth",
+    "TableReader",
     "build_requests",
+    "item_mean_scores",
     "label_column",
     "prepare_data",
     "rating_at_least",

@@ -124,7 +124,9 @@ def _coded_features(side: SideTable | None, ids: np.ndarray) -> dict[str, Catego
     """Codes by name for these ids; 0 where the table or the value is missing."""
     if side is None:
         return {}
-    rows = pc.index_in(pa.array(ids.tolist()).cast(side.ids.type), value_set=side.ids)
+    rows = pc.index_in(
+        pa.array(ids.tolist()).cast(pa.string()), value_set=side.ids.cast(pa.string())
+    )
     features = {}
     for name, column in side.columns.items():
         values = column.take(rows)

@@ -9,6 +9,7 @@ import numpy as np
 
 from hpgr_plugin.data.log import InteractionLog
 from hpgr_plugin.data.ranges import offsets_of
+from hpgr_plugin.data.split import SPLITS
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,16 @@ class PreparedData:
     def history_offsets(self) -> np.ndarray:
         """User u owns history_rows[history_offsets[u]:history_offsets[u + 1]]; int64 [U + 1]."""
         return offsets_of(self.is_history)[self.log.user_offsets]
+
+    def summary(self) -> str:
+        """One line: users, items, events and how the candidates are split."""
+        log = self.log
+        counts = np.bincount(self.split[self.is_candidate], minlength=len(SPLITS))
+        parts = ", ".join(f"{n:,} {name}" for n, name in zip(counts, SPLITS, strict=True))
+        positive = log.label[self.is_candidate].mean() if self.is_candidate.any() else 0.0
+        dropped = sum(self.dropped.values())
+        return (
+            f"{log.num_users:,} users, {log.num_items:,} items, {log.num_events:,} events; "
+            f"candidates: {parts}; {positive:.1%} positive"
+            + (f"; {dropped:,} bad rows dropped" if dropped else "")
+        )

@@ -109,6 +109,22 @@ def _assign_last(
     has_candidates = counts > 0
     for cut in (counts - num_test, counts - num_test - num_validation):
         code += place >= np.repeat(np.where(has_candidates, cut, 1), lengths)
+    return code if log.group is None else _whole_groups(log, log.group, is_candidate, code)
+
+
+def _whole_groups(
+    log: InteractionLog, group: np.ndarray, is_candidate: np.ndarray, code: np.ndarray
+) -> np.ndarray:
+    """Candidates shown together take the split of the first of them.
+
+    Exactly one of an impression is clicked, so its labels give each other away.
+    """
+    rows = np.flatnonzero(is_candidate)
+    users = log.event_users()[rows]
+    starts = np.ones(len(rows), dtype=bool)
+    starts[1:] = (group[rows[1:]] != group[rows[:-1]]) | (users[1:] != users[:-1])
+    first = np.flatnonzero(starts)[np.cumsum(starts) - 1]
+    code[rows] = code[rows[first]]
     return code
 
 

@@ -23,11 +23,20 @@ class RowChecks:
         table: the columns, in the order of the file.
         file: named in errors.
         drop_bad_rows: collect bad rows in `good` instead of raising at the first.
+        file_rows: the 1-based row of the file of each row [E]; None: 1, 2, ...
     """
 
-    def __init__(self, table: pa.Table, file: Path, *, drop_bad_rows: bool) -> None:
+    def __init__(
+        self,
+        table: pa.Table,
+        file: Path,
+        *,
+        drop_bad_rows: bool,
+        file_rows: np.ndarray | None = None,
+    ) -> None:
         self._table = table
         self._file = file
+        self._file_rows = file_rows
         self._drop = drop_bad_rows
         self.good = np.ones(table.num_rows, dtype=bool)
 
@@ -102,9 +111,10 @@ class RowChecks:
         if not bad.any():
             return
         if not self._drop:
-            row = int(bad.argmax())
-            value = self._table[field][row].as_py()
-            raise DataError(f"{problem}: {value!r}", file=self._file, row=row + 1, field=field)
+            first = int(bad.argmax())
+            row = first + 1 if self._file_rows is None else int(self._file_rows[first])
+            value = self._table[field][first].as_py()
+            raise DataError(f"{problem}: {value!r}", file=self._file, row=row, field=field)
         self.good &= ~bad
 
 

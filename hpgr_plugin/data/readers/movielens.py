@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from hpgr_plugin.data.errors import DataError
 from hpgr_plugin.data.events import EventTable, SideTable, location
-from hpgr_plugin.data.readers.checks import RowChecks
+from hpgr_plugin.data.readers.assemble import EventColumns, check_events
 from hpgr_plugin.data.readers.files import existing, matching, read_csv
 from hpgr_plugin.data.readers.side import read_side_table
 
@@ -46,35 +46,27 @@ class MovieLensReader:
     def read(self, fields: Sequence[str]) -> EventTable:
         """The ratings, in the order of the file."""
         file = self._ratings()
-        names, options = _layout(file)
-        wanted = [names["user"], names["item"], names["timestamp"]]
-        extra = [field for field in fields if field not in wanted]
-        table, malformed = read_csv(
-            file, [*wanted, *extra], drop_bad_rows=self.drop_bad_rows, **options
+        columns, options = _layout(file)
+        wanted = columns.with_fields(fields)
+        table, malformed = read_csv(file, wanted, drop_bad_rows=self.drop_bad_rows, **options)
+        events = check_events(
+            table,
+            file,
+            columns,
+            fields=fields,
+            drop_bad_rows=self.drop_bad_rows,
+            malformed=malformed,
         )
-        checks = RowChecks(table, file, drop_bad_rows=self.drop_bad_rows)
-        user, item = checks.identifiers(wanted[0]), checks.identifiers(wanted[1])
-        timestamp = checks.seconds(wanted[2])
-        values = {field: checks.numbers(field) for field in fields}
-        good = checks.good
         users, items = _features(file) if self.features else (None, None)
-        return EventTable(
-            user=user.filter(pa.array(good)),
-            item=item.filter(pa.array(good)),
-            timestamp=timestamp[good],
-            values={field: value[good] for field, value in values.items()},
-            user_features=users,
-            item_features=items,
-            dropped={file.name: malformed + checks.num_bad},
-        )
+        return replace(events, user_features=users, item_features=items)
 
     def _ratings(self) -> Path:
         return matching(existing(self.path), _PATTERNS)[0]
 
 
-def _layout(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def _layout(file: Path) -> tuple[EventColumns, dict[str, Any]]:
     """The names of the columns, and how to read the file."""
-    names = {"user": "user_id", "item": "item_id", "timestamp": "timestamp"}
+    names = EventColumns("user_id", "item_id", "timestamp")
     if file.suffix == ".inter":
         return names, {"delimiter": "\t", "typed_header": True, "quoted": False}
     if file.suffix == ".dat":
@@ -82,7 +74,7 @@ def _layout(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
         header = ["user_id", "_1", "item_id", "_2", "rating", "_3", "timestamp"]
         return names, {"delimiter": ":", "header": header, "quoted": False}
     if file.suffix == ".csv":
-        return {"user": "userId", "item": "movieId", "timestamp": "timestamp"}, {}
+        return EventColumns("userId", "movieId", "timestamp"), {}
     if file.name == "u.data":
         header = ["user_id", "item_id", "rating", "timestamp"]
         return names, {"delimiter": "\t", "header": header, "quoted": False}

@@ -1,0 +1,84 @@
+"""KuaiRand: exposures of short videos, in its own csv columns or in parquet with the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gin
+
+from hpgr_plugin.data.events import EventTable, SideTable, location
+from hpgr_plugin.data.readers.assemble import EventColumns, check_events, concatenate
+from hpgr_plugin.data.readers.files import existing, matching, read_table
+from hpgr_plugin.data.readers.side import read_side_table
+
+_STANDARD_LOGS = ("log_standard*.csv", "log_standard*.parquet", "log*.parquet", "log*.csv")
+# Some extracts carry the columns of a video in the log itself.
+_VIDEO_FILES = ("video_features_basic*.csv", "video_features_basic*.parquet", "log*.parquet")
+
+
+@gin.configurable(module="hpgr")
+@dataclass(frozen=True, kw_only=True)
+class KuaiRandReader:
+    """Exposures with `is_click`, `is_like`, `long_view`, `tab` ... as fields for labels.
+
+    is_click is a click in the two-column view and a valid play in the single-column one; the
+    field `tab` tells which. Rows that the source holds twice are kept twice.
+
+    Args:
+        path: the folder, or one log file.
+        logs: patterns of log files; the first that finds any counts. The random-exposure log
+            (`log_random*`) is not among the default.
+        user_columns: columns of `user_features*.csv` to read as features of users.
+        video_columns: columns of `video_features_basic*` (or of the log) for items.
+        drop_bad_rows: drop and count bad rows instead of raising.
+    """
+
+    path: str = location("")
+    logs: tuple[str, ...] = _STANDARD_LOGS
+    user_columns: tuple[str, ...] = ()
+    video_columns: tuple[str, ...] = ()
+    drop_bad_rows: bool = False
+
+    def sources(self) -> list[Path]:
+        """The logs, and the files of features where they are read."""
+        return [*self._logs(), *self._user_files(), *self._video_files()]
+
+    def read(self, fields: Sequence[str]) -> EventTable:
+        """The exposures, file after file."""
+        events = concatenate([self._read_log(file, fields) for file in self._logs()])
+        return replace(
+            events,
+            user_features=_side(self._user_files(), "user_id", self.user_columns),
+            item_features=_side(self._video_files(), "video_id", self.video_columns),
+        )
+
+    def _read_log(self, file: Path, fields: Sequence[str]) -> EventTable:
+        columns = EventColumns(user="user_id", item="video_id", timestamp="time_ms")
+        wanted = columns.with_fields(fields)
+        table, malformed = read_table(file, wanted, drop_bad_rows=self.drop_bad_rows)
+        return check_events(
+            table,
+            file,
+            columns,
+            fields=fields,
+            time_unit="ms",
+            drop_bad_rows=self.drop_bad_rows,
+            malformed=malformed,
+        )
+
+    def _logs(self) -> list[Path]:
+        return matching(existing(self.path), self.logs)
+
+    def _user_files(self) -> list[Path]:
+        folder = existing(self.path)
+        return matching(folder, ("user_features*.csv",))[:1] if self.user_columns else []
+
+    def _video_files(self) -> list[Path]:
+        folder = existing(self.path)
+        return matching(folder, _VIDEO_FILES)[:1] if self.video_columns else []
+
+
+def _side(files: list[Path], id_column: str, columns: tuple[str, ...]) -> SideTable | None:
+    return read_side_table(files[0], id_column, columns) if files else None

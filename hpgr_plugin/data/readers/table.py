@@ -1,0 +1,96 @@
+"""Any parquet or csv with one event a row, by a map of its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from hpgr_plugin.data.events import EventTable, SideTable, location
+from hpgr_plugin.data.readers.assemble import EventColumns, check_events, concatenate
+from hpgr_plugin.data.readers.files import existing, matching, read_table
+from hpgr_plugin.data.readers.side import read_side_table
+
+
+@gin.configurable(module="hpgr")
+@dataclass(frozen=True, kw_only=True)
+class TableReader:
+    """Parquet (`.parquet`) or text with a header (anything else), one event a row.
+
+    Args:
+        path: a file, or a folder whose files all are read.
+        files: patterns inside the folder; the first that finds any counts.
+        user, item, timestamp: names of the columns.
+        group: column of whole numbers: events shown together share a value.
+        candidate: column of 0 and 1: 0 marks an event that is only ever history.
+        time_unit: "s" | "ms" | "us" | "ns", for timestamps that are plain numbers.
+        delimiter: of text files.
+        user_table, item_table: files with side features, ids under `user` and `item`.
+        user_columns, item_columns: their columns.
+        drop_bad_rows: drop and count bad rows instead of raising.
+    """
+
+    path: str = location("")
+    files: tuple[str, ...] = ("*.parquet", "*.csv")
+    user: str = "user_id"
+    item: str = "item_id"
+    timestamp: str = "timestamp"
+    group: str | None = None
+    candidate: str | None = None
+    time_unit: str = "s"
+    delimiter: str = ","
+    user_table: str | None = location()
+    user_columns: tuple[str, ...] = ()
+    item_table: str | None = location()
+    item_columns: tuple[str, ...] = ()
+    drop_bad_rows: bool = False
+
+    def __post_init__(self) -> None:
+        if self.time_unit not in ("s", "ms", "us", "ns"):
+            raise ValueError(f"time_unit is 's', 'ms', 'us' or 'ns', got {self.time_unit!r}")
+
+    def sources(self) -> list[Path]:
+        """The events, and the tables of features."""
+        tables = [existing(table) for table in (self.user_table, self.item_table) if table]
+        return [*self._events(), *tables]
+
+    def read(self, fields: Sequence[str]) -> EventTable:
+        """The events, file after file."""
+        events = concatenate([self._read(file, fields) for file in self._events()])
+        return replace(
+            events,
+            user_features=self._side(self.user_table, self.user, self.user_columns),
+            item_features=self._side(self.item_table, self.item, self.item_columns),
+        )
+
+    def _read(self, file: Path, fields: Sequence[str]) -> EventTable:
+        columns = EventColumns(self.user, self.item, self.timestamp, self.group, self.candidate)
+        wanted = columns.with_fields(fields)
+        table, malformed = read_table(
+            file, wanted, drop_bad_rows=self.drop_bad_rows, **self._csv_options(file)
+        )
+        return check_events(
+            table,
+            file,
+            columns,
+            fields=fields,
+            time_unit=self.time_unit,
+            drop_bad_rows=self.drop_bad_rows,
+            malformed=malformed,
+        )
+
+    def _events(self) -> list[Path]:
+        return matching(existing(self.path), self.files)
+
+    def _csv_options(self, file: Path) -> dict[str, Any]:
+        return {} if file.suffix == ".parquet" else {"delimiter": self.delimiter}
+
+    def _side(self, table: str | None, ids: str, columns: tuple[str, ...]) -> SideTable | None:
+        return (
+            read_side_table(table, ids, columns, **self._csv_options(Path(table)))
+            if table
+            else None
+        )

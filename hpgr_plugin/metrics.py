@@ -1,0 +1,133 @@
+"""Ranking metrics of one evaluation: AUC, GAUC, log loss, normalised entropy.
+
+Scores are probabilities in [0, 1] (a sigmoid's output), so that one array serves all four.
+
+GAUC is the mean of per-user AUC, weighted by each user's number of candidates ("impressions")
+or equally ("users"), over the users who have both a positive and a negative; the others have
+no AUC and are left out, weight and all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+# Keeps a score of exactly 0 or 1 that turns out wrong from costing infinitely much.
+_EPSILON = 1e-7
+
+
+def ranking_metrics(labels: Any, scores: Any, users: Any) -> dict[str, float]:
+    """All metrics: "auc", "gauc" (impression-weighted), "log_loss", "ne".
+
+    Args:
+        labels: [C] 0 or 1; array or tensor on the CPU.
+        scores: [C] probabilities.
+        users: [C] whose candidate each is.
+
+    Raises:
+        ValueError: lengths differ, a label is not 0 or 1, or a score is no probability.
+    """
+    return {
+        "auc": auc(labels, scores),
+        "gauc": gauc(labels, scores, users),
+        "log_loss": log_loss(labels, scores),
+        "ne": normalized_entropy(labels, scores),
+    }
+
+
+def auc(labels: Any, scores: Any) -> float:
+    """Area under the ROC curve, exact, ties averaged; NaN where only one label occurs."""
+    labels, scores = _checked(labels, scores)
+    if labels.all() or not labels.any():
+        return math.nan
+    # Here and not above: importing it takes seconds.
+    import torch
+    from torchmetrics.functional.classification import binary_auroc
+
+    # Ranks keep every order that the scores have, in a range that the library leaves alone.
+    distinct, rank = np.unique(scores, return_inverse=True)
+    ranks = torch.from_numpy(rank / len(distinct))
+    return float(binary_auroc(ranks, torch.from_numpy(labels).long()))
+
+
+def gauc(labels: Any, scores: Any, users: Any, weighting: str = "impressions") -> float:
+    """Mean per-user AUC; see the module's page. NaN where no user has both labels.
+
+    Args:
+        labels: [C] 0 or 1.
+        scores: [C] probabilities.
+        users: [C].
+        weighting: "impressions" | "users".
+    """
+    if weighting not in ("impressions", "users"):
+        raise ValueError(f"weighting is 'impressions' or 'users', got {weighting!r}")
+    labels, scores = _checked(labels, scores)
+    users = np.asarray(users)
+    if users.shape != labels.shape:
+        raise ValueError(f"users has shape {users.shape}, labels {labels.shape}")
+    _, user = np.unique(users, return_inverse=True)
+    count = np.bincount(user)
+    positives = np.bincount(user, weights=labels)
+    negatives = count - positives
+    # Mann and Whitney: AUC = (sum of the positives' ranks - n(n+1)/2) / (n m), ranks within user.
+    rank_sum = np.bincount(user, weights=labels * _ranks_within(user, scores))
+    both = (positives > 0) & (negatives > 0)
+    if not both.any():
+        return math.nan
+    positives, negatives = positives[both], negatives[both]
+    each = (rank_sum[both] - positives * (positives + 1) / 2) / (positives * negatives)
+    weights = count[both] if weighting == "impressions" else None
+    return float(np.average(each, weights=weights))
+
+
+def log_loss(labels: Any, scores: Any) -> float:
+    """Mean binary cross entropy (Eq. 6), nats."""
+    labels, scores = _checked(labels, scores)
+    scores = np.clip(scores, _EPSILON, 1 - _EPSILON)
+    return float(-np.where(labels, np.log(scores), np.log1p(-scores)).mean())
+
+
+def normalized_entropy(labels: Any, scores: Any) -> float:
+    """Log loss over that of always saying the mean label; below 1 is better than that."""
+    labels, scores = _checked(labels, scores)
+    mean = float(labels.mean())
+    if mean in (0.0, 1.0):
+        return math.nan
+    entropy = -(mean * math.log(mean) + (1 - mean) * math.log(1 - mean))
+    return log_loss(labels, scores) / entropy
+
+
+def _ranks_within(user: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """1-based ranks of each user's scores [C], ties sharing their mean rank."""
+    order = np.lexsort((scores, user))
+    sorted_user, sorted_scores = user[order], scores[order]
+    new_user = np.ones(len(order), dtype=bool)
+    new_user[1:] = sorted_user[1:] != sorted_user[:-1]
+    new_value = new_user.copy()
+    new_value[1:] |= sorted_scores[1:] != sorted_scores[:-1]
+    value_start = np.flatnonzero(new_value)
+    value_end = np.append(value_start[1:], len(order))
+    user_start = np.flatnonzero(new_user)[np.cumsum(new_user) - 1]
+    value = np.cumsum(new_value) - 1
+    ranks = np.empty(len(order))
+    ranks[order] = (value_start[value] + value_end[value] + 1) / 2 - user_start
+    return ranks
+
+
+def _checked(labels: Any, scores: Any) -> tuple[np.ndarray, np.ndarray]:
+    """bool and float64 [C]."""
+    labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if labels.shape != scores.shape or labels.ndim != 1 or not labels.size:
+        raise ValueError(
+            "labels and scores are one-dimensional, of one length and not empty, "
+            f"got {labels.shape} and {scores.shape}"
+        )
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError("labels are 0 or 1, got others")
+    if not ((scores >= 0) & (scores <= 1)).all():
+        raise ValueError(
+            f"scores are probabilities in [0, 1], got {scores.min()} to {scores.max()}"
+        )
+    return labels.astype(bool), scores
