@@ -256,7 +256,8 @@ class StochasticLength(AttentionHook):
         bound = self.max_history
         if bound is None:
             bound = max(lengths.tolist(), default=0)
-        short = math.floor(bound ** (self.alpha / 2.0))
+        # A whole power may come out a rounding error short: 64^(2/3) is 15.999... in floats.
+        short = math.floor(bound ** (self.alpha / 2.0) + 1e-9)
         whole_probability = bound**self.alpha / lengths.double().square()
         whole = self._uniform(lengths) < whole_probability
         return torch.where(whole | (lengths <= short), lengths, short)

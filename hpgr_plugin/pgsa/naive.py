@@ -180,7 +180,7 @@ def stochastic_length(length: int, max_history: int, alpha: float) -> tuple[int,
         `(kept, probability)`: a history longer than kept = floor(N_c^(alpha / 2)) stays whole
         with probability min(1, N_c^alpha / n^2); a history up to that length always does.
     """
-    kept = math.floor(max_history ** (alpha / 2.0))
+    kept = math.floor(round(max_history ** (alpha / 2.0), 9))  # 64^(2/3) is 15.999... in floats
     if length <= kept:
         return kept, 1.0
     return kept, min(1.0, max_history**alpha / length**2)

@@ -128,4 +128,5 @@ def test_stochastic_length_by_hand():
     assert naive.stochastic_length(8, 16, 1.5) == (8, 1.0)
     assert naive.stochastic_length(9, 16, 1.5) == (8, 64 / 81)
     assert naive.stochastic_length(16, 16, 1.5) == (8, 0.25)
+    assert naive.stochastic_length(64, 64, 4 / 3)[0] == 16
     assert naive.stochastic_length(100, 100, 2.0) == (100, 1.0)
