@@ -1,0 +1,55 @@
+"""The stage-1 hand-over in the host's item table."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from hpgr_plugin.handoff import Handoff, load_handoff, load_sem_state
+from hpgr_plugin.hosts.research.learning_rates import mark_inherited
+from hpgr_plugin.sem import SessionEnhancementModule
+
+
+def host_item_digest(num_items: int) -> str:
+    """Digest of the host's item ids, 1..num_items in order (0 is its padding).
+
+    The trainer tells an encoder how many items there are and nothing else, so that is what can be
+    compared; the host's data sets have different numbers.
+    """
+    return hashlib.sha256(f"generative_recommenders ids 1..{num_items}".encode()).hexdigest()
+
+
+def load_pretrained(
+    path: str,
+    *,
+    table: nn.Embedding,
+    sem: SessionEnhancementModule | None,
+    inherited_lr_ratio: float,
+) -> None:
+    """Fill the host's table and `sem` from the hand-over at `path`, at the smaller rate.
+
+    Args:
+        path: written by `pretrain`.
+        table: `[num_items + 1, D]`; row 0, the padding, stays as it is.
+        sem: None leaves the SEM weights of the hand-over unused.
+        inherited_lr_ratio: factor on the learning rate of what is loaded.
+
+    Raises:
+        FileNotFoundError, HandoffError: see `load_handoff`.
+    """
+    num_items, embedding_dim = table.num_embeddings - 1, table.embedding_dim
+    handoff: Handoff = load_handoff(
+        path,
+        num_items=num_items,
+        embedding_dim=embedding_dim,
+        vocabulary_digest=host_item_digest(num_items),
+        gap_seconds=None if sem is None else sem.gap_seconds,
+    )
+    with torch.no_grad():
+        table.weight[1:].copy_(handoff.item_table)
+    mark_inherited(table.parameters(), inherited_lr_ratio)
+    if sem is not None:
+        load_sem_state(sem, handoff)
+        mark_inherited(sem.parameters(), inherited_lr_ratio)
