@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from hpgr_plugin.jagged import complete_cumsum, ranges, segment_ids, segment_positions
 from hpgr_plugin.sessions import Sessions, partition_sessions
-from hpgr_plugin.transformer import INIT_STD, JaggedEncoder, segment_layout, segment_mean
+from hpgr_plugin.transformer import (
+    INIT_STD,
+    JaggedEncoder,
+    SegmentLayout,
+    segment_layout,
+    segment_mean,
+)
 
 
 class _EncodedSessions(NamedTuple):
@@ -170,41 +176,42 @@ class SessionEnhancementModule(nn.Module):
         position = segment_positions(offsets, tokens.numel())
         x = history.index_select(0, tokens) + F.embedding(position, self.item_position)
         x, offsets = _lead_with(self.session_cls, x, offsets)
-        return self.intra_encoder(x, segment_layout(offsets)).index_select(0, offsets[:-1])
+        return self.intra_encoder.first_tokens(x, segment_layout(offsets))
 
     def _context(
         self, vectors: Tensor, encoded: _EncodedSessions, sessions: Sessions, offsets: Tensor
     ) -> Tensor:
         """Eq. 2: session vectors `[S', D]` -> the F of every token `[T, D]`."""
-        offsets_in = encoded.user_offsets
         user = segment_ids(offsets, sessions.session_index.numel())
-        number = segment_positions(offsets_in, len(vectors))
+        x, rows = self._number_sessions(vectors, encoded.user_offsets)
+        # Rows are broadcast by F.embedding, not by indexing: its backward adds up a user's tokens
+        # in a fixed order on CUDA too.
+        if self.causal:
+            leads = int(self.pooling == "cls")
+            layout = segment_layout(rows, causal=True, window=self.max_sessions, sink=leads == 1)
+            x = self._pool_all(x, layout)
+            earlier = sessions.session_index - sessions.user_offsets[user]
+            row = torch.where(earlier > 0, rows[user] + leads + earlier, 0)
+            return F.embedding(row, torch.cat([x.new_zeros(1, x.shape[1]), x]))
+        layout = segment_layout(rows)
+        if self.pooling == "cls":
+            return F.embedding(user, self.inter_encoder.first_tokens(x, layout))
+        return F.embedding(rows[user], self._pool_all(x, layout))
+
+    def _number_sessions(self, vectors: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Add positions to the session vectors and lead with the second [CLS], if there is one."""
+        number = segment_positions(offsets, len(vectors))
         if self.causal:
             number = number.clamp(max=self.max_sessions - 1)
         else:
-            number = offsets_in.diff()[segment_ids(offsets_in, len(vectors))] - 1 - number
+            number = offsets.diff()[segment_ids(offsets, len(vectors))] - 1 - number
         x = vectors + F.embedding(number, self.session_position)
-        if self.pooling == "cls":
-            x, offsets_in = _lead_with(self.history_cls, x, offsets_in)
-        window = self.max_sessions if self.causal else None
-        layout = segment_layout(
-            offsets_in, causal=self.causal, window=window, sink=self.pooling == "cls"
-        )
-        x = self.inter_encoder(x, layout)
-        if self.pooling == "mean":
-            x = segment_mean(x, layout)
+        return _lead_with(self.history_cls, x, offsets) if self.pooling == "cls" else (x, offsets)
 
-        if self.causal:
-            earlier = sessions.session_index - sessions.user_offsets[user]
-            leading = int(self.pooling == "cls")
-            row = torch.where(earlier > 0, offsets_in[user] + leading + earlier - 1, -1)
-        elif self.pooling == "cls":
-            row = offsets_in[user]
-        else:
-            row = offsets_in[user + 1] - 1
-        # Row -1, "no earlier session", is the zero row put in front. F.embedding, not indexing: its
-        # backward adds up the tokens of a user in a fixed order on CUDA too.
-        return F.embedding(row + 1, torch.cat([x.new_zeros(1, x.shape[1]), x]))
+    def _pool_all(self, x: Tensor, layout: SegmentLayout) -> Tensor:
+        """The pooled context as each row sees it, `[R, D]` -> `[R, D]`."""
+        x = self.inter_encoder(x, layout)
+        return segment_mean(x, layout) if self.pooling == "mean" else x
 
     def _fuse(self, history: Tensor, context: Tensor) -> Tensor:
         if self.fusion == "add":

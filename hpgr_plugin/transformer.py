@@ -8,7 +8,7 @@ For the attention, segments are sorted by length and cut into buckets that waste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +46,15 @@ class SegmentLayout(NamedTuple):
     Attributes:
         order: int64 `[T]`, tokens with the longest segments first.
         inverse: int64 `[T]`, back to the given order.
+        starts: int64 `[S]`, where the segments start in that order, ascending.
+        segment_inverse: int64 `[S]`, of every given segment, its place in `starts`.
         buckets: consecutive slices of the ordered tokens.
     """
 
     order: Tensor
     inverse: Tensor
+    starts: Tensor
+    segment_inverse: Tensor
     buckets: tuple[Bucket, ...]
 
     @property
@@ -103,6 +107,8 @@ def segment_layout(
     order = ranges(offsets[:-1].long()[segment_order], sorted_lengths)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
+    segment_inverse = torch.empty_like(segment_order)
+    segment_inverse[segment_order] = torch.arange(len(lengths), device=order.device)
 
     distinct, counts = torch.stack(lengths[lengths > 0].unique(return_counts=True)).flip(1).tolist()
     buckets = []
@@ -114,7 +120,8 @@ def segment_layout(
             Bucket(complete_cumsum(bucket_lengths), tokens, width, mask, causal and mask is None)
         )
         first_row += rows
-    return SegmentLayout(order, inverse, tuple(buckets))
+    starts = complete_cumsum(sorted_lengths)[:-1]
+    return SegmentLayout(order, inverse, starts, segment_inverse, tuple(buckets))
 
 
 def _visible(
@@ -157,6 +164,31 @@ def segment_attention(qkv: Tensor, layout: SegmentLayout) -> Tensor:
     return torch.cat(pieces)
 
 
+def first_token_attention(q: Tensor, kv: Tensor, layout: SegmentLayout) -> Tensor:
+    """The same for the first token of every segment alone.
+
+    Args:
+        q: `[S, H, d]`, segments with the longest first.
+        kv: `[T, 2, H, d]`, tokens in the layout's order; the layout is not causal.
+
+    Returns:
+        `[S, H * d]`, in the order of `q`.
+    """
+    _, _, heads, head_dim = kv.shape
+    if not layout.buckets:
+        return q.flatten(1)
+    pieces = []
+    rows = [bucket.offsets.numel() - 1 for bucket in layout.buckets]
+    tokens = [bucket.num_tokens for bucket in layout.buckets]
+    chunks = zip(q.split(rows), kv.flatten(1).split(tokens), layout.buckets, strict=True)
+    for query, chunk, bucket in chunks:
+        padded = jagged_to_padded_dense(chunk, bucket.offsets, bucket.width)
+        k, v = padded.view(len(query), bucket.width, 2, heads, head_dim).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query.unsqueeze(2), k, v, attn_mask=bucket.mask)
+        pieces.append(attended.flatten(1))
+    return torch.cat(pieces)
+
+
 def segment_mean(values: Tensor, layout: SegmentLayout) -> Tensor:
     """The mean of what each token sees, `[T, D]` -> `[T, D]`: attention with equal scores."""
     equal = torch.zeros_like(values)
@@ -188,7 +220,29 @@ class EncoderLayer(nn.Module):
         tokens, width = x.shape
         qkv = self.qkv(self.attention_norm(x))
         qkv = qkv.view(tokens, 3, self.num_heads, width // self.num_heads)
-        x = x + self.dropout(self.attention_output(segment_attention(qkv, layout)))
+        return self._finish(x, segment_attention(qkv, layout))
+
+    def first_tokens(self, x: Tensor, layout: SegmentLayout) -> Tensor:
+        """`forward` for the first token of every segment, `[T, D]` -> `[S, D]`, longest first.
+
+        The other tokens are only looked at, so they need no queries and no feed-forward.
+        """
+        tokens, width = x.shape
+        head_dim = width // self.num_heads
+        weights = self.qkv.weight.split([width, 2 * width])
+        biases = self.qkv.bias.split([width, 2 * width])
+        normed = self.attention_norm(x)
+        q = F.linear(normed.index_select(0, layout.starts), weights[0], biases[0])
+        kv = F.linear(normed, weights[1], biases[1])
+        attended = first_token_attention(
+            q.view(-1, self.num_heads, head_dim),
+            kv.view(tokens, 2, self.num_heads, head_dim),
+            layout,
+        )
+        return self._finish(x.index_select(0, layout.starts), attended)
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention_output(attended))
         hidden = F.gelu(self.expand(self.feedforward_norm(x)))
         return x + self.dropout(self.contract(hidden))
 
@@ -242,3 +296,19 @@ class JaggedEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, layout)
         return self.final_norm(x).index_select(0, layout.inverse)
+
+    def first_tokens(self, x: Tensor, layout: SegmentLayout) -> Tensor:
+        """What `forward` gives for the first token of every segment, at less cost.
+
+        Args:
+            x: `[T, D]`, as in `forward`.
+            layout: not causal, of segments that all have tokens.
+
+        Returns:
+            `[S, D]`, in the order of the offsets.
+        """
+        x = x.index_select(0, layout.order)
+        for layer in self.layers[:-1]:
+            x = layer(x, layout)
+        x = cast(EncoderLayer, self.layers[-1]).first_tokens(x, layout)
+        return self.final_norm(x).index_select(0, layout.segment_inverse)

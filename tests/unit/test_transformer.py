@@ -123,3 +123,27 @@ def test_bad_sizes(argument, value):
     arguments = {"embedding_dim": 8, "num_heads": 2, "num_layers": 1} | {argument: value}
     with pytest.raises(ValueError, match=argument):
         JaggedEncoder(**arguments)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_first_tokens_are_those_of_forward(num_layers):
+    torch.manual_seed(0)
+    lengths = [n for n in LENGTHS if n]
+    encoder = JaggedEncoder(
+        embedding_dim=8, num_heads=2, num_layers=num_layers, final_norm=True
+    ).double()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    values = torch.randn(sum(lengths), 8, dtype=torch.float64, requires_grad=True)
+    offsets = offsets_of(lengths)
+    layout = segment_layout(offsets)
+    inputs = (values, *encoder.parameters())
+    weights = torch.randn(len(lengths), 8, dtype=torch.float64)
+    fast, slow = encoder.first_tokens(values, layout), encoder(values, layout)[offsets[:-1]]
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    for got, want in zip(
+        torch.autograd.grad((fast * weights).sum(), inputs),
+        torch.autograd.grad((slow * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
