@@ -6,6 +6,8 @@ sequence are loaded as zeros and need no mask. Column weights multiply the score
 which costs less than scaling the rows of V on their way to the tensor cores.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from typing import Any, NamedTuple
 
 import torch
@@ -28,13 +30,15 @@ class Shape(NamedTuple):
 
     offsets: Tensor  # [B + 1]
     query_offsets: Tensor | None  # [B + 1]: q holds the last rows of every sequence
-    column_weights: Tensor | None  # [T] float32
+    column_weights: Tensor | None  # [T] float32; [Tq, pitch] float32 by row and column: `cross`
     num_targets: Tensor | None  # [B]
     max_length: int
     max_query_length: int
     alpha: float
     norm_length: float
-    pre: bool  # SiLU(M s) instead of SiLU(s) M
+    pre: bool = False  # SiLU(M s) instead of SiLU(s) M
+    exact: bool = False  # the last sequence ends where the tensors end
+    cross: bool = False  # queries are no rows of the sequences: each reads all columns
 
 
 def triton_hstu_attention(
@@ -51,6 +55,7 @@ def triton_hstu_attention(
     num_targets: Tensor | None = None,
     query_offsets: Tensor | None = None,
     max_query_length: int | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """See `ops.hstu_attention`; rows beyond `offsets[-1]` come out zero."""
     shape = Shape(
@@ -63,6 +68,7 @@ def triton_hstu_attention(
         alpha=alpha,
         norm_length=norm_length,
         pre=apply == "pre",
+        exact=exact,
     )
     output: Tensor = _Attention.apply(q, k, v, shape)
     return output
@@ -72,7 +78,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
         q, k, v = (_unit_stride(x) for x in (q, k, v))
-        output = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+        output = room(q, (q.shape[0], q.shape[1], v.shape[2]), shape.exact)
         attention_forward(q, k, v, output, shape)
         ctx.save_for_backward(q, k, v)
         ctx.shape = shape
@@ -81,10 +87,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
-        # preserve_format would keep the strides of a slice of a wider tensor, with its holes.
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        dq, dk, dv = (room(x, x.shape, ctx.shape.exact) for x in (q, k, v))
         attention_backward(_unit_stride(grad), q, k, v, dq, dk, dv, ctx.shape)
         return dq, dk, dv, None
+
+
+def room(like: Tensor, sizes: tuple[int, ...], exact: bool) -> Tensor:
+    """Memory for rows: unset where all of them will be written, zero where some are not."""
+    return like.new_empty(sizes) if exact else like.new_zeros(sizes)
 
 
 def attention_forward(
@@ -120,10 +130,13 @@ def attention_backward(
     dv: Tensor,
     shape: Shape,
     blocks: tuple[Blocks, Blocks] | None = None,
+    *,
+    accumulate: bool = False,
 ) -> None:
     """Write dq, dk and dv; rows beyond the last sequence stay as they are.
 
     Args:
+        accumulate: add to what dk and dv hold.
         blocks: of the pass over columns (dk, dv) and of the pass over rows (dq).
     """
     by_column, by_row = blocks or backward_blocks(q, v, shape)
@@ -143,6 +156,7 @@ def attention_backward(
         num_blocks,
         shape.alpha,
         1.0 / shape.norm_length,
+        ACCUMULATE=accumulate,
         **_constants(q, k, v, shape, by_column),
     )
     num_blocks = triton.cdiv(shape.max_query_length, by_row.rows)
@@ -191,7 +205,7 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _sequence_arguments(shape: Shape, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sequence_arguments(shape: Shape, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Pointers in kernel order; what is absent is never read, so any tensor stands in."""
     absent = shape.offsets
     return (
@@ -199,6 +213,7 @@ def _sequence_arguments(shape: Shape, q: Tensor) -> tuple[Tensor, Tensor, Tensor
         absent if shape.query_offsets is None else shape.query_offsets,
         q if shape.column_weights is None else shape.column_weights,
         absent if shape.num_targets is None else shape.num_targets,
+        shape.column_weights.stride(0) if shape.cross and shape.column_weights is not None else 0,
     )
 
 
@@ -218,6 +233,7 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, shape: Shape, blocks: Blocks) ->
         "ROWS": blocks.rows,
         "COLUMNS": blocks.columns,
         "SUFFIX": shape.query_offsets is not None,
+        "CROSS": shape.cross,
         "WEIGHTED": shape.column_weights is not None,
         "PRE": shape.pre,
         "TARGETS": shape.num_targets is not None,
@@ -267,10 +283,7 @@ def _sequence(pid, num_blocks, Offsets, QueryOffsets, Targets, H: tl.constexpr,
 def _silu_block(scores, weights, alpha, WEIGHTED: tl.constexpr, PRE: tl.constexpr,
                 APPROXIMATE: tl.constexpr):  # fmt: skip
     """SiLU of the scaled scores, with the column weights (already broadcast) applied."""
-    if WEIGHTED and PRE:
-        half = scores * (weights * (0.5 * alpha))
-    else:
-        half = scores * (0.5 * alpha)
+    half = scores * (weights * (0.5 * alpha)) if WEIGHTED and PRE else scores * (0.5 * alpha)
     attention = half * _half_tanh(half, APPROXIMATE) + half
     if WEIGHTED and not PRE:
         attention = attention * weights
@@ -281,10 +294,7 @@ def _silu_block(scores, weights, alpha, WEIGHTED: tl.constexpr, PRE: tl.constexp
 def _silu_block_with_slope(scores, weights, alpha, WEIGHTED: tl.constexpr, PRE: tl.constexpr,
                            APPROXIMATE: tl.constexpr):  # fmt: skip
     """The same, and its derivative by the scaled score s: SiLU'(s) = sig (1 + s (1 - sig))."""
-    if WEIGHTED and PRE:
-        half = scores * (weights * (0.5 * alpha))
-    else:
-        half = scores * (0.5 * alpha)
+    half = scores * (weights * (0.5 * alpha)) if WEIGHTED and PRE else scores * (0.5 * alpha)
     sigmoid = 0.5 * _half_tanh(half, APPROXIMATE) + 0.5
     attention = 2.0 * half * sigmoid
     slope = sigmoid + attention * (1.0 - sigmoid)
@@ -314,7 +324,7 @@ def _forward_columns(acc, q, K, V, Weights, positions, low, high, length, histor
             v = tl.load(V + columns[:, None] * stride_vt + in_v[None, :])
         weights = 1.0
         if WEIGHTED:
-            weights = tl.load(Weights + columns, mask=columns < length, other=0.0)[None, :]
+            weights = tl.load(Weights + columns[None, :], mask=columns[None, :] < length, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         attention = _silu_block(scores, weights, alpha, WEIGHTED, PRE, APPROXIMATE)
         if MASKED:
@@ -328,13 +338,13 @@ def _forward_columns(acc, q, K, V, Weights, positions, low, high, length, histor
 
 
 @triton.jit
-def _forward_kernel(Q, K, V, Out, Offsets, QueryOffsets, Weights, Targets,
+def _forward_kernel(Q, K, V, Out, Offsets, QueryOffsets, Weights, Targets, pitch,
                     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
                     stride_ot, stride_oh, num_blocks, alpha, inverse_norm,
                     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
-                    COLUMNS: tl.constexpr, SUFFIX: tl.constexpr, WEIGHTED: tl.constexpr,
-                    PRE: tl.constexpr, TARGETS: tl.constexpr, APPROXIMATE: tl.constexpr,
-                    PRECISION: tl.constexpr):  # fmt: skip
+                    COLUMNS: tl.constexpr, SUFFIX: tl.constexpr, CROSS: tl.constexpr,
+                    WEIGHTED: tl.constexpr, PRE: tl.constexpr, TARGETS: tl.constexpr,
+                    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     block, head, start, length, query_start, query_length, history = _sequence(
         tl.program_id(0), num_blocks, Offsets, QueryOffsets, Targets, H, SUFFIX, TARGETS
     )
@@ -342,13 +352,17 @@ def _forward_kernel(Q, K, V, Out, Offsets, QueryOffsets, Weights, Targets,
     first_row = (num_blocks - 1 - block) * ROWS
     if first_row >= query_length:
         return
-    shift = length - query_length
+    shift = length if CROSS else length - query_length
     rows = first_row + tl.arange(0, ROWS)
     positions = rows + shift
     Q += query_start * stride_qt + head * stride_qh
     K += start * stride_kt + head * stride_kh
     V += start * stride_vt + head * stride_vh
-    Weights += start
+    if CROSS:
+        last_row = tl.maximum(query_length - 1, 0)
+        Weights += (query_start + tl.minimum(rows, last_row))[:, None] * pitch
+    else:
+        Weights += start
     in_q = tl.arange(0, D)
     inside = rows[:, None] < query_length
     q = tl.load(Q + rows[:, None] * stride_qt + in_q[None, :], mask=inside, other=0.0)
@@ -389,7 +403,7 @@ def _backward_rows_columns(dq, q, grad, K, V, Weights, positions, low, high, len
             v = tl.load(V + columns[:, None] * stride_vt + in_v[None, :])
         weights = 1.0
         if WEIGHTED:
-            weights = tl.load(Weights + columns, mask=columns < length, other=0.0)[None, :]
+            weights = tl.load(Weights + columns[None, :], mask=columns[None, :] < length, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         d_attention = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         _, slope = _silu_block_with_slope(scores, weights, alpha, WEIGHTED, PRE, APPROXIMATE)
@@ -405,12 +419,13 @@ def _backward_rows_columns(dq, q, grad, K, V, Weights, positions, low, high, len
 
 
 @triton.jit
-def _backward_rows_kernel(Q, K, V, Grad, DQ, Offsets, QueryOffsets, Weights, Targets,
+def _backward_rows_kernel(Q, K, V, Grad, DQ, Offsets, QueryOffsets, Weights, Targets, pitch,
                           stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
                           stride_gt, stride_gh, stride_dt, stride_dh,
                           num_blocks, alpha, inverse_norm,
                           H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
-                          COLUMNS: tl.constexpr, SUFFIX: tl.constexpr, WEIGHTED: tl.constexpr,
+                          COLUMNS: tl.constexpr, SUFFIX: tl.constexpr, CROSS: tl.constexpr,
+                          WEIGHTED: tl.constexpr,
                           PRE: tl.constexpr, TARGETS: tl.constexpr, APPROXIMATE: tl.constexpr,
                           PRECISION: tl.constexpr):  # fmt: skip
     block, head, start, length, query_start, query_length, history = _sequence(
@@ -419,7 +434,7 @@ def _backward_rows_kernel(Q, K, V, Grad, DQ, Offsets, QueryOffsets, Weights, Tar
     first_row = (num_blocks - 1 - block) * ROWS
     if first_row >= query_length:
         return
-    shift = length - query_length
+    shift = length if CROSS else length - query_length
     rows = first_row + tl.arange(0, ROWS)
     positions = rows + shift
     Q += query_start * stride_qt + head * stride_qh
@@ -427,7 +442,11 @@ def _backward_rows_kernel(Q, K, V, Grad, DQ, Offsets, QueryOffsets, Weights, Tar
     V += start * stride_vt + head * stride_vh
     Grad += query_start * stride_gt + head * stride_gh
     DQ += query_start * stride_dt + head * stride_dh
-    Weights += start
+    if CROSS:
+        last_row = tl.maximum(query_length - 1, 0)
+        Weights += (query_start + tl.minimum(rows, last_row))[:, None] * pitch
+    else:
+        Weights += start
     in_q = tl.arange(0, D)
     in_v = tl.arange(0, DV)
     inside = rows[:, None] < query_length
@@ -449,12 +468,12 @@ def _backward_rows_kernel(Q, K, V, Grad, DQ, Offsets, QueryOffsets, Weights, Tar
 
 
 @triton.jit
-def _backward_columns_rows(dk, dv, k, v, weights, Q, Grad, columns, low, high, query_length,
-                           shift, history, stride_qt, stride_gt, alpha,
-                           D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
-                           WEIGHTED: tl.constexpr, PRE: tl.constexpr, TARGETS: tl.constexpr,
-                           APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
-                           MASKED: tl.constexpr):  # fmt: skip
+def _backward_columns_rows(dk, dv, k, v, weights, Q, Grad, Weights, columns, low, high,
+                           length, query_length, shift, history, stride_qt, stride_gt, pitch,
+                           alpha, CROSS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                           ROWS: tl.constexpr, WEIGHTED: tl.constexpr, PRE: tl.constexpr,
+                           TARGETS: tl.constexpr, APPROXIMATE: tl.constexpr,
+                           PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     in_q = tl.arange(0, D)
     in_v = tl.arange(0, DV)
     for first in tl.range(low, high, ROWS):
@@ -462,6 +481,10 @@ def _backward_columns_rows(dk, dv, k, v, weights, Q, Grad, columns, low, high, q
         inside = rows[:, None] < query_length
         q = tl.load(Q + rows[:, None] * stride_qt + in_q[None, :], mask=inside, other=0.0)
         grad = tl.load(Grad + rows[:, None] * stride_gt + in_v[None, :], mask=inside, other=0.0)
+        if CROSS and WEIGHTED:
+            where = Weights + rows[None, :] * pitch + columns[:, None]
+            held = (rows[None, :] < query_length) & (columns[:, None] < length)
+            weights = tl.load(where, mask=held, other=0.0)
         # Everything transposed, [COLUMNS, ROWS]: the products below take it as it is.
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         d_attention = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
@@ -483,11 +506,13 @@ def _backward_columns_rows(dk, dv, k, v, weights, Q, Grad, columns, low, high, q
 
 @triton.jit
 def _backward_columns_kernel(Q, K, V, Grad, DK, DV_, Offsets, QueryOffsets, Weights, Targets,
+                             pitch,
                              stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
                              stride_gt, stride_gh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
                              num_blocks, alpha, inverse_norm,
                              H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                              ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUFFIX: tl.constexpr,
+                             CROSS: tl.constexpr, ACCUMULATE: tl.constexpr,
                              WEIGHTED: tl.constexpr, PRE: tl.constexpr, TARGETS: tl.constexpr,
                              APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     block, head, start, length, query_start, query_length, history = _sequence(
@@ -497,7 +522,7 @@ def _backward_columns_kernel(Q, K, V, Grad, DK, DV_, Offsets, QueryOffsets, Weig
     first_column = block * COLUMNS
     if first_column >= length:
         return
-    shift = length - query_length
+    shift = length if CROSS else length - query_length
     columns = first_column + tl.arange(0, COLUMNS)
     Q += query_start * stride_qt + head * stride_qh
     K += start * stride_kt + head * stride_kh
@@ -511,7 +536,9 @@ def _backward_columns_kernel(Q, K, V, Grad, DK, DV_, Offsets, QueryOffsets, Weig
     k = tl.load(K + columns[:, None] * stride_kt + in_k[None, :], mask=inside, other=0.0)
     v = tl.load(V + columns[:, None] * stride_vt + in_v[None, :], mask=inside, other=0.0)
     weights = 1.0
-    if WEIGHTED:
+    if CROSS:
+        Weights += query_start * pitch
+    elif WEIGHTED:
         weights = tl.load(Weights + start + columns, mask=columns < length, other=0.0)[:, None]
     # From the first row that sees any of these columns; free of masks from the first block
     # of rows that sees all of them, unless there are targets among the columns.
@@ -523,16 +550,21 @@ def _backward_columns_kernel(Q, K, V, Grad, DK, DV_, Offsets, QueryOffsets, Weig
     dk = tl.zeros((COLUMNS, D), dtype=tl.float32)
     dv = tl.zeros((COLUMNS, DV), dtype=tl.float32)
     dk, dv = _backward_columns_rows(
-        dk, dv, k, v, weights, Q, Grad, columns, low, free, query_length, shift, history,
-        stride_qt, stride_gt, alpha, D, DV, ROWS, WEIGHTED, PRE, TARGETS, APPROXIMATE,
-        PRECISION, True,
+        dk, dv, k, v, weights, Q, Grad, Weights, columns, low, free, length, query_length, shift,
+        history, stride_qt, stride_gt, pitch, alpha, CROSS, D, DV, ROWS,
+        WEIGHTED, PRE, TARGETS, APPROXIMATE, PRECISION, True,
     )  # fmt: skip
     dk, dv = _backward_columns_rows(
-        dk, dv, k, v, weights, Q, Grad, columns, free, query_length, query_length, shift, history,
-        stride_qt, stride_gt, alpha, D, DV, ROWS, WEIGHTED, PRE, TARGETS, APPROXIMATE,
-        PRECISION, False,
+        dk, dv, k, v, weights, Q, Grad, Weights, columns, free, query_length, length, query_length,
+        shift, history, stride_qt, stride_gt, pitch, alpha, CROSS, D, DV, ROWS,
+        WEIGHTED, PRE, TARGETS, APPROXIMATE, PRECISION, False,
     )  # fmt: skip
-    dk = (dk * (alpha * inverse_norm)).to(DK.dtype.element_ty)
-    dv = (dv * inverse_norm).to(DV_.dtype.element_ty)
-    tl.store(DK + columns[:, None] * stride_dkt + in_k[None, :], dk, mask=inside)
-    tl.store(DV_ + columns[:, None] * stride_dvt + in_v[None, :], dv, mask=inside)
+    dk = dk * (alpha * inverse_norm)
+    dv = dv * inverse_norm
+    to_k = DK + columns[:, None] * stride_dkt + in_k[None, :]
+    to_v = DV_ + columns[:, None] * stride_dvt + in_v[None, :]
+    if ACCUMULATE:
+        dk += tl.load(to_k, mask=inside, other=0.0).to(tl.float32)
+        dv += tl.load(to_v, mask=inside, other=0.0).to(tl.float32)
+    tl.store(to_k, dk.to(DK.dtype.element_ty), mask=inside)
+    tl.store(to_v, dv.to(DV_.dtype.element_ty), mask=inside)

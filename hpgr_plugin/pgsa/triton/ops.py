@@ -35,6 +35,7 @@ def hstu_attention(
     query_offsets: Tensor | None = None,
     max_query_length: int | None = None,
     bias: Tensor | None = None,
+    exact: bool = False,
     kernel: str = "auto",
 ) -> Tensor:
     """`o_i = sum_j SiLU(alpha q_i . k_j + bias_ij) w_j / norm_length * v_j`, causal.
@@ -47,6 +48,7 @@ def hstu_attention(
         k: keys `[T, H, d]`.
         v: values `[T, H, dv]`.
         offsets: `[B + 1]` int32 or int64. Rows beyond `offsets[-1]` come out zero.
+        exact: there are no such rows: saves setting them.
         max_length: an upper bound of the sequence lengths, known without asking the device.
         alpha: factor on `q . k`.
         norm_length: the n of 1 / n: the length of the full, not of the shortened sequence.
@@ -85,6 +87,7 @@ def hstu_attention(
             num_targets=num_targets,
             query_offsets=query_offsets,
             max_query_length=max_query_length,
+            exact=exact,
         )
     if kernel == "auto" and q.is_cuda:
         warn_once(f"HSTU attention runs in padded torch: {reason}")

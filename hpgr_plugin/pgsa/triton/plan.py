@@ -10,6 +10,8 @@ write   an item belongs to its nearest anchor: between two anchors the midpoint 
 The number of kept rows is bounded by K (2 radius + 1) + recent, so nothing waits for the device.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 import functools
 from typing import Any, NamedTuple
 
@@ -123,18 +125,95 @@ def select(
         max_history, max_candidates: upper bounds of items and candidates a user.
         with_candidates: append each candidate's row to its kept items.
     """
+    return _select(
+        history_embeddings,
+        candidate_embeddings,
+        history_offsets,
+        candidate_offsets,
+        top_k=top_k,
+        sigma=sigma,
+        eps=eps,
+        recent=recent,
+        history_timestamps=history_timestamps,
+        candidate_timestamps=candidate_timestamps,
+        max_history=max_history,
+        max_candidates=max_candidates,
+        with_candidates=with_candidates,
+        matrix=False,
+    )
+
+
+@torch.no_grad()
+def weight_matrix(
+    history_embeddings: Tensor,
+    candidate_embeddings: Tensor,
+    history_offsets: Tensor,
+    candidate_offsets: Tensor,
+    *,
+    top_k: int,
+    sigma: float,
+    eps: float,
+    recent: int,
+    history_timestamps: Tensor | None = None,
+    candidate_timestamps: Tensor | None = None,
+    max_history: int,
+    max_candidates: int,
+) -> Tensor:
+    """M `[C, max_history]` float32 by place in the user's history, 0 where nothing is kept.
+
+    For the candidate scope with candidates enough to share the reads of a history.
+    """
+    return _select(
+        history_embeddings,
+        candidate_embeddings,
+        history_offsets,
+        candidate_offsets,
+        top_k=top_k,
+        sigma=sigma,
+        eps=eps,
+        recent=recent,
+        history_timestamps=history_timestamps,
+        candidate_timestamps=candidate_timestamps,
+        max_history=max_history,
+        max_candidates=max_candidates,
+        with_candidates=False,
+        matrix=True,
+    ).weights.view(len(candidate_embeddings), max_history)
+
+
+def _select(
+    history: Tensor,
+    candidates: Tensor,
+    history_offsets: Tensor,
+    candidate_offsets: Tensor,
+    *,
+    top_k: int,
+    sigma: float,
+    eps: float,
+    recent: int,
+    history_timestamps: Tensor | None,
+    candidate_timestamps: Tensor | None,
+    max_history: int,
+    max_candidates: int,
+    with_candidates: bool,
+    matrix: bool,
+) -> Selection:
+    """`select`; with `matrix`, the weights are `[C, max_history]` instead and there is no index."""
     # Rows of the embeddings may lie in a wider tensor, their elements side by side.
     history, candidates = (
-        x if x.stride(-1) == 1 else x.contiguous()
-        for x in (history_embeddings, candidate_embeddings)
+        x if x.stride(-1) == 1 else x.contiguous() for x in (history, candidates)
     )
     device, num_candidates = history.device, len(candidates)
     num_users, extra = len(history_offsets) - 1, int(with_candidates)
     table = _weight_table(sigma, eps, max_history, device)
     radius = len(table) - 1
     longest = min(max_history, top_k * (2 * radius + 1) + recent) + extra
-    index = torch.empty(num_candidates * longest, dtype=torch.int64, device=device)
-    weights = torch.empty(num_candidates * longest, dtype=torch.float32, device=device)
+    if matrix:
+        index = torch.empty(0, dtype=torch.int64, device=device)
+        weights = torch.zeros(num_candidates * max_history, dtype=torch.float32, device=device)
+    else:
+        index = torch.empty(num_candidates * longest, dtype=torch.int64, device=device)
+        weights = torch.empty(num_candidates * longest, dtype=torch.float32, device=device)
     if num_candidates == 0 or max_candidates == 0 or num_users == 0:
         offsets = torch.zeros(num_candidates + 1, dtype=torch.int64, device=device)
         return Selection(index, weights, offsets, longest)
@@ -191,6 +270,8 @@ def select(
         weights,
         len(history),
         max_candidates,
+        max_history,
+        MATRIX=matrix,
         REACH=triton.next_power_of_2(2 * radius + 1),
         NEWEST=triton.next_power_of_2(max(1, recent)),
         num_warps=4,
@@ -406,10 +487,10 @@ def _select_kernel(Scores, HistoryOffsets, CandidateOffsets, HistoryTimes, Candi
 
 @triton.jit
 def _write_kernel(Anchors, Visible, Found, Offsets, Table, HistoryOffsets, CandidateOffsets,
-                  Index, Weights, num_items, max_candidates,
+                  Index, Weights, num_items, max_candidates, max_history,
                   TOP_K: tl.constexpr, ANCHORS: tl.constexpr, RADIUS: tl.constexpr,
                   RECENT: tl.constexpr, EXTRA: tl.constexpr, REACH: tl.constexpr,
-                  NEWEST: tl.constexpr):  # fmt: skip
+                  NEWEST: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
     user = tl.program_id(0) // max_candidates
     candidate = tl.load(CandidateOffsets + user).to(tl.int64) + tl.program_id(0) % max_candidates
     if candidate >= tl.load(CandidateOffsets + user + 1).to(tl.int64):
@@ -421,20 +502,22 @@ def _write_kernel(Anchors, Visible, Found, Offsets, Table, HistoryOffsets, Candi
     anchor, low, count = _anchor_ranges(
         Anchors, candidate, tl.load(Found + candidate), limit, TOP_K, ANCHORS, RADIUS
     )
-    first = tl.load(Offsets + candidate)
+    first = candidate * max_history if MATRIX else tl.load(Offsets + candidate)
     step = tl.arange(0, REACH)[None, :]
     item = low[:, None] + step
     held = step < count[:, None]
-    place = first + (tl.cumsum(count, 0) - count)[:, None] + step
+    place = first + (item if MATRIX else (tl.cumsum(count, 0) - count)[:, None] + step)
     distance = tl.abs(item - anchor[:, None])
     weight = tl.load(Table + distance, mask=held, other=0.0)
-    tl.store(Index + place, start + item, mask=held)
+    if not MATRIX:
+        tl.store(Index + place, start + item, mask=held)
     tl.store(Weights + place, weight, mask=held)
 
     recent = tl.arange(0, NEWEST)
     held = recent < newest
-    place = first + tl.sum(count) + recent
-    tl.store(Index + place, start + limit + recent, mask=held)
+    place = first + (limit if MATRIX else tl.sum(count)) + recent
+    if not MATRIX:
+        tl.store(Index + place, start + limit + recent, mask=held)
     tl.store(Weights + place, 1.0, mask=held)
     if EXTRA:
         last = first + tl.sum(count) + newest
