@@ -1,0 +1,98 @@
+"""These tests need a checkout of the host; without one they are a single skip line."""
+
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import gin
+import pytest
+
+from hpgr_plugin.hosts.contract import HOST_PACKAGE, how_to_get_host
+
+HERE = Path(__file__).parent
+HOST_MISSING = importlib.util.find_spec(HOST_PACKAGE) is None
+
+
+class _SkippedModule(pytest.Module):
+    def collect(self) -> list[pytest.Item]:
+        pytest.skip(f"no {HOST_PACKAGE}. {how_to_get_host()}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> object:
+    if HOST_MISSING and module_path.parent == HERE:
+        return _SkippedModule.from_parent(parent, path=module_path)
+    return None
+
+
+def _stand_in_for_new_torchrec() -> None:
+    """torchrec before 1.9 has no `sorted_index_select`, which the host imports."""
+    name = "torchrec.modules.sorted_index_select"
+    if importlib.util.find_spec("torchrec") is None or importlib.util.find_spec(name) is not None:
+        return
+
+    def maybe_sorted_index_select(embeddings, reverse_indices, use_sorted=False):  # type: ignore[no-untyped-def]
+        return embeddings.index_select(0, reverse_indices)
+
+    module = types.ModuleType(name)
+    module.maybe_sorted_index_select = maybe_sorted_index_select  # type: ignore[attr-defined]
+    sys.modules[name] = module
+
+
+if not HOST_MISSING:
+    _stand_in_for_new_torchrec()
+
+
+@pytest.fixture
+def float64_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fbgemm's CPU build has no float64, which leaves the host's PyTorch kernels without it: here
+    the three that the host uses get one, from the project's own torch versions."""
+    import torch
+    from torch import Tensor
+
+    from hpgr_plugin import jagged
+
+    fbgemm = torch.ops.fbgemm
+    to_padded, to_jagged = fbgemm.jagged_to_padded_dense, fbgemm.dense_to_jagged
+    add = fbgemm.jagged_dense_elementwise_add_jagged_output
+
+    def jagged_to_padded_dense(
+        values: Tensor, offsets: list[Tensor], max_lengths: list[int], padding_value: float = 0.0
+    ) -> Tensor:
+        if values.dtype != torch.float64:
+            return to_padded(values, offsets, max_lengths, padding_value)
+        return jagged.jagged_to_padded_dense(values, offsets[0], max_lengths[0], padding_value)
+
+    def dense_to_jagged(
+        dense: Tensor, offsets: list[Tensor], total_L: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        if dense.dtype != torch.float64:
+            return to_jagged(dense, offsets, total_L)
+        total = int(offsets[0][-1]) if total_L is None else total_L
+        return jagged.dense_to_jagged(dense, offsets[0], total), offsets
+
+    def jagged_dense_elementwise_add_jagged_output(
+        values: Tensor, offsets: list[Tensor], dense: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        if values.dtype != torch.float64:
+            return add(values, offsets, dense)
+        return values + jagged.dense_to_jagged(dense, offsets[0], len(values)), offsets
+
+    # Let the project find out what fbgemm itself can do before it is changed.
+    one_row = torch.zeros(1, 1, 1, dtype=torch.float64)
+    offsets = torch.tensor([0, 1])
+    jagged.jagged_to_padded_dense(jagged.dense_to_jagged(one_row, offsets, 1), offsets, 1)
+    monkeypatch.setattr(fbgemm, "jagged_to_padded_dense", jagged_to_padded_dense)
+    monkeypatch.setattr(fbgemm, "dense_to_jagged", dense_to_jagged)
+    monkeypatch.setattr(
+        fbgemm,
+        "jagged_dense_elementwise_add_jagged_output",
+        jagged_dense_elementwise_add_jagged_output,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _clean_gin() -> Iterator[None]:
+    yield
+    gin.clear_config()

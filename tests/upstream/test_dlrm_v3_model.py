@@ -1,0 +1,277 @@
+"""The slots of the ranking adapter in the host's model, on CPU through its PyTorch kernels."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import gin
+import pytest
+import torch
+from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostDlrmHSTU
+from small_ranker import NUM_ITEMS, TABLE_DIM, WIDTH, batch, build, small_config, step
+
+from hpgr_plugin.hosts import dlrm_v3
+from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
+from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention, StochasticLength
+from hpgr_plugin.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.sem import SessionEnhancementModule
+
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("float64_operators")]
+
+LENGTHS, CANDIDATES = [7, 1, 0, 12], [2, 1, 3, 2]
+
+
+def everything(scope: str = "sequence", **settings: Any) -> PreferenceGuidedSparseAttention:
+    """A hook that keeps the whole history with weight 1."""
+    return PreferenceGuidedSparseAttention(top_k=10_000, scope=scope, **settings)
+
+
+def with_weights_of(model: Any, other: Any) -> Any:
+    """`model` with every weight that `other` has under the same name."""
+    missing, unexpected = model.load_state_dict(other.state_dict(), strict=False)
+    assert not unexpected
+    assert not missing
+    return model
+
+
+def assert_same(first: Any, second: Any, **tolerance: float) -> None:
+    for mine, theirs in zip(first[0], second[0], strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerance)
+    assert first[1].keys() == second[1].keys()
+    for name in first[1]:
+        torch.testing.assert_close(
+            first[1][name], second[1][name], msg=lambda m, n=name: f"{n}: {m}", **tolerance
+        )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_empty_slots_are_the_host_to_the_last_bit(dropout: float) -> None:
+    changes = {"hstu_input_dropout_ratio": dropout, "hstu_linear_dropout_rate": dropout}
+    data = batch(LENGTHS, CANDIDATES)
+    results = []
+    for model_class in (HostDlrmHSTU, DlrmHSTU):
+        model = build(model_class, config=small_config(**changes))
+        torch.manual_seed(3)
+        results.append(step(model, data))
+    assert_same(results[0], results[1], rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "candidate"])
+@pytest.mark.parametrize("apply", ["post", "pre"])
+def test_a_plan_that_keeps_everything_changes_nothing(scope: str, apply: str) -> None:
+    data = batch(LENGTHS, CANDIDATES)
+    dense = build(DlrmHSTU, dtype=torch.float64)
+    hooked = build(DlrmHSTU, dtype=torch.float64, attention_hook=everything(scope, apply=apply))
+    # The host rounds its layer norms to float32.
+    assert_same(
+        step(hooked, data), step(with_weights_of(dense, hooked), data), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("scope", ["sequence", "candidate"])
+def test_dropped_history_gets_no_gradient_and_contextual_tokens_do(scope: str) -> None:
+    hook = PreferenceGuidedSparseAttention(top_k=1, sigma=0.1, scope=scope)
+    model = build(DlrmHSTU, attention_hook=hook)
+    uih, offered = batch([12], [1])
+    _, gradients = step(model, (uih, offered))
+    items = uih["item"].values()
+    rows = gradients["_embedding_collection.embeddings.item_table.weight"].abs().sum(1)
+    touched = int((rows[items.unique()] > 0).sum())
+    kept = 1 + int(offered["candidate_item"].values()[0] in items)
+    if scope == "sequence":
+        assert touched <= kept
+    else:  # the kept row has seen the rows before it
+        assert touched >= 1
+    assert gradients["_embedding_collection.embeddings.user_table.weight"].abs().sum() > 0
+    assert gradients["_embedding_collection.embeddings.country_table.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("scope", ["sequence", "candidate"])
+def test_candidates_do_not_depend_on_each_other_or_on_the_batch(scope: str) -> None:
+    hook = PreferenceGuidedSparseAttention(top_k=3, sigma=1.0, recent=1, scope=scope)
+    # One length for all: the host divides by the longest sequence of the batch.
+    model = build(DlrmHSTU, dtype=torch.float64, attention_hook=hook).eval()
+    together = batch([9, 9], [2, 2])
+    both = model(*together)[3]
+    per_user = [_only(together, user) for user in (0, 1)]
+    alone = torch.cat([model(*data)[3] for data in per_user], dim=1)
+    torch.testing.assert_close(both, alone, rtol=1e-6, atol=1e-7)
+
+
+def _only(data: tuple[Any, Any], user: int) -> tuple[Any, Any]:
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    parts = []
+    for kjt in data:
+        values = [
+            kjt[k].values()[kjt[k].offsets()[user] : kjt[k].offsets()[user + 1]] for k in kjt.keys()
+        ]
+        lengths = torch.tensor([len(v) for v in values])
+        parts.append(
+            KeyedJaggedTensor.from_lengths_sync(
+                keys=kjt.keys(), values=torch.cat(values), lengths=lengths
+            )
+        )
+    return parts[0], parts[1]
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda: everything("sequence"),
+        lambda: everything("candidate"),
+        lambda: None,
+        lambda: StochasticLength(alpha=2.0, max_history=10_000),
+    ],
+    ids=["sequence", "candidate", "none", "stochastic-length"],
+)
+def test_the_future_of_a_candidate_is_hidden_from_it(hook: Callable[[], Any]) -> None:
+    """What happens at or after a query time has no influence on that candidate's prediction."""
+    encoder = TimeAwarePositionalEncoder(embedding_dim=WIDTH, max_positions=64)
+    model = build(DlrmHSTU, dtype=torch.float64, attention_hook=hook(), positional_encoder=encoder)
+    uih, offered = batch([14], [3], later=False)
+    changed = copy.deepcopy(uih)
+    future = uih["time"].values() >= offered["candidate_time"].values().max()
+    assert future.any()
+    # values() of a copy shares no memory with `uih`; the flat values are key after key.
+    flat, offset = changed.values(), uih.offset_per_key()[0]
+    flat[offset : offset + 14][future] = (flat[offset : offset + 14][future] + 7) % NUM_ITEMS
+    before, after = model(uih, offered)[3], model(changed, offered)[3]
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-9)
+
+
+def test_sem_with_its_gate_closed_is_the_host_and_opens_with_training() -> None:
+    data = batch(LENGTHS, CANDIDATES)
+    sem = SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2)
+    model = build(DlrmHSTU, dtype=torch.float64, sem=sem)
+    host = build(HostDlrmHSTU, dtype=torch.float64)
+    renamed = {
+        name.replace("_input_preprocessor._preprocessor.", "_input_preprocessor."): value
+        for name, value in model.state_dict().items()
+        if ".sem." not in name
+    }
+    host.load_state_dict(renamed)
+    outputs, gradients = step(model, data)
+    expected, _ = step(host, data)
+    for mine, theirs in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    gate = "_hstu_transducer._input_preprocessor.sem.gate"
+    assert gradients[gate].abs().sum() > 0
+    with torch.no_grad():
+        model.sem.gate.fill_(1.0)
+    assert not torch.allclose(model(*data)[3], outputs[2])
+
+
+def test_sem_touches_history_rows_alone() -> None:
+    class Shift(torch.nn.Module):
+        embedding_dim = TABLE_DIM
+
+        def forward(self, embeddings, offsets, timestamps):  # type: ignore[no-untyped-def]
+            self.seen = (embeddings.shape[0], offsets.tolist(), timestamps.tolist())
+            return embeddings + 1.0
+
+    sem = Shift()
+    model = build(DlrmHSTU, sem=sem)
+    received = {}
+    preprocessor = model._hstu_transducer._input_preprocessor._preprocessor
+    preprocessor.register_forward_pre_hook(
+        lambda _, args, kwargs: received.update(kwargs), with_kwargs=True
+    )
+    uih, offered = batch(LENGTHS, CANDIDATES)
+    model(uih, offered)
+    assert sem.seen == (20, [0, 7, 8, 8, 20], uih["time"].values().tolist())
+    table = model._embedding_collection.embeddings["item_table"].weight
+    start = 0
+    for user, (n, c) in enumerate(zip(LENGTHS, CANDIDATES, strict=True)):
+        rows = received["seq_embeddings"][start : start + n + c]
+        history = slice(sum(LENGTHS[:user]), sum(LENGTHS[: user + 1]))
+        shown = slice(sum(CANDIDATES[:user]), sum(CANDIDATES[: user + 1]))
+        torch.testing.assert_close(rows[:n], table[uih["item"].values()[history]] + 1.0)
+        torch.testing.assert_close(rows[n:], table[offered["candidate_item"].values()[shown]])
+        start += n + c
+
+
+def test_time_aware_encoder_numbers_every_candidate_by_its_own_time() -> None:
+    encoder = TimeAwarePositionalEncoder(embedding_dim=WIDTH, max_positions=64)
+    model = build(DlrmHSTU, positional_encoder=encoder)
+    wrapped = model._hstu_transducer._positional_encoder
+    seq_lengths = torch.tensor([2 + 3 + 2, 2 + 0 + 1])  # contextual, history, candidates
+    times = torch.tensor([0, 0, 10, 20, 30, 25, 5, 0, 0, 7])
+    embeddings = torch.randn(10, WIDTH)
+    encoded = wrapped(
+        max_seq_len=7,
+        seq_lengths=seq_lengths,
+        seq_offsets=torch.tensor([0, 7, 10]),
+        seq_timestamps=times,
+        seq_embeddings=embeddings,
+        num_targets=torch.tensor([2, 1]),
+    )
+    added = encoded - embeddings * WIDTH**0.5
+    table = encoder.table.weight
+    # History 1, 2, 3; the candidate of time 25 is third, that of time 5 first; alone: first.
+    expected = torch.zeros(10, WIDTH)
+    for row, index in {2: 1, 3: 2, 4: 3, 5: 3, 6: 1, 9: 1}.items():
+        expected[row] = table[index - 1].detach()
+    torch.testing.assert_close(added, expected, rtol=1e-5, atol=1e-5)
+    assert wrapped.contextual_weight.shape == (2, WIDTH)
+
+
+def test_stochastic_length_shortens_in_training_only() -> None:
+    data = batch([40, 3], [2, 2])
+    hook = StochasticLength(alpha=1.2, selection="recent", max_history=40)
+    model = build(DlrmHSTU, dtype=torch.float64, attention_hook=hook)
+    lengths = []
+    layer = model._hstu_transducer._stu_module._stu_layers[0]
+    layer.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["x_lengths"].tolist()), with_kwargs=True
+    )
+    while lengths.count([40 + 4, 3 + 4]) == len(lengths):  # both outcomes have a chance
+        _, gradients = step(model, data)
+        assert len(lengths) < 50
+    assert lengths[-1] == [int(40**0.6) + 4, 3 + 4]
+    assert gradients["_embedding_collection.embeddings.item_table.weight"].abs().sum() > 0
+    model.eval()
+    host = build(HostDlrmHSTU, dtype=torch.float64)
+    host.load_state_dict({k: v for k, v in model.state_dict().items() if "hook" not in k})
+    torch.testing.assert_close(model(*data)[3], host.eval()(*data)[3], rtol=1e-9, atol=1e-9)
+    assert lengths[-1] == [40 + 4, 3 + 4]
+
+
+def test_slots_are_gin_parameters() -> None:
+    gin.parse_config(f"""
+        import hpgr_plugin.hosts.dlrm_v3
+        hpgr.DlrmHSTU.sem = @hpgr.SessionEnhancementModule()
+        hpgr.SessionEnhancementModule.embedding_dim = {TABLE_DIM}
+        hpgr.DlrmHSTU.positional_encoder = @hpgr.TimeAwarePositionalEncoder()
+        hpgr.TimeAwarePositionalEncoder.embedding_dim = {WIDTH}
+        hpgr.TimeAwarePositionalEncoder.max_positions = 64
+        hpgr.DlrmHSTU.attention_hook = @hpgr.PreferenceGuidedSparseAttention()
+        hpgr.PreferenceGuidedSparseAttention.top_k = 3
+        hpgr.DlrmHSTU.model_config = {{"hstu_attn_num_layers": 2}}
+        hpgr.DlrmHSTU.table_config = {{"item_table": {{"num_embeddings": 60}}}}
+    """)
+    model = build(dlrm_v3.DlrmHSTU)
+    assert isinstance(model.sem, SessionEnhancementModule)
+    assert model.attention_hook.top_k == 3
+    assert len(model._hstu_transducer._stu_module._stu_layers) == 2
+    assert model._embedding_collection.embeddings["item_table"].weight.shape[0] == 60
+    outputs, gradients = step(model, batch(LENGTHS, CANDIDATES))
+    assert all(torch.isfinite(t).all() for t in [*outputs, *gradients.values()])
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ({"sem": SessionEnhancementModule(embedding_dim=8)}, "sem .* embedding_dim=16"),
+        (
+            {"positional_encoder": TimeAwarePositionalEncoder(embedding_dim=8, max_positions=9)},
+            "positional_encoder .* embedding_dim=24",
+        ),
+        ({"model_config": {"layers": 3}}, "'layers'"),
+        ({"table_config": {"movies": {}}}, "'movies'"),
+        ({"attention_hook": everything(table="frozen")}, "needs pretrained"),
+    ],
+)
+def test_a_slot_that_does_not_fit_is_an_error(slots: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(DlrmHSTU, **slots)
