@@ -231,9 +231,9 @@ class MaskedItemModel(nn.Module):
             ValueError: a history longer than `max_sequence_length`, or from `partition_sessions`.
         """
         corruption = self.corrupt(items, offsets, timestamps, generator=generator)
-        encoded = self.encode(items, corruption, offsets, timestamps)
         places = corruption.masked.nonzero().squeeze(1)
-        scored = self._score(encoded.index_select(0, places), items[places], generator)
+        encoded = self.encode(items, corruption, offsets, timestamps, read=places)
+        scored = self._score(encoded, items[places], generator)
         count = max(1, places.numel())
         return MaskedItemOutput(
             loss=scored.losses.sum() / count,
@@ -265,9 +265,15 @@ class MaskedItemModel(nn.Module):
         return Corruption(torch.where(replaced, random_items, items), masked, hidden)
 
     def encode(
-        self, items: Tensor, corruption: Corruption, offsets: Tensor, timestamps: Tensor
+        self,
+        items: Tensor,
+        corruption: Corruption,
+        offsets: Tensor,
+        timestamps: Tensor,
+        *,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """The encoder's output for every token `[T, D]`."""
+        """The encoder's output for every token `[T, D]`, or for the tokens `read` `[R]` alone."""
         lengths = offsets.diff()
         if (lengths > self.max_sequence_length).any():
             row = int(lengths.argmax())
@@ -287,7 +293,7 @@ class MaskedItemModel(nn.Module):
         total = items.numel()
         from_end = lengths[segment_ids(offsets, total)] - 1 - segment_positions(offsets, total)
         x = x + F.embedding(from_end, self.position)
-        encoded: Tensor = self.encoder(x, segment_layout(offsets))
+        encoded: Tensor = self.encoder(x, segment_layout(offsets), read)
         return encoded
 
     def _hide(self, x: Tensor, corruption: Corruption) -> Tensor:

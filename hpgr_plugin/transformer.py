@@ -215,12 +215,15 @@ class EncoderLayer(nn.Module):
             nn.init.normal_(linear.weight, std=INIT_STD)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, layout: SegmentLayout) -> Tensor:
-        """`[T, D]` -> `[T, D]`, tokens in the layout's order."""
+    def forward(self, x: Tensor, layout: SegmentLayout, read: Tensor | None = None) -> Tensor:
+        """`[T, D]` -> `[T, D]`, tokens in the layout's order, or only the rows `read` of it."""
         tokens, width = x.shape
         qkv = self.qkv(self.attention_norm(x))
         qkv = qkv.view(tokens, 3, self.num_heads, width // self.num_heads)
-        return self._finish(x, segment_attention(qkv, layout))
+        attended = segment_attention(qkv, layout)
+        if read is not None:
+            x, attended = x.index_select(0, read), attended.index_select(0, read)
+        return self._finish(x, attended)
 
     def first_tokens(self, x: Tensor, layout: SegmentLayout) -> Tensor:
         """`forward` for the first token of every segment, `[T, D]` -> `[S, D]`, longest first.
@@ -290,12 +293,23 @@ class JaggedEncoder(nn.Module):
         )
         self.final_norm = nn.LayerNorm(embedding_dim) if final_norm else nn.Identity()
 
-    def forward(self, x: Tensor, layout: SegmentLayout) -> Tensor:
-        """`[T, D]` -> `[T, D]`, tokens in the order of the offsets the layout was made from."""
+    def forward(self, x: Tensor, layout: SegmentLayout, read: Tensor | None = None) -> Tensor:
+        """Encode every segment.
+
+        Args:
+            x: `[T, D]`, tokens in the order of the offsets the layout was made from.
+            layout: how the segments are attended.
+            read: int64 `[R]`, the tokens whose output is wanted; the last layer's feed-forward then
+                runs for them alone.
+
+        Returns:
+            `[T, D]` in the order of `x`, or `[R, D]` in that of `read`.
+        """
+        read = layout.inverse if read is None else layout.inverse[read]
         x = x.index_select(0, layout.order)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, layout)
-        return self.final_norm(x).index_select(0, layout.inverse)
+        return self.final_norm(self.layers[-1](x, layout, read))
 
     def first_tokens(self, x: Tensor, layout: SegmentLayout) -> Tensor:
         """What `forward` gives for the first token of every segment, at less cost.

@@ -1,5 +1,6 @@
 """Masked item modelling: which items are masked, what leaks, and what is computed."""
 
+import copy
 from itertools import accumulate
 
 import gin
@@ -297,3 +298,29 @@ def test_gin_builds_it():
         assert MaskedItemModel(num_items=V).gap_seconds == 60
     finally:
         gin.clear_config()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("limit", [V, V - 1])
+def test_cuda_equals_cpu(limit):
+    model = build(full_softmax_max_items=limit, num_sampled=64)
+    batch = histories(lengths=[7, 0, 40, 1, 23] * 50)
+
+    def run(device):
+        module = copy.deepcopy(model).to(device)
+        loss = module(*(x.to(device) for x in batch), generator=rng()).loss
+        return [loss, *torch.autograd.grad(loss, tuple(module.parameters()))]
+
+    for got, want in zip(run("cuda"), run("cpu"), strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.gpu
+def test_bfloat16_autocast_on_cuda():
+    model = build().float().cuda()
+    batch = [x.cuda() for x in histories(lengths=[7, 0, 40, 1, 23] * 50)]
+    want = model(*batch, generator=rng()).loss
+    with torch.autocast("cuda", torch.bfloat16):
+        got = model(*batch, generator=rng()).loss
+    got.backward()
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.0)

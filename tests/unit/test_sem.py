@@ -1,5 +1,6 @@
 """SEM: against a loop over users and sessions, and what may never leak."""
 
+import copy
 from itertools import accumulate
 
 import gin
@@ -264,3 +265,22 @@ def test_gin_builds_it():
         assert SessionEnhancementModule().embedding_dim == 8
     finally:
         gin.clear_config()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("pooling", "causal"), FORMS)
+def test_cuda_equals_cpu_and_repeats_exactly(pooling, causal):
+    sem = build(pooling=pooling, causal=causal, max_sessions=16)
+    lengths = torch.randint(0, 60, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+    embeddings, offsets, timestamps = histories(lengths=lengths)
+
+    def run(device, dtype):
+        module = copy.deepcopy(sem).to(device, dtype)
+        x = embeddings.to(device, dtype).requires_grad_()
+        out = module(x, offsets.to(device), timestamps.to(device))
+        return [out, *torch.autograd.grad(out.square().sum(), (x, *module.parameters()))]
+
+    for got, want in zip(run("cuda", torch.float64), run("cpu", torch.float64), strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-8, atol=1e-8)
+    for first, second in zip(run("cuda", torch.float32), run("cuda", torch.float32), strict=True):
+        assert torch.equal(first, second)
