@@ -1,0 +1,228 @@
+"""prepare_data: the cache returns the same, knows its source, and survives a kill."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import gin
+import numpy as np
+import pytest
+
+from hpgr_plugin.data import (
+    DataError,
+    InteractionLog,
+    LastFractionSplit,
+    LastNSplit,
+    PreparedData,
+    TableReader,
+    item_mean_scores,
+    label_column,
+    prepare_data,
+    rating_at_least,
+)
+from hpgr_plugin.data.events import EventTable
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _clear_gin() -> None:
+    gin.clear_config()
+
+
+def write_log(folder: Path, extra: str = "") -> Path:
+    random = np.random.default_rng(0)
+    limits = [(0, 9), (0, 30), (0, 10**6), (1, 6)]
+    columns = [random.integers(low, high, 300) for low, high in limits]
+    rows = [
+        f"u{user},{item},{when},{stars}" for user, item, when, stars in zip(*columns, strict=True)
+    ]
+    folder.mkdir(exist_ok=True)
+    path = folder / "log.csv"
+    path.write_text("\n".join(["user_id,item_id,timestamp,rating", *rows]) + "\n" + extra)
+    users = "user_id,city\n" + "".join(f"u{user},c{user % 2}\n" for user in range(9))
+    (folder / "users.tsv").write_text(users)
+    return path
+
+
+def prepare(path: Path, cache: Path | None, **changes) -> PreparedData:  # type: ignore[no-untyped-def]
+    reader = TableReader(
+        path=str(path), user_table=str(path.parent / "users.tsv"), user_columns=("city",)
+    )
+    settings = {
+        "reader": reader,
+        "label": rating_at_least(4.0),
+        "action": "rating",
+        "split": LastFractionSplit(),
+        "cache_dir": None if cache is None else str(cache),
+    }
+    return prepare_data(**(settings | changes))
+
+
+def assert_same(one: PreparedData, other: PreparedData) -> None:
+    for name in ("split", "is_history", "is_candidate"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    for f in dataclasses.fields(InteractionLog):
+        mine, theirs = getattr(one.log, f.name), getattr(other.log, f.name)
+        if f.name.endswith("_features"):
+            assert mine.keys() == theirs.keys()
+            for name in mine:
+                np.testing.assert_array_equal(mine[name].codes, theirs[name].codes)
+                assert mine[name].num_values == theirs[name].num_values
+        else:
+            np.testing.assert_array_equal(mine, theirs)
+    assert one.dropped == other.dropped
+
+
+def entries(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.iterdir() if path.is_dir())
+
+
+def test_the_cache_returns_the_same_and_maps_it(tmp_path: Path) -> None:
+    path, cache = write_log(tmp_path / "data"), tmp_path / "cache"
+    fresh, first, second = prepare(path, None), prepare(path, cache), prepare(path, cache)
+    assert_same(fresh, first)
+    assert_same(first, second)
+    assert isinstance(second.log.item, np.memmap)
+    assert len(entries(cache)) == 1
+    assert second.log.num_actions == 5
+
+
+def test_the_key_is_content_and_settings_not_the_place(tmp_path: Path) -> None:
+    path, cache = write_log(tmp_path / "data"), tmp_path / "cache"
+    prepare(path, cache)
+    prepare(write_log(tmp_path / "elsewhere"), cache)
+    assert len(entries(cache)) == 1
+    other = {"split": LastNSplit(), "label": rating_at_least(5.0), "history_events": "positives"}
+    for number, (name, value) in enumerate(other.items(), start=2):
+        prepare(path, cache, **{name: value})
+        assert len(entries(cache)) == number
+    prepare(write_log(tmp_path / "data", extra="u1,2,3,4\n"), cache)
+    assert len(entries(cache)) == 5
+
+
+def test_history_events(tmp_path: Path) -> None:
+    path = write_log(tmp_path / "data")
+    assert prepare(path, None).is_history.all()
+    positives = prepare(path, None, history_events="positives")
+    np.testing.assert_array_equal(positives.is_history, positives.log.label == 1)
+    assert positives.is_candidate.all()
+    with pytest.raises(ValueError, match="'clicks'"):
+        prepare(path, None, history_events="clicks")
+
+
+def test_dropped_rows_are_counted_and_kept_in_the_cache(tmp_path: Path) -> None:
+    path, cache = write_log(tmp_path / "data", extra="u1,2,-3,4\nu1,2\n"), tmp_path / "cache"
+    with pytest.raises(DataError, match="row 302"):
+        prepare(path, cache)
+    assert entries(cache) == []
+    reader = TableReader(path=str(path), drop_bad_rows=True)
+    for _ in range(2):
+        assert prepare(path, cache, reader=reader).dropped == {"log.csv": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowSplit:
+    """Says when it is reached, then waits to be killed."""
+
+    reached: str = dataclasses.field(metadata={"location": True})
+    wait: bool = dataclasses.field(metadata={"location": True})
+
+    def assign(self, log: InteractionLog, is_candidate: np.ndarray) -> np.ndarray:
+        Path(self.reached).touch()
+        if self.wait:
+            time.sleep(60)
+        return LastNSplit().assign(log, is_candidate)
+
+
+def test_a_kill_half_way_leaves_nothing_half(tmp_path: Path) -> None:
+    path, cache, reached = write_log(tmp_path / "data"), tmp_path / "cache", tmp_path / "reached"
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(
+        target=prepare, args=(path, cache), kwargs={"split": SlowSplit(str(reached), True)}
+    )
+    process.start()
+    while not reached.exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    # What a kill in the middle of writing leaves: some arrays, no description.
+    key = next(cache.glob("*.lock")).name.removesuffix(".lock")
+    half = cache / f"{key}.{process.pid}.tmp"
+    half.mkdir()
+    (half / "item.npy").write_bytes(b"half")
+    prepared = prepare(path, cache, split=SlowSplit(str(reached), False))
+    assert_same(prepared, prepare(path, None, split=LastNSplit()))
+    assert [entry.name for entry in entries(cache)] == [key]
+
+
+def test_concurrent_processes_share_one_entry(tmp_path: Path) -> None:
+    path, cache = write_log(tmp_path / "data"), tmp_path / "cache"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=prepare, args=(path, cache)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(entries(cache)) == 1
+    assert_same(prepare(path, cache), prepare(path, None))
+
+
+def test_a_damaged_entry_is_named(tmp_path: Path) -> None:
+    path, cache = write_log(tmp_path / "data"), tmp_path / "cache"
+    prepare(path, cache)
+    item = entries(cache)[0] / "item.npy"
+    item.write_bytes(item.read_bytes()[:-40])
+    with pytest.raises(DataError, match="damaged cache entry") as caught:
+        prepare(path, cache)
+    assert str(entries(cache)[0]) in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedReader:
+    """Two users, four items; the last event of each is the test event."""
+
+    def sources(self) -> list[Path]:
+        return []
+
+    def read(self, fields: list[str]) -> EventTable:
+        import pyarrow as pa
+
+        return EventTable(
+            user=pa.array([1, 1, 1, 2, 2, 2]),
+            item=pa.array([1, 2, 1, 1, 3, 4]),
+            timestamp=np.array([1, 2, 3, 1, 2, 3]),
+            values={"label": np.array([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])},
+        )
+
+
+def test_item_mean_uses_training_labels_alone() -> None:
+    data = prepare_data(
+        reader=FixedReader(),
+        label=label_column(),
+        split=LastNSplit(test=1, validation=0),
+        cache_dir=None,
+    )
+    scored = item_mean_scores(data, "test", prior_events=2.0)
+    # Training mean 3/4; item 1: two positives of two; item 4: never seen.
+    np.testing.assert_allclose(scored.scores, [(2 + 2 * 0.75) / 4, 0.75])
+    assert scored.labels.tolist() == [0, 1]
+    assert scored.users.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.gin")), ids=lambda path: path.stem)
+def test_configs_parse_and_say_where_data_is_missing(config: Path, tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent")
+    bindings = [f'DATA_DIR = "{absent}"', "CACHE_DIR = None"]
+    gin.parse_config_files_and_bindings([str(config)], bindings)
+    if config.stem == "synthetic":
+        assert prepare_data().log.num_users == 200
+    else:
+        with pytest.raises(DataError, match="no such file or folder"):
+            prepare_data()
