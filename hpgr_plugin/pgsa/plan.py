@@ -9,8 +9,9 @@ from torch import Tensor
 from hpgr_plugin.jagged import complete_cumsum, ranges, segment_ids
 
 # Candidates are planned in chunks of about this many numbers, so that memory stays bounded:
-# on a CPU little more than its caches, on an accelerator enough to keep it busy.
-_CHUNK_ELEMENTS_CPU = 2**22
+# on a CPU so little that caches and the allocator reuse it, on an accelerator enough to keep it
+# busy.
+_CHUNK_ELEMENTS_CPU = 2**20
 _CHUNK_ELEMENTS_ACCELERATOR = 2**26
 # What one padded (candidate, item) cell costs beside its embedding, in numbers.
 _CELL_ELEMENTS = 16
@@ -148,7 +149,7 @@ def _padded_scores(
     )
     # Not a matrix product: its blocking may round two equal items differently, and then a tie
     # is no tie, and a plan depends on what else is in the batch.
-    pair_scores = (history[rows] * candidates[owner]).sum(1)
+    pair_scores = (history.index_select(0, rows) * candidates.index_select(0, owner)).sum(1)
     longest = int(lengths.max())
     places = rows - starts[owner]
     scores = pair_scores.new_full((len(starts), longest), -math.inf)
