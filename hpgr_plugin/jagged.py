@@ -152,7 +152,6 @@ def _fbgemm_runs(operator: str, device_type: str, dtype: torch.dtype) -> bool:
     """
     if not _load_fbgemm():
         return False
-    offsets = torch.tensor([0, 1], device=device_type)
     probes: dict[str, Callable[[Tensor], Tensor]] = {
         "asynchronous_complete_cumsum": lambda x: torch.ops.fbgemm.asynchronous_complete_cumsum(
             x.reshape(1)
@@ -164,9 +163,11 @@ def _fbgemm_runs(operator: str, device_type: str, dtype: torch.dtype) -> bool:
             0
         ],
     }
-    probe = torch.ones(1, 1, device=device_type, dtype=dtype)
     try:
-        with torch.enable_grad():
+        # The first call may come from inference, and the answer has to hold for training too.
+        with torch.inference_mode(False), torch.enable_grad():
+            offsets = torch.tensor([0, 1], device=device_type)
+            probe = torch.ones(1, 1, device=device_type, dtype=dtype)
             output = probes[operator](probe.requires_grad_(dtype.is_floating_point))
             if output.requires_grad:
                 output.sum().backward()

@@ -112,6 +112,8 @@ def test_complete_cumsum(lengths, offsets_of, offset_dtype, fbgemm, request):
 def test_fbgemm_is_used_where_it_loads():
     pytest.importorskip("fbgemm_gpu")
     forget_fbgemm()
+    with torch.inference_mode():  # the first call decides for all that follow
+        jagged.jagged_to_padded_dense(torch.ones(2, 1), torch.tensor([0, 2]), 2)
     assert jagged._fbgemm_runs("jagged_to_padded_dense", "cpu", torch.float32)
     assert jagged._fbgemm_runs("dense_to_jagged", "cpu", torch.bfloat16)
     assert jagged._fbgemm_runs("asynchronous_complete_cumsum", "cpu", torch.int64)
