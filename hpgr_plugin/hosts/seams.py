@@ -20,6 +20,9 @@ Seam = Literal[
     "gin_file",  # 0005: train_ranker --gin_file
     "dlrm_classes",  # 0006: DlrmHSTU.stu_layer_cls, positional_encoder_cls, ...
     "value_scale",  # 0007: STULayer.forward(value_scale=), STUStack.forward(value_scale=)
+    "lr_scale",  # 0008: make_optimizer_and_shard honours a parameter's lr_scale, and calls
+    # a module's after_sharding()
+    "ranking_cpu",  # 0009: train_ranker and U.setup without a GPU
 ]
 
 
@@ -38,6 +41,10 @@ def host_has_seam(name: Seam) -> bool:
 def _research_cpu(train: ModuleType) -> bool:
     # The patch asks for gloo in setup(); the host as it stands knows "nccl" alone.
     return "gloo" in train.setup.__code__.co_consts
+
+
+def _ranking_cpu(utils: ModuleType) -> bool:
+    return "gloo" in utils.setup.__code__.co_consts
 
 
 def _gin_file(train_ranker: ModuleType) -> bool:
@@ -68,4 +75,6 @@ _PROBES: Mapping[Seam, tuple[str, Callable[[ModuleType], bool]]] = {
         "modules.stu",
         lambda module: accepts(module.STULayer.forward, "value_scale"),
     ),
+    "lr_scale": ("dlrm_v3.train.utils", lambda module: hasattr(module, "scaled_groups")),
+    "ranking_cpu": ("dlrm_v3.train.utils", _ranking_cpu),
 }

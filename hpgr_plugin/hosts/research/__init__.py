@@ -9,7 +9,7 @@ Importing this attaches the slots, or raises `HostContractError` with what the h
 """
 
 from hpgr_plugin.hosts.contract import require
-from hpgr_plugin.hosts.research.requirements import REQUIREMENTS
+from hpgr_plugin.hosts.research_contract import REQUIREMENTS
 
 require("hpgr_plugin.hosts.research", REQUIREMENTS)
 
