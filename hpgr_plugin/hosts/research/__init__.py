@@ -14,7 +14,7 @@ from hpgr_plugin.hosts.research_contract import REQUIREMENTS
 require("hpgr_plugin.hosts.research", REQUIREMENTS)
 
 from hpgr_plugin import mim  # noqa: E402, F401  (registers MaskedItemModel with gin)
-from hpgr_plugin.hosts.research.attachment import attach, attached, detach  # noqa: E402
+from hpgr_plugin.hosts.research.attachment import attach, attached, detach, replaced_names  # noqa: E402
 from hpgr_plugin.hosts.research.preprocessor import HierarchicalInputPreprocessor  # noqa: E402
 from hpgr_plugin.hosts.research.pretrain import pretrain  # noqa: E402
 from hpgr_plugin.hosts.research.slots import fill_slots  # noqa: E402
@@ -27,6 +27,7 @@ __all__ = [
     "detach",
     "fill_slots",
     "pretrain",
+    "replaced_names",
 ]
 
 attach()

@@ -54,6 +54,12 @@ def attached() -> bool:
     return bool(_undo)
 
 
+def replaced_names() -> list[str]:
+    """The names of the host that are not its own at the moment."""
+    own = host_train.get_sequential_encoder is encoder_utils.get_sequential_encoder
+    return [] if own else [f"{host_train.__name__}.get_sequential_encoder"]
+
+
 def _built_in_encoders() -> dict[str, Callable[..., Any]]:
     return {"HSTU": encoder_utils.hstu_encoder, "SASRec": encoder_utils.sasrec_encoder}
 
