@@ -484,13 +484,13 @@ def _backward_columns_rows(dk, dv, k, v, weights, Q, Grad, Weights, columns, low
         if CROSS and WEIGHTED:
             where = Weights + rows[None, :] * pitch + columns[:, None]
             held = (rows[None, :] < query_length) & (columns[:, None] < length)
-            weights = tl.load(where, mask=held, other=0.0)
+            factor = tl.load(where, mask=held, other=0.0)
+        else:
+            factor = weights
         # Everything transposed, [COLUMNS, ROWS]: the products below take it as it is.
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         d_attention = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        attention, slope = _silu_block_with_slope(
-            scores, weights, alpha, WEIGHTED, PRE, APPROXIMATE
-        )
+        attention, slope = _silu_block_with_slope(scores, factor, alpha, WEIGHTED, PRE, APPROXIMATE)
         d_scores = d_attention * slope
         if MASKED:
             positions = rows[None, :] + shift

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 _PROGRAMS = 528  # of a backward: four on each of 132 multiprocessors, one partial sum each
-_TILE = 4096  # numbers a program holds of each operand
+_TILE = 4096  # numbers a program holds of each operand, forward; half of it backward
 
 
 def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (with that of the residual stream added), weight and bias."""
     dx = torch.empty_like(x)
-    wide, rows = _tile(x.shape[1])
+    wide, rows = _tile(x.shape[1], _TILE // 2)
     programs = max(1, min(_PROGRAMS, triton.cdiv(x.shape[0], rows)))
     partial = torch.empty(2, programs, x.shape[1], dtype=torch.float32, device=x.device)
     _norm_backward_kernel[(programs,)](
@@ -73,7 +73,7 @@ def gate_backward(
     """Gradients of attention, weight and bias; that of the gate is written to `d_gate`."""
     total, size = attention.shape
     d_attention = torch.empty_like(attention)
-    wide, rows = _tile(size)
+    wide, rows = _tile(size, _TILE // 2)
     programs = max(1, min(_PROGRAMS, triton.cdiv(total, rows)))
     partial = torch.empty(2, programs, size, dtype=torch.float32, device=attention.device)
     _gate_backward_kernel[(programs,)](
@@ -106,9 +106,9 @@ class Norm(torch.autograd.Function):
         return dx, d_weight, d_bias, None
 
 
-def _tile(size: int) -> tuple[int, int]:
+def _tile(size: int, numbers: int = _TILE) -> tuple[int, int]:
     wide = triton.next_power_of_2(size)
-    return wide, max(1, _TILE // wide)
+    return wide, max(1, numbers // wide)
 
 
 @triton.jit

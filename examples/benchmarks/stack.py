@@ -1,0 +1,284 @@
+"""The whole step: select, gather, five layers, the candidates' rows; against the dense stack.
+
+Every user has one candidate, the last of n tokens. Forward, and forward and backward to the
+embeddings and all weights. "dense host" is the host's stack on its own Triton kernels, tuned by
+its own autotuner; ratios are its time over the column's, so larger is faster.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from examples.benchmarks import host
+from examples.benchmarks.registry import (
+    Ceilings,
+    check,
+    measure_ceilings,
+    print_table,
+    time_ms,
+)
+from hpgr_plugin.pgsa.triton.gather import gather_rows
+from hpgr_plugin.pgsa.triton.plan import Selection, select
+from hpgr_plugin.pgsa.triton.stack import HSTUStack, graphed
+
+WIDTH, LAYERS, HEADS, HEAD_DIM = 512, 5, 4, 128
+SETTINGS = ((50, 2.0, 0), (32, 2.0, 0), (8, 1.0, 32))
+GRAPH_ROWS = 40_000  # above, launches hide behind the work and waiting for the length pays
+
+
+class Batch:
+    """`tokens / n` users of n - 1 items and a candidate: raw table rows, and encoded ones."""
+
+    def __init__(self, tokens: int, length: int) -> None:
+        self.users, self.length = tokens // length, length
+        count = self.users * (length - 1)
+        self.raw = torch.randn(count, WIDTH, device="cuda").bfloat16()
+        self.raw_candidates = torch.randn(self.users, WIDTH, device="cuda").bfloat16()
+        self.history = torch.randn(count, WIDTH, device="cuda").bfloat16().requires_grad_()
+        self.candidates = torch.randn_like(self.raw_candidates).requires_grad_()
+        places = torch.arange(self.users + 1, device="cuda")
+        self.history_offsets, self.candidate_offsets = places * (length - 1), places
+        self.offsets, self.num_targets = places * length, torch.ones_like(places[1:])
+        self.grad = torch.randn_like(self.raw_candidates)
+
+    def whole(self) -> Tensor:
+        """`[T, D]`: every user's history with the candidate at its end."""
+        pair = self.history.detach().view(self.users, -1, WIDTH), self.candidates.detach()[:, None]
+        return torch.cat(pair, 1).flatten(0, 1).requires_grad_()
+
+    def select(self, setting: tuple[int, float, int]) -> Selection:
+        top_k, sigma, recent = setting
+        return select(
+            self.raw, self.raw_candidates, self.history_offsets, self.candidate_offsets,
+            top_k=top_k, sigma=sigma, eps=1e-3, recent=recent, max_history=self.length - 1,
+            max_candidates=1, with_candidates=True,
+        )  # fmt: skip
+
+
+def new_stack(length: int) -> HSTUStack:
+    torch.manual_seed(0)
+    stack = HSTUStack(
+        embedding_dim=WIDTH, num_layers=LAYERS, num_heads=HEADS, head_dim=HEAD_DIM,
+        norm_length=length,
+    )  # fmt: skip
+    return stack.to("cuda", torch.bfloat16)
+
+
+def run(*, quick: bool) -> None:
+    ceilings = measure_ceilings()
+    if host.is_there():
+        host.stand_in()
+        host.compile_in_parallel(12)
+    lengths = (1024, 4096, 16384) if quick else (512, 1024, 2048, 4096, 8192, 16384)
+    settings = SETTINGS[1:] if quick else SETTINGS
+    rows = []
+    for length in lengths:
+        stack = new_stack(length)
+        dense_host = host.HostStack(stack) if host.is_there() else None
+        for tokens in (131072, 1048576):
+            batch = Batch(tokens, length)
+            if tokens == 131072:
+                _check(stack, dense_host, batch)
+            rows += _measure(stack, dense_host, batch, settings, ceilings, quick=quick)
+            print_table(rows[-len(settings) - 3 :])
+            del batch
+            torch.cuda.empty_cache()
+    print("\nAll of them:")
+    print_table(rows)
+
+
+def step_times(
+    forward: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor
+) -> tuple[float, float, float]:
+    """Forward ms, forward and backward ms, peak GiB of the latter."""
+
+    def both() -> object:
+        return torch.autograd.grad(forward(), inputs, grad)
+
+    torch.cuda.reset_peak_memory_stats()
+    full = time_ms(both)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    with torch.no_grad():
+        return time_ms(forward), full, peak
+
+
+def pgsa_step(
+    stack: HSTUStack, batch: Batch, setting: tuple[int, float, int]
+) -> tuple[Callable[[], Tensor], str]:
+    """Our fastest path for the size: captured over all the room, or eager over what is kept."""
+    probe = batch.select(setting)
+    room = len(probe.index)
+    if room > GRAPH_ROWS:
+        return lambda: stack.sequence_scope(
+            batch.history, batch.candidates, batch.select(setting), exact=True, disjoint=True
+        ), "eager"
+    run_captured = graphed(stack, room, batch.users, probe.max_length)
+
+    def step() -> Tensor:
+        chosen = batch.select(setting)
+        rows = gather_rows(batch.history, batch.candidates, chosen, room, disjoint=True)
+        output: Tensor = run_captured(rows, chosen.weights, chosen.offsets)
+        return output
+
+    return step, "graph"
+
+
+def _measure(
+    stack: HSTUStack,
+    dense_host: "host.HostStack | None",
+    batch: Batch,
+    settings: tuple[tuple[int, float, int], ...],
+    ceilings: Ceilings,
+    *,
+    quick: bool,
+) -> list[dict[str, object]]:
+    tokens = batch.users * batch.length
+    ours = [batch.history, batch.candidates, *stack.parameters()]
+    last = batch.offsets[1:] - 1
+    base: tuple[float, float] | None = None
+    rows: list[dict[str, object]] = []
+
+    def add(name: str, times: tuple[float, float, float], kept: float, **more: object) -> None:
+        forward, full, peak = times
+        row: dict[str, object] = {"tokens": tokens, "n": batch.length, "stack": name}
+        row |= {"kept": kept, "f ms": forward, "f+b ms": full}
+        if base is not None:
+            row |= {"f x": base[0] / forward, "f+b x": base[1] / full}
+        flops, num_bytes = more.pop("flops"), more.pop("num_bytes")
+        floor = ceilings.floor_ms(num_bytes=num_bytes, flops=flops)
+        row |= {"TFLOP/s": flops / full / 1e9, "floor ms": floor, "/ floor": full / floor}
+        rows.append(row | {"GiB": peak, **more})
+
+    whole = batch.whole()
+    dense_floor = {
+        "flops": 3 * linear_flops(tokens, LAYERS)
+        + 3.5 * attention_flops(tokens * batch.length, LAYERS),
+        "num_bytes": 4.0 * tokens * WIDTH,
+    }
+    if dense_host is not None:
+        # The kernels are tuned at the smaller batch; the larger chooses among the best of those.
+        host.prepare_tuning()
+        host.forget_attention(keep=3 if tokens > 2**17 else None)
+        inputs = [whole, *dense_host.parameters()]
+        times = step_times(
+            lambda: dense_host.dense(
+                whole, batch.offsets, max_length=batch.length, num_targets=batch.num_targets
+            )[last],
+            inputs, batch.grad,
+        )  # fmt: skip
+        base = times[:2]
+        add("dense host", times, tokens, **dense_floor)
+    times = step_times(
+        lambda: stack.all_rows(whole, batch.offsets, max_length=batch.length)[last],
+        [whole, *stack.parameters()], batch.grad,
+    )  # fmt: skip
+    base = base or times[:2]
+    add("dense ours", times, tokens, **dense_floor)
+    if dense_host is not None and not quick:
+        for alpha in (1.6, 1.8):
+            times, kept, floor = _stochastic_length(dense_host, batch, alpha, whole)
+            add(f"stochastic length {alpha}, host", times, kept, **floor)
+    for setting in settings:
+        name = "K={} sigma={:g} recent={}".format(*setting)
+        chosen = batch.select(setting)
+        kept = int(chosen.offsets[-1])
+        squares = float(chosen.offsets.diff().double().square().sum())
+        floor = {
+            "flops": 3 * linear_flops(kept, LAYERS - 1)
+            + 3.5 * attention_flops(squares, LAYERS - 1)
+            + 3 * 2 * 2 * kept * WIDTH * HEADS * HEAD_DIM,
+            # Embeddings read, kept rows read, the gradient of all rows written.
+            "num_bytes": 2.0 * WIDTH * (2 * tokens + kept),
+        }
+        if dense_host is not None and not quick:
+            add(f"{name}, host's kernels",
+                step_times(_pgsa_on_host(dense_host, batch, setting),
+                           [batch.history, batch.candidates, *dense_host.parameters()],
+                           batch.grad), kept, **floor)  # fmt: skip
+        step, how = pgsa_step(stack, batch, setting)
+        add(f"{name}, {how}", step_times(step, ours, batch.grad), kept, **floor)
+    return rows
+
+
+def _pgsa_on_host(
+    dense_host: "host.HostStack", batch: Batch, setting: tuple[int, float, int]
+) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        chosen = batch.select(setting)
+        kept = int(chosen.offsets[-1])
+        rows = gather_rows(batch.history, batch.candidates, chosen, kept, disjoint=True)
+        output = dense_host.weighted(
+            rows, chosen.weights[:kept], chosen.offsets, max_length=chosen.max_length
+        )
+        return output[chosen.offsets[1:] - 1]
+
+    return step
+
+
+def _stochastic_length(
+    dense_host: "host.HostStack", batch: Batch, alpha: float, whole: Tensor
+) -> tuple[tuple[float, float, float], int, dict[str, float]]:
+    """The most recent N^(alpha/2) of a long history, but whole with probability N^(alpha - 2)."""
+    n = batch.length
+    short = int(n ** (alpha / 2))
+    expected = n ** (alpha - 2)
+    whole_users = torch.arange(batch.users, device="cuda") < round(expected * batch.users)
+    lengths = torch.where(whole_users, n, short)
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    total = int(offsets[-1])
+    users = torch.repeat_interleave(lengths, output_size=total)
+    place = torch.arange(total, device="cuda") - offsets[:-1][users]
+    index = batch.offsets[1:][users] - lengths[users] + place
+
+    def step() -> Tensor:
+        rows = whole.index_select(0, index)
+        output = dense_host.dense(rows, offsets, max_length=n, num_targets=batch.num_targets)
+        return output[offsets[1:] - 1]
+
+    times = step_times(step, [whole, *dense_host.parameters()], batch.grad)
+    squares = float(lengths.double().square().sum())
+    flops = 3 * linear_flops(total, LAYERS) + 3.5 * attention_flops(squares, LAYERS)
+    floor = {"flops": flops, "num_bytes": 2.0 * WIDTH * (total + batch.users * n)}
+    return times, total, floor
+
+
+def linear_flops(rows: float, layers: int) -> float:
+    """Projections and output of a layer, forward."""
+    hidden = HEADS * HEAD_DIM
+    return 2.0 * rows * WIDTH * (4 * hidden + 3 * hidden) * layers
+
+
+def attention_flops(squared_lengths: float, layers: int) -> float:
+    """Two products over the causal half, forward."""
+    return 2.0 * 2.0 * squared_lengths / 2 * HEADS * HEAD_DIM * layers
+
+
+def _check(stack: HSTUStack, dense_host: "host.HostStack | None", batch: Batch) -> None:
+    """Ours against the host, dense; and PGSA's short path against its mask on the full length."""
+    whole = batch.whole().detach()
+    last = batch.offsets[1:] - 1
+    with torch.no_grad():
+        dense = stack.all_rows(whole, batch.offsets, max_length=batch.length)
+        if dense_host is not None:
+            host.prepare_tuning()
+            host.forget_attention()
+            theirs = dense_host.dense(
+                whole, batch.offsets, max_length=batch.length, num_targets=batch.num_targets
+            )
+            check(f"dense n={batch.length}", dense - whole, theirs - whole, 2e-2)
+        for setting in SETTINGS:
+            chosen = batch.select(setting)
+            kept = int(chosen.offsets[-1])
+            index = chosen.index[:kept]
+            user = index.clamp(max=len(batch.history) - 1) // (batch.length - 1)
+            item = index < len(batch.history)
+            place = torch.where(item, index + user, last[(index - len(batch.history)).clamp(min=0)])
+            mask = torch.zeros(len(whole), device="cuda")
+            mask[place] = chosen.weights[:kept]
+            full = stack(whole, mask, batch.offsets, max_length=batch.length, exact=True)
+            step, how = pgsa_step(stack, batch, setting)
+            with torch.enable_grad():  # captured forward and backward
+                short = step().detach()
+            start = batch.candidates.detach()
+            check(f"PGSA {setting} n={batch.length} ({how})", short - start, full - start, 2e-2)
