@@ -7,6 +7,7 @@ beside the checkout is looked at. MovieLens is also found under downloads/.
 import os
 from pathlib import Path
 
+import gin
 import numpy as np
 import pytest
 
@@ -30,6 +31,11 @@ from hpgr_plugin.data.log import sessions_per_user
 from hpgr_plugin.metrics import ranking_metrics
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _clear_gin() -> None:
+    gin.clear_config()
 
 
 def real(name: str, pattern: str) -> str:
@@ -122,7 +128,7 @@ def test_kuairand_and_the_same_by_a_column_map() -> None:
     assert (log.num_events, log.num_users) == (74_038, 2541)
     assert log.label.mean() == pytest.approx(0.41, abs=0.005)
     assert quantiles(np.diff(log.user_offsets)) == [25, 42, 141]
-    # In milliseconds one pause of the last user is just over 1800 s, in whole seconds it is not.
+    # In milliseconds one pause is just over 1800 s, in whole seconds it is not.
     assert quantiles(sessions_per_user(log.user_offsets, log.timestamp, 1800)) == [20, 30, 81]
     assert (log.item_features["author_id"].codes > 0).all()
     assert log.item_vocabulary_digest == same.log.item_vocabulary_digest

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import gin
@@ -18,6 +19,7 @@ from hpgr_plugin.data import (
     LastNSplit,
     PreparedData,
     TableReader,
+    build_requests,
     item_mean_scores,
     label_column,
     prepare_data,
@@ -29,7 +31,9 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
 
 @pytest.fixture(autouse=True)
-def _clear_gin() -> None:
+def _clear_gin() -> Iterator[None]:
+    gin.clear_config()
+    yield
     gin.clear_config()
 
 
@@ -112,6 +116,13 @@ def test_history_events(tmp_path: Path) -> None:
     assert positives.is_candidate.all()
     with pytest.raises(ValueError, match="'clicks'"):
         prepare(path, None, history_events="clicks")
+
+
+def test_a_log_without_rows_is_an_error(tmp_path: Path) -> None:
+    path = write_log(tmp_path / "data")
+    path.write_text("user_id,item_id,timestamp,rating\n")
+    with pytest.raises(DataError, match="no event is left"):
+        prepare(path, None)
 
 
 def test_dropped_rows_are_counted_and_kept_in_the_cache(tmp_path: Path) -> None:
@@ -219,10 +230,12 @@ def test_item_mean_uses_training_labels_alone() -> None:
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.gin")), ids=lambda path: path.stem)
 def test_configs_parse_and_say_where_data_is_missing(config: Path, tmp_path: Path) -> None:
     absent = str(tmp_path / "absent")
-    bindings = [f'DATA_DIR = "{absent}"', "CACHE_DIR = None"]
+    bindings = [f'DATA_DIR = "{absent}"', "CACHE_DIR = None", "MAX_CANDIDATES = 2"]
     gin.parse_config_files_and_bindings([str(config)], bindings)
     if config.stem == "synthetic":
-        assert prepare_data().log.num_users == 200
+        data = prepare_data()
+        assert data.log.num_users == 200
+        assert build_requests(data, "test").candidate_count.max() == 2
     else:
         with pytest.raises(DataError, match="no such file or folder"):
             prepare_data()

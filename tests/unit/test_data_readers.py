@@ -205,6 +205,27 @@ def test_table_group_and_candidate(tmp_path: Path) -> None:
     assert events.candidate.tolist() == [True, False, True] * 2
 
 
+def test_dictionary_and_chunked_ids(tmp_path: Path) -> None:
+    users = pa.chunked_array([pa.array(["b", "a"]), pa.array(["b"])]).dictionary_encode()
+    table = pa.table({"user_id": users, "item_id": [1, 2, 1], "timestamp": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "log.parquet", row_group_size=2)
+    events = TableReader(path=str(tmp_path)).read([])
+    assert events.user.to_pylist() == ["b", "a", "b"]
+
+
+def test_side_features_of_a_table(tmp_path: Path) -> None:
+    reader = table_csv(tmp_path, ["1,2,3,0"])
+    body = b"item_id,maker,size\n2,caf\xe9,7\n3,x,8\n"
+    side = write(tmp_path / "items.txt", body)
+    reader = TableReader(path=reader.path, item_table=str(side), item_columns=("maker", "size"))
+    features = reader.read([]).item_features
+    assert features is not None
+    assert features.ids.to_pylist() == [2, 3]
+    assert features.columns["maker"].to_pylist() == [None, "x"]
+    assert features.columns["size"].to_pylist() == ["7", "8"]
+    assert reader.sources() == [tmp_path / "log.csv", side]
+
+
 def test_kuairand_csv_and_parquet_agree(tmp_path: Path) -> None:
     rows = pd.DataFrame(
         {

@@ -98,12 +98,12 @@ class RowChecks:
 
     def _decoded(self, field: str, column: pa.Array) -> pa.Array:
         """Text; bytes that are not UTF-8 make a bad row."""
-        if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-            return column.cast(pa.string())
-        texts = [_utf8(value) for value in column.to_pylist()]
+        if not pa.types.is_large_binary(column.type):
+            return column.cast(pa.large_string())
+        texts = [utf8_or_none(value) for value in column.to_pylist()]
         bad = np.array([text is None for text in texts], dtype=bool)
         self._judge(field, bad & column.is_valid().to_numpy(zero_copy_only=False), "not UTF-8")
-        return pa.array(texts, pa.string())
+        return pa.array(texts, pa.large_string())
 
     def _judge(self, field: str, bad: np.ndarray | pa.Array, problem: str) -> None:
         if isinstance(bad, (pa.Array, pa.ChunkedArray)):
@@ -119,14 +119,17 @@ class RowChecks:
 
 
 def _combined(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # more text than one array can hold
-        array = pa.concat_arrays([chunk.cast(pa.large_string()) for chunk in array.chunks])
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    if pa.types.is_null(array.type):
-        array = array.cast(pa.float64())
-    return array
+    """One array; text and bytes as their large kinds, which have no limit of 2 GiB."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_string(kind):
+        kind = pa.large_string()
+    elif pa.types.is_binary(kind):
+        kind = pa.large_binary()
+    elif pa.types.is_null(kind):
+        kind = pa.float64()
+    return column.cast(kind).combine_chunks()
 
 
 def _as_float(column: pa.Array) -> np.ndarray:
@@ -139,7 +142,8 @@ def _as_float(column: pa.Array) -> np.ndarray:
     return pd.to_numeric(texts, errors="coerce").to_numpy(dtype=np.float64)
 
 
-def _utf8(value: bytes | None) -> str | None:
+def utf8_or_none(value: bytes | None) -> str | None:
+    """The text; None where the bytes are not UTF-8."""
     try:
         return None if value is None else value.decode("utf-8")
     except UnicodeDecodeError:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from hpgr_plugin.data.events import SideTable
-from hpgr_plugin.data.readers.checks import RowChecks
+from hpgr_plugin.data.readers.checks import RowChecks, utf8_or_none
 from hpgr_plugin.data.readers.files import existing, read_table
 
 
@@ -25,14 +25,6 @@ def read_side_table(
 
 def as_text(column: pa.ChunkedArray) -> pa.Array:
     """Any column as text; null stays null, and bytes that are not UTF-8 become null."""
-    array = column.combine_chunks()
-    if pa.types.is_binary(array.type):
-        return pa.array([_text_or_none(value) for value in array.to_pylist()], pa.string())
-    return array.cast(pa.string())
-
-
-def _text_or_none(value: bytes | None) -> str | None:
-    try:
-        return None if value is None else value.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+    if pa.types.is_binary(column.type):
+        return pa.array([utf8_or_none(value) for value in column.to_pylist()], pa.string())
+    return column.cast(pa.string()).combine_chunks()
