@@ -179,6 +179,18 @@ def _keyed(values: dict[str, Tensor], lengths: list[list[int]]) -> KeyedJaggedTe
     )
 
 
+def only_user(data: tuple[Any, Any], user: int) -> tuple[KeyedJaggedTensor, KeyedJaggedTensor]:
+    """The batch of one user out of a larger one."""
+
+    def cut(kjt: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        names = kjt.keys()
+        features = (kjt[name] for name in names)
+        rows = [f.values()[f.offsets()[user] : f.offsets()[user + 1]] for f in features]
+        return _keyed(dict(zip(names, rows, strict=True)), [[len(values)] for values in rows])
+
+    return cut(data[0]), cut(data[1])
+
+
 def step(model: Any, data: tuple[Any, Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """One forward and backward: the outputs, and the gradient of every parameter that has one."""
     model.zero_grad(set_to_none=True)
@@ -186,3 +198,15 @@ def step(model: Any, data: tuple[Any, Any]) -> tuple[list[Tensor], dict[str, Ten
     sum(losses.values()).backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return [user, item, predictions], gradients
+
+
+def recorded_lengths(model: Any) -> list[list[int]]:
+    """Sequence lengths that the first layer gets, one entry a pass from now on."""
+    seen: list[list[int]] = []
+
+    def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((kwargs["x_lengths"] if "x_lengths" in kwargs else args[1]).tolist())
+
+    layer = model._hstu_transducer._stu_module._stu_layers[0]
+    layer.register_forward_pre_hook(record, with_kwargs=True)
+    return seen

@@ -8,7 +8,17 @@ import gin
 import pytest
 import torch
 from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostDlrmHSTU
-from small_ranker import NUM_ITEMS, TABLE_DIM, WIDTH, batch, build, small_config, step
+from small_ranker import (
+    NUM_ITEMS,
+    TABLE_DIM,
+    WIDTH,
+    batch,
+    build,
+    only_user,
+    recorded_lengths,
+    small_config,
+    step,
+)
 
 from hpgr_plugin.hosts import dlrm_v3
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
@@ -93,26 +103,9 @@ def test_candidates_do_not_depend_on_each_other_or_on_the_batch(scope: str) -> N
     model = build(DlrmHSTU, dtype=torch.float64, attention_hook=hook).eval()
     together = batch([9, 9], [2, 2])
     both = model(*together)[3]
-    per_user = [_only(together, user) for user in (0, 1)]
+    per_user = [only_user(together, user) for user in (0, 1)]
     alone = torch.cat([model(*data)[3] for data in per_user], dim=1)
     torch.testing.assert_close(both, alone, rtol=1e-6, atol=1e-7)
-
-
-def _only(data: tuple[Any, Any], user: int) -> tuple[Any, Any]:
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
-    parts = []
-    for kjt in data:
-        values = [
-            kjt[k].values()[kjt[k].offsets()[user] : kjt[k].offsets()[user + 1]] for k in kjt.keys()
-        ]
-        lengths = torch.tensor([len(v) for v in values])
-        parts.append(
-            KeyedJaggedTensor.from_lengths_sync(
-                keys=kjt.keys(), values=torch.cat(values), lengths=lengths
-            )
-        )
-    return parts[0], parts[1]
 
 
 @pytest.mark.parametrize(
@@ -220,11 +213,7 @@ def test_stochastic_length_shortens_in_training_only() -> None:
     data = batch([40, 3], [2, 2])
     hook = StochasticLength(alpha=1.2, selection="recent", max_history=40)
     model = build(DlrmHSTU, dtype=torch.float64, attention_hook=hook)
-    lengths = []
-    layer = model._hstu_transducer._stu_module._stu_layers[0]
-    layer.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append(kwargs["x_lengths"].tolist()), with_kwargs=True
-    )
+    lengths = recorded_lengths(model)
     while lengths.count([40 + 4, 3 + 4]) == len(lengths):  # both outcomes have a chance
         _, gradients = step(model, data)
         assert len(lengths) < 50

@@ -8,9 +8,9 @@ import gin
 import torch
 from generative_recommenders.dlrm_v3.train import utils as train
 
-from hpgr_plugin.hosts.contract import accepts
 from hpgr_plugin.hosts.dlrm_v3.model import DlrmHSTU
-from hpgr_plugin.hosts.dlrm_v3.pretrained import lr_ratio
+from hpgr_plugin.hosts.dlrm_v3.pretrained import lr_scale
+from hpgr_plugin.hosts.seams import Seam, host_has_seam
 
 _KeyedOptimizerWrapper: Any = train.KeyedOptimizerWrapper
 _DistributedModelParallel: Any = train.DistributedModelParallel
@@ -30,7 +30,7 @@ class InheritedLrOptimizer(_KeyedOptimizerWrapper):
     ) -> None:
         groups: dict[float, list[torch.Tensor]] = {}
         for parameter in params.values():
-            groups.setdefault(lr_ratio(parameter), []).append(parameter)
+            groups.setdefault(lr_scale(parameter), []).append(parameter)
 
         def with_groups(parameters: Any) -> torch.optim.Optimizer:
             if set(groups) <= {1.0}:
@@ -53,7 +53,7 @@ class PretrainedModelParallel(_DistributedModelParallel):
         super().__init__(module, *args, **kwargs)
         for part in self.modules():
             if isinstance(part, DlrmHSTU):
-                part.load_pretrained()
+                part.after_sharding()
 
 
 @functools.wraps(_apply_optimizer_in_backward)
@@ -66,16 +66,19 @@ def apply_with_inherited_lr(
 ) -> None:
     """The host's fused sparse optimizer, inherited tables with their smaller rate."""
     for parameter in params:
-        settings = {**optimizer_kwargs, "lr": optimizer_kwargs["lr"] * lr_ratio(parameter)}
+        settings = {**optimizer_kwargs, "lr": optimizer_kwargs["lr"] * lr_scale(parameter)}
         _apply_optimizer_in_backward(optimizer_class, [parameter], settings, *args, **kwargs)
 
 
-_REPLACEMENTS: dict[str, tuple[Any, Any]] = {
-    "DlrmHSTU": (train.DlrmHSTU, DlrmHSTU),
-    "KeyedOptimizerWrapper": (_KeyedOptimizerWrapper, InheritedLrOptimizer),
-    "DistributedModelParallel": (_DistributedModelParallel, PretrainedModelParallel),
-    "apply_optimizer_in_backward": (_apply_optimizer_in_backward, apply_with_inherited_lr),
+# Name in the host's `dlrm_v3.train.utils`: what stands in for it, and the seam of a patched host
+# that makes that needless.
+_REPLACEMENTS: dict[str, tuple[Any, Seam]] = {
+    "DlrmHSTU": (DlrmHSTU, "model_cls"),
+    "KeyedOptimizerWrapper": (InheritedLrOptimizer, "lr_scale"),
+    "DistributedModelParallel": (PretrainedModelParallel, "lr_scale"),
+    "apply_optimizer_in_backward": (apply_with_inherited_lr, "lr_scale"),
 }
+_ORIGINALS: dict[str, Any] = {name: getattr(train, name) for name in _REPLACEMENTS}
 
 
 def attach() -> None:
@@ -83,21 +86,21 @@ def attach() -> None:
 
     A host with the project's patches takes the model class as a gin parameter of `make_model`;
     unless the configuration names one already, it is bound here (`gin.clear_config` forgets it:
-    attach again). In other hosts the name that `make_model` looks up is replaced.
+    attach again). In other hosts the names that its trainer looks up are replaced.
     """
-    for name, (_, replacement) in _REPLACEMENTS.items():
-        if not (name == "DlrmHSTU" and _takes_model_class()):
+    for name, (replacement, seam) in _REPLACEMENTS.items():
+        if not host_has_seam(seam):
             setattr(train, name, replacement)
-    if _takes_model_class() and not _is_bound(_MODEL_PARAMETER):
+    if host_has_seam("model_cls") and not _is_bound(_MODEL_PARAMETER):
         with gin.unlock_config():
             gin.parse_config(f"{_MODEL_PARAMETER} = @hpgr.DlrmHSTU")
 
 
 def detach() -> None:
     """Give the host its names back; models built so far keep what they have."""
-    for name, (original, _) in _REPLACEMENTS.items():
+    for name, original in _ORIGINALS.items():
         setattr(train, name, original)
-    if _takes_model_class() and _is_bound(_MODEL_PARAMETER):
+    if host_has_seam("model_cls") and _is_bound(_MODEL_PARAMETER):
         with gin.unlock_config():
             gin.bind_parameter(_MODEL_PARAMETER, None)
 
@@ -106,13 +109,9 @@ def replaced_names() -> list[str]:
     """The names of the host that are not its own at the moment."""
     return [
         f"{train.__name__}.{name}"
-        for name, (original, _) in _REPLACEMENTS.items()
+        for name, original in _ORIGINALS.items()
         if getattr(train, name) is not original
     ]
-
-
-def _takes_model_class() -> bool:
-    return accepts(train.make_model, "model_cls")
 
 
 def _is_bound(parameter: str) -> bool:

@@ -20,6 +20,7 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from hpgr_plugin.hosts.dlrm_v3.attach import attach
+from hpgr_plugin.hosts.seams import host_has_seam
 
 MODES = ("train", "eval", "train-eval", "streaming-train-eval")
 _WINDOW = {"eval": 1000}
@@ -81,7 +82,7 @@ def _run(mode: str, rank: int, world_size: int, device: torch.device) -> None:
     model, config, tables = train.make_model()
     if device.type == "cpu":
         model.set_hammer_kernel(HammerKernel.PYTORCH)
-    with _topology_of(device):
+    with topology_of(device):
         model, optimizer = train.make_optimizer_and_shard(
             model=model, device=device, world_size=world_size
         )
@@ -131,8 +132,11 @@ def _start_process_group(
 
 
 @contextlib.contextmanager
-def _topology_of(device: torch.device) -> Iterator[None]:
+def topology_of(device: torch.device) -> Iterator[None]:
     """The host plans its shards for CUDA whatever the device; inside, for this one."""
+    if device.type == "cuda" or host_has_seam("ranking_cpu"):
+        yield
+        return
     topology = train.Topology
 
     @functools.wraps(topology)

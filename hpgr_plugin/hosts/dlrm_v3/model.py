@@ -17,6 +17,7 @@ from hpgr_plugin.hosts.dlrm_v3.modules import (
     TimeAwareHSTUPositionalEncoder,
 )
 from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained, mark_inherited
+from hpgr_plugin.hosts.seams import host_has_seam
 from hpgr_plugin.jagged import complete_cumsum
 from hpgr_plugin.pgsa.hooks import AttentionHook, PreferenceGuidedSparseAttention
 from hpgr_plugin.positions import TimeAwarePositionalEncoder
@@ -131,6 +132,10 @@ class DlrmHSTU(host.DlrmHSTU):
         """
         if self._pretrained is not None and hasattr(self, "_embedding_collection"):
             self._pretrained.load_into(self._embedding_collection)
+
+    def after_sharding(self) -> None:
+        """Called by the trainer between sharding and the restoring of a checkpoint."""
+        self.load_pretrained()
 
     @contextlib.contextmanager
     def cached_preferences(
@@ -304,17 +309,16 @@ def _classes_of_this_model(
     if attention_hook is None and positional_encoder is None:
         yield
         return
-    wanted = {
-        "STULayer": ("stu_layer_cls", PreferenceSTULayer),
-        "HSTUTransducer": ("transducer_cls", PreferenceTransducer),
-    }
+    if host_has_seam("dlrm_classes"):
+        owner, names = DlrmHSTU, ("stu_layer_cls", "transducer_cls")
+    else:
+        owner, names = host, ("STULayer", "HSTUTransducer")
     with contextlib.ExitStack() as undo:
-        for name, (attribute, replacement) in wanted.items():
-            owner, slot = (
-                (DlrmHSTU, attribute) if hasattr(host.DlrmHSTU, attribute) else (host, name)
-            )
-            undo.callback(setattr, owner, slot, getattr(owner, slot))
-            setattr(owner, slot, replacement)
+        for name, replacement in zip(
+            names, (PreferenceSTULayer, PreferenceTransducer), strict=True
+        ):
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
         yield
 
 

@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from generative_recommenders.common import HammerModule
 from generative_recommenders.modules.hstu_transducer import HSTUTransducer
 from generative_recommenders.modules.preprocessors import InputPreprocessor
-from generative_recommenders.modules.stu import STULayer
 from torch import Tensor, nn
 
-from hpgr_plugin.hosts.contract import accepts
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
 from hpgr_plugin.hosts.dlrm_v3.layout import (
     CompactRows,
@@ -21,12 +19,10 @@ from hpgr_plugin.hosts.dlrm_v3.layout import (
     sequence_layout,
     visible_plan,
 )
+from hpgr_plugin.hosts.seams import host_has_seam
 from hpgr_plugin.jagged import complete_cumsum
 from hpgr_plugin.pgsa.hooks import Scope
 from hpgr_plugin.pgsa.plan import PreferencePlan
-
-# Whether this host scales value rows itself (one of the project's patches).
-_SCALES_VALUES = accepts(STULayer.forward, "value_scale")
 
 
 class SessionPreprocessor(InputPreprocessor):
@@ -274,7 +270,7 @@ class PreferenceTransducer(HSTUTransducer):
             "max_seq_len": rows.max_len,
             "num_targets": rows.num_targets,
         }
-        if _SCALES_VALUES and step.scales_values_only:
+        if host_has_seam("value_scale") and step.scales_values_only:
             return self._stu_module(**arguments, value_scale=step.value_scale)
         with self.attending(step):
             return self._stu_module(**arguments)

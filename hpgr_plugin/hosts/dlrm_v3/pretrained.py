@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from hpgr_plugin.handoff import Handoff, HandoffError, load_handoff, load_sem_state, read_header
 
-# The factor on the learning rate, an attribute of the parameter: it survives sharding's look-ups
-# by object, where names change.
-_RATIO = "_hpgr_lr_ratio"
+# An attribute of the parameter: it stays where names change, and a patched host reads it too.
+_LR_SCALE = "lr_scale"
 _ITEM_IDS = "item_ids"
 
 
@@ -24,12 +23,12 @@ def mark_inherited(parameters: Iterable[nn.Parameter], lr_ratio: float) -> None:
     if not 0.0 <= lr_ratio <= 1.0:
         raise ValueError(f"inherited_lr_ratio must be in [0, 1], got {lr_ratio}")
     for parameter in parameters:
-        setattr(parameter, _RATIO, lr_ratio)
+        setattr(parameter, _LR_SCALE, lr_ratio)
 
 
-def lr_ratio(parameter: Any) -> float:
+def lr_scale(parameter: Any) -> float:
     """The factor that `mark_inherited` left on a parameter, 1 for all others."""
-    return float(getattr(parameter, _RATIO, 1.0))
+    return float(getattr(parameter, _LR_SCALE, 1.0))
 
 
 class Pretrained(NamedTuple):
