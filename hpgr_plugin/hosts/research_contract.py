@@ -35,6 +35,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         "function",
         ("rank", "world_size", "master_port", "learning_rate", "weight_decay", "num_warmup_steps"),
     ),
+    Requirement(f"{_SEQUENTIAL}.encoder_utils", "get_sequential_encoder", "function"),
     Requirement(
         f"{_SEQUENTIAL}.encoder_utils",
         "hstu_encoder",
