@@ -2,8 +2,6 @@
 
 import dataclasses
 import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from hpgr_plugin.data import (
     prepare_data,
     rating_at_least,
 )
+from hpgr_plugin.data import cache as cache_module
 from hpgr_plugin.data.events import EventTable
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
@@ -135,41 +134,41 @@ def test_dropped_rows_are_counted_and_kept_in_the_cache(tmp_path: Path) -> None:
         assert prepare(path, cache, reader=reader).dropped == {"log.csv": 2}
 
 
-@dataclasses.dataclass(frozen=True)
-class SlowSplit:
-    """Says when it is reached, then waits to be killed."""
+class Slow:
+    """A remark whose writing takes so long that its process can be killed in the middle."""
 
-    reached: str = dataclasses.field(metadata={"location": True})
-    wait: bool = dataclasses.field(metadata={"location": True})
+    def __init__(self, reached: Path) -> None:
+        self.reached = reached
 
-    def assign(self, log: InteractionLog, is_candidate: np.ndarray) -> np.ndarray:
-        Path(self.reached).touch()
-        if self.wait:
-            time.sleep(60)
-        return LastNSplit().assign(log, is_candidate)
+    def __str__(self) -> str:
+        self.reached.touch()
+        time.sleep(60)
+        return "never"
+
+
+def store_slowly(path: Path, entry: Path, reached: Path) -> None:
+    with cache_module.exclusive(entry):
+        cache_module.store(entry, prepare(path, None), {"remark": Slow(reached)})
 
 
 def test_a_kill_half_way_leaves_nothing_half(tmp_path: Path) -> None:
     path, cache, reached = write_log(tmp_path / "data"), tmp_path / "cache", tmp_path / "reached"
+    prepare(path, tmp_path / "other")
+    entry = cache / entries(tmp_path / "other")[0].name
     context = multiprocessing.get_context("spawn")
-    process = context.Process(
-        target=prepare, args=(path, cache), kwargs={"split": SlowSplit(str(reached), True)}
-    )
+    process = context.Process(target=store_slowly, args=(path, entry, reached))
     process.start()
     while not reached.exists():
         assert process.is_alive()
         time.sleep(0.05)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
-    # What a kill in the middle of writing leaves: some arrays, no description.
-    key = next(cache.glob("*.lock")).name.removesuffix(".lock")
-    half = cache / f"{key}.{process.pid}.tmp"
-    half.mkdir()
-    (half / "item.npy").write_bytes(b"half")
-    prepared = prepare(path, cache, split=SlowSplit(str(reached), False))
-    assert_same(prepared, prepare(path, None, split=LastNSplit()))
-    assert [entry.name for entry in entries(cache)] == [key]
+    half = entries(cache)
+    assert len(half) == 1
+    assert half[0] != entry
+    assert (half[0] / "item.npy").exists()
+    assert_same(prepare(path, cache), prepare(path, None))
+    assert entries(cache) == [entry]
 
 
 def test_concurrent_processes_share_one_entry(tmp_path: Path) -> None:
