@@ -1,0 +1,78 @@
+"""The candidate scope: 1, 10 and 64 candidates that share one dense history of n items."""
+
+import torch
+
+from examples.benchmarks import host
+from examples.benchmarks.registry import check, measure_ceilings, print_table
+from examples.benchmarks.stack import HEADS, LAYERS, WIDTH, new_stack, step_times
+from hpgr_plugin.pgsa.triton.plan import weight_matrix
+
+SETTING = {"top_k": 50, "sigma": 2.0, "eps": 1e-3, "recent": 0}
+
+
+def run(*, quick: bool) -> None:
+    measure_ceilings()
+    if host.is_there():
+        host.stand_in()
+    rows = []
+    tokens = 131072 if quick else 1048576
+    for length in (4096,) if quick else (1024, 4096, 16384):
+        stack = new_stack(length)
+        for count in (1, 10, 64):
+            rows.append(_measure(stack, tokens // length, length, count))
+            torch.cuda.empty_cache()
+    print_table(rows)
+
+
+def _measure(stack, users: int, length: int, count: int) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    places = torch.arange(users + 1, device="cuda")
+    history_offsets, candidate_offsets = places * length, places * count
+    raw, asked = (torch.randn(users * n, WIDTH, device="cuda").bfloat16() for n in (length, count))
+    history, candidates = (torch.randn_like(x).requires_grad_() for x in (raw, asked))
+    grad = torch.randn_like(asked)
+
+    def sparse() -> torch.Tensor:
+        matrix = weight_matrix(
+            raw, asked, history_offsets, candidate_offsets, **SETTING, max_history=length,
+            max_candidates=count,
+        )  # fmt: skip
+        return stack.candidate_scope(
+            history, candidates, history_offsets, candidate_offsets, matrix, max_candidates=count
+        )
+
+    times = {"ours": step_times(sparse, [history, candidates, *stack.parameters()], grad)}
+    row: dict[str, object] = {
+        "tokens": users * length, "n": length, "candidates": count, "layers": LAYERS,
+        "heads": HEADS, "f ms": times["ours"][0], "f+b ms": times["ours"][1],
+        "GiB": times["ours"][2],
+    }  # fmt: skip
+    if not host.is_there():
+        return row
+    dense = host.HostStack(stack)
+    host.prepare_tuning()
+    host.forget_attention()
+    both = torch.cat(
+        [history.detach().view(users, length, -1), candidates.detach().view(users, count, -1)], 1
+    )
+    whole = both.flatten(0, 1).requires_grad_()
+    offsets, targets = places * (length + count), torch.full_like(places[1:], count)
+    own = torch.arange(len(whole), device="cuda").view(users, -1)[:, length:].flatten()
+
+    def full() -> torch.Tensor:
+        output = dense.dense(whole, offsets, max_length=length + count, num_targets=targets)
+        return output[own]
+
+    with torch.no_grad():  # without its mask, and by the same n, ours is the host's dense stack
+        everything = torch.full((users * count, length), 1.0, device="cuda")
+        norm, stack.norm_length = stack.norm_length, float(length + count)
+        ours = stack.candidate_scope(
+            history, candidates, history_offsets, candidate_offsets, everything,
+            max_candidates=count,
+        )  # fmt: skip
+        stack.norm_length = norm
+        check(f"{count} candidates n={length}", ours - candidates, full() - candidates, 2e-2)
+    forward, both_ways, _ = step_times(full, [whole, *dense.parameters()], grad)
+    return row | {
+        "host f ms": forward, "host f+b ms": both_ways, "f / host": times["ours"][0] / forward,
+        "f+b / host": times["ours"][1] / both_ways,
+    }  # fmt: skip
