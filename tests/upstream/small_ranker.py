@@ -108,13 +108,13 @@ def build(
     generator = torch.Generator().manual_seed(seed + 1)
     for weight in collection.parameters():
         torch.nn.init.normal_(weight, std=0.5, generator=generator)
-    collection.register_forward_hook(_in_dtype(dtype))
+    collection.register_forward_hook(in_dtype(dtype))
     model.set_hammer_kernel(kernel)
     model.set_training_dtype(dtype)
     return model.to(device=device, dtype=dtype)
 
 
-def _in_dtype(dtype: torch.dtype) -> Any:
+def in_dtype(dtype: torch.dtype) -> Any:
     """torchrec looks rows up in float32 at most: a hook that hands them on in `dtype`."""
 
     def cast(_: Any, __: Any, looked_up: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:

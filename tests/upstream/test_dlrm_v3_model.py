@@ -133,6 +133,18 @@ def test_the_future_of_a_candidate_is_hidden_from_it(hook: Callable[[], Any]) ->
     torch.testing.assert_close(before, after, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("scope", ["sequence", "candidate"])
+def test_without_hide_future_a_candidate_sees_the_whole_history(scope: str) -> None:
+    data = batch(LENGTHS, CANDIDATES, later=False)
+    hooked = build(
+        DlrmHSTU, dtype=torch.float64, attention_hook=everything(scope), hide_future=False
+    )
+    host = with_weights_of(build(HostDlrmHSTU, dtype=torch.float64), hooked)
+    torch.testing.assert_close(hooked(*data)[3], host(*data)[3], rtol=1e-5, atol=1e-6)
+    hidden = build(DlrmHSTU, dtype=torch.float64, attention_hook=everything(scope))
+    assert not torch.allclose(hidden(*data)[3], host(*data)[3], rtol=1e-4)
+
+
 def test_sem_with_its_gate_closed_is_the_host_and_opens_with_training() -> None:
     data = batch(LENGTHS, CANDIDATES)
     sem = SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2)

@@ -35,13 +35,15 @@ class DlrmHSTU(host.DlrmHSTU):
         sem: enriches the history rows of the raw item embeddings, see `SessionPreprocessor`; of
             the item table's width.
         positional_encoder: `TimeAwarePositionalEncoder` of the transducer's width, in place of
-            the host's (its time buckets included). With its `hide_future`, history at or after a
-            candidate's query time is kept from that candidate, with or without a hook.
-        attention_hook: PGSA or stochastic length. History at or after a candidate's query time is
-            hidden from it unless `positional_encoder` says hide_future=False.
+            the host's (its time buckets included).
+        attention_hook: PGSA or stochastic length.
         pretrained: path of a stage-1 hand-over for the table of the history's item feature; SEM
             weights in it go to `sem`.
         inherited_lr_ratio: factor on the learning rate of what `pretrained` brought.
+        hide_future: whether history at or after a candidate's query time is kept from that
+            candidate; None: as `positional_encoder` says, and True with a hook alone. False is for
+            data without real query times: the host's MovieLens reader gives all candidates the
+            time of the last history item, which hides at least that item from them.
         model_config: fields of the host's DlrmHSTUConfig to set, by name.
         table_config: per embedding table, fields of its EmbeddingConfig to set, by name. Both
             change the objects handed in: the host's data loaders read the same ones.
@@ -63,6 +65,7 @@ class DlrmHSTU(host.DlrmHSTU):
         attention_hook: AttentionHook | None = None,
         pretrained: str | None = None,
         inherited_lr_ratio: float = 0.1,
+        hide_future: bool | None = None,
         model_config: Mapping[str, Any] | None = None,
         table_config: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
@@ -83,7 +86,7 @@ class DlrmHSTU(host.DlrmHSTU):
             )
         # After the host's constructor: it initialises every Linear that it finds.
         self.attention_hook = attention_hook
-        self._hide_future = True
+        self._hide_future = hide_future is not False
         transducer = self._hstu_transducer
         contextual_seq_len = sum(hstu_configs.contextual_feature_to_max_length.values())
         if isinstance(transducer, PreferenceTransducer):
@@ -95,7 +98,8 @@ class DlrmHSTU(host.DlrmHSTU):
             width = hstu_configs.hstu_transducer_embedding_dim
             given = positional_encoder.table.embedding_dim
             _check_width("positional_encoder", given, width, "the transducer")
-            self._hide_future = positional_encoder.hide_future
+            if hide_future is None:
+                self._hide_future = positional_encoder.hide_future
             transducer._positional_encoder = TimeAwareHSTUPositionalEncoder(
                 positional_encoder,
                 embedding_dim=width,
@@ -246,14 +250,17 @@ class DlrmHSTU(host.DlrmHSTU):
             total_rows=len(items.embedding),
         )
         embeddings = items.embedding.detach()
+        times = payload_features[config.uih_action_time_feature_name]
         query_times = payload_features[config.candidates_querytime_feature_name]
+        # Times hide the future from candidates; a plan of users may weigh by age with them.
+        has_times = self._hide_future or hook.scope == "user"
         plan = hook.plan(
             history_embeddings=embeddings[layout.history_rows()],
             candidate_embeddings=embeddings[layout.candidate_rows()],
             history_offsets=layout.history_offsets,
             candidate_offsets=layout.candidate_offsets,
-            history_timestamps=payload_features[config.uih_action_time_feature_name],
-            candidate_timestamps=query_times if self._hide_future else None,
+            history_timestamps=times if has_times else None,
+            candidate_timestamps=query_times if has_times else None,
             history_ids=payload_features.get(_HISTORY_IDS),
             candidate_ids=payload_features.get(_CANDIDATE_IDS),
         )

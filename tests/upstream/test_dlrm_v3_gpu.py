@@ -1,0 +1,185 @@
+"""DlrmHSTU with the host's Triton kernels and all slots, forward and backward, on a CUDA device.
+
+The reference is the same model with the same weights on the CPU, PyTorch kernels, float64.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from generative_recommenders.common import HammerKernel
+from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostDlrmHSTU
+from small_ranker import TABLE_DIM, batch, build, small_config, step
+from torch import Tensor
+
+from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
+from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention, StochasticLength
+from hpgr_plugin.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.sem import SessionEnhancementModule
+
+pytestmark = [
+    pytest.mark.upstream,
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("float64_operators"),
+]
+
+WIDTH, HEADS, HEAD_DIM = 128, 2, 64
+LENGTHS, CANDIDATES = [190, 7, 0, 64, 131, 250, 33, 1], [4, 1, 2, 3, 4, 2, 1, 3]
+
+
+def config() -> Any:
+    return small_config(
+        max_seq_len=512,
+        hstu_num_heads=HEADS,
+        hstu_attn_linear_dim=HEAD_DIM,
+        hstu_attn_qk_dim=HEAD_DIM,
+        hstu_transducer_embedding_dim=WIDTH,
+        hstu_preprocessor_hidden_dim=64,
+    )
+
+
+def slots(kind: str) -> dict[str, Any]:
+    sem = SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2)
+    with torch.no_grad():
+        sem.gate.fill_(0.3)
+    encoder = TimeAwarePositionalEncoder(embedding_dim=WIDTH, max_positions=512)
+    hooks = {
+        "sequence": lambda: PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, recent=8),
+        "candidate": lambda: PreferenceGuidedSparseAttention(
+            top_k=8, sigma=1.0, recent=8, scope="candidate"
+        ),
+        "pre": lambda: PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, apply="pre"),
+        "stochastic": lambda: StochasticLength(alpha=1.6),
+        "none": lambda: None,
+    }
+    return {"sem": sem, "positional_encoder": encoder, "attention_hook": hooks[kind]()}
+
+
+def relative_error(mine: Tensor, reference: Tensor) -> float:
+    reference = reference.double()
+    scale = reference.square().mean().sqrt().clamp(min=1e-12)
+    return float((mine.cpu().double() - reference).square().mean().sqrt() / scale)
+
+
+def models(kind: str, bf16: bool) -> tuple[Any, Any]:
+    """On CUDA through Triton, and its float64 twin on the CPU."""
+    on_gpu = build(
+        DlrmHSTU,
+        config=config(),
+        device="cuda",
+        kernel=HammerKernel.TRITON,
+        bf16_training=bf16,
+        **slots(kind),
+    )
+    twin = copy.deepcopy(on_gpu).cpu().double()
+    twin.set_hammer_kernel(HammerKernel.PYTORCH)
+    twin.set_training_dtype(torch.float64)
+    twin._bf16_training = False
+    collection = twin._embedding_collection
+    collection._forward_hooks.clear()
+    from small_ranker import in_dtype
+
+    collection.register_forward_hook(in_dtype(torch.float64))
+    return on_gpu, twin
+
+
+# float32 through Triton uses TF32 products, an 11-bit mantissa as bf16 has 8.
+@pytest.mark.parametrize(
+    ("bf16", "tolerance"), [(True, 2.5e-2), (False, 4e-3)], ids=["bf16", "fp32"]
+)
+@pytest.mark.parametrize("kind", ["sequence", "candidate", "pre", "stochastic", "none"])
+def test_triton_kernels_agree_with_the_float64_twin(
+    kind: str, bf16: bool, tolerance: float
+) -> None:
+    on_gpu, twin = models(kind, bf16)
+    # Query times anywhere in the history: candidates of a user see different parts of it.
+    outputs, gradients = step(on_gpu, batch(LENGTHS, CANDIDATES, later=False, device="cuda"))
+    expected, expected_gradients = step(twin, batch(LENGTHS, CANDIDATES, later=False))
+    errors = {
+        name: relative_error(mine, reference)
+        for name, mine, reference in zip(
+            ("user", "item", "prediction"), outputs, expected, strict=True
+        )
+    }
+    assert gradients.keys() == expected_gradients.keys()
+    gradient_errors = {
+        name: relative_error(gradients[name], reference)
+        for name, reference in expected_gradients.items()
+        if reference.abs().max() > 1e-9
+    }
+    worst = max(gradient_errors, key=lambda name: gradient_errors[name])
+    # The host's own model under the same rounding, for scale.
+    print(f"{kind} bf16={bf16}: {errors}, worst gradient {worst} {gradient_errors[worst]:.2e}")
+    assert max(errors.values()) < tolerance
+    assert gradient_errors[worst] < 4 * tolerance
+    for value in (*outputs, *gradients.values()):
+        assert torch.isfinite(value).all()
+
+
+def test_empty_slots_are_the_host_to_the_last_bit() -> None:
+    data = batch(LENGTHS, CANDIDATES, device="cuda")
+    results = []
+    for model_class in (HostDlrmHSTU, DlrmHSTU):
+        model = build(
+            model_class,
+            config=config(),
+            device="cuda",
+            kernel=HammerKernel.TRITON,
+            bf16_training=True,
+        )
+        results.append(step(model, data))
+    for mine, theirs in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(mine, theirs)
+    # Gradients of tables and of the attention add up with atomics, in no fixed order.
+    repeated = step(model, data)[1]
+    for name, theirs in results[0][1].items():
+        if torch.equal(results[1][1][name], repeated[name]):
+            assert torch.equal(results[1][1][name], theirs), name
+        else:
+            torch.testing.assert_close(results[1][1][name], theirs, rtol=2e-2, atol=1e-5)
+
+
+def test_cached_inference_agrees_on_the_device() -> None:
+    hook = PreferenceGuidedSparseAttention(top_k=4, sigma=1.0, scope="candidate")
+    model = build(
+        DlrmHSTU,
+        config=config(),
+        device="cuda",
+        kernel=HammerKernel.TRITON,
+        attention_hook=hook,
+    ).eval()
+    stack = model._hstu_transducer._stu_module
+    lengths = torch.tensor([60, 5, 0], device="cuda")
+    targets = torch.full_like(lengths, 3)
+    raw = {
+        "history_embeddings": torch.randn(65, 8, device="cuda"),
+        "candidate_embeddings": torch.randn(9, 8, device="cuda"),
+    }
+    full = lengths + 2 + targets
+    offsets = torch.nn.functional.pad(full.cumsum(0), (1, 0))
+    x = torch.randn(int(full.sum()), WIDTH, device="cuda")
+    places = [torch.arange(int(n), device="cuda") for n in full]
+    is_candidate = torch.cat([p >= n - 3 for p, n in zip(places, full, strict=True)])
+    with torch.no_grad():
+        primed = lengths + 2
+        stack(
+            x=x[~is_candidate],
+            x_lengths=primed,
+            x_offsets=torch.nn.functional.pad(primed.cumsum(0), (1, 0)),
+            max_seq_len=int(full.max()),
+            num_targets=torch.zeros_like(lengths),
+            max_kv_caching_len=int(primed.max()),
+            kv_caching_lengths=primed,
+        )
+        with model.cached_preferences(**raw, history_lengths=lengths, num_candidates=targets):
+            cached = stack.cached_forward(x[is_candidate], targets)
+            whole = stack(
+                x=x,
+                x_lengths=full,
+                x_offsets=offsets,
+                max_seq_len=int(full.max()),
+                num_targets=targets,
+            )[is_candidate]
+    assert relative_error(cached, whole.cpu()) < 4e-3
