@@ -138,6 +138,21 @@ def test_main_py_trains_on_the_cpu(patched: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_train_ranker_trains_on_the_cpu_from_any_gin_file(patched: Path, tmp_path: Path) -> None:
+    config = str(PROJECT / "configs" / "upstream" / "ranking_synthetic.gin")
+    data = str(PROJECT / "examples" / "upstream" / "ranking_data.py")
+    few = tmp_path / "few.gin"
+    few.write_text(f'include "{config}"\ntrain_loop.num_epochs = 1\ntrain_loop.num_batches = 4\n')
+    trainer = ("-m", f"{HOST_PACKAGE}.dlrm_v3.train.train_ranker", "--mode=train")
+    for command in (
+        (data, "--out", str(tmp_path / "tmp"), "--num_users=200"),
+        (*trainer, f"--gin_file={few}"),
+    ):
+        done = run(patched, *command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_the_host_s_own_tests_give_what_they_gave(host: Path) -> None:
     before = own_tests(host)
     apply(host)

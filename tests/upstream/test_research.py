@@ -1,5 +1,7 @@
 """The slots of the retrieval adapter in the host's encoders, on CPU."""
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from hpgr_plugin.handoff import HandoffError, save_handoff
 from hpgr_plugin.hosts import research
+from hpgr_plugin.hosts.contract import HostContractError
 from hpgr_plugin.hosts.research.attachment import replaced_names
 from hpgr_plugin.hosts.research.learning_rates import host_parameter_groups
 from hpgr_plugin.hosts.research.pretrained import host_item_digest
@@ -320,6 +323,23 @@ def test_a_cleared_configuration_is_noticed(tmp_path: Path) -> None:
     slots(pretrained=str(tmp_path / "stage1.safetensors"))
     with pytest.raises(RuntimeError, match=r"call hosts\.research\.attach"):
         build()
+
+
+def test_groups_of_the_user_s_own_are_kept() -> None:
+    if not host_has_seam("param_groups_fn"):
+        pytest.skip("without the patch series no gin binding is involved")
+    gin.bind_parameter("train_fn.param_groups_fn", len)
+    research.attach()
+    assert gin.query_parameter("train_fn.param_groups_fn") is len
+
+
+def test_a_moved_host_is_named_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(encoder_utils, "sasrec_encoder")
+    for name in [name for name in sys.modules if name.startswith("hpgr_plugin.hosts.research")]:
+        if name != "hpgr_plugin.hosts.research_contract":
+            monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(HostContractError, match=r"encoder_utils\.sasrec_encoder: not there"):
+        importlib.import_module("hpgr_plugin.hosts.research")
 
 
 def test_slots_come_from_a_gin_file(tmp_path: Path) -> None:

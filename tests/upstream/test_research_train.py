@@ -1,6 +1,5 @@
 """Stage 1 and the host's own train_fn, from the example's .gin file, on CPU."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, multiprocessing
 
 from hpgr_plugin.handoff import load_handoff
 from hpgr_plugin.hosts import research
+from hpgr_plugin.hosts.contract import host_version
 from hpgr_plugin.hosts.research.cpu import ranks_are_the_cpu
 from hpgr_plugin.hosts.research.launch import train_worker
 from hpgr_plugin.hosts.research.pretrain import histories_of_rows
@@ -170,6 +170,19 @@ def test_histories_hold_the_target_and_nothing_after_it(folder: Path) -> None:
 
 def test_example_configs_bind_only_what_is_read() -> None:
     """Every binding names a parameter that exists; gin raises on any other."""
-    assert "hpgr_plugin.hosts.research" in sys.modules
     gin.parse_config_file(str(CONFIG))
     assert gin.query_parameter("hpgr.SessionEnhancementModule.causal") is True
+
+
+def test_movielens_config_stands_on_the_host_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = host_version().root
+    if root is None or not (root / "configs").is_dir():
+        pytest.skip("the host on the path has no configs folder beside its package")
+    monkeypatch.chdir(root)
+    gin.parse_config_file(str(CONFIG.parent / "retrieval_ml-1m.gin"))
+    macros = {"DIM": "item_embedding_dim", "SEQUENCE_LENGTH": "max_sequence_length"}
+    mine = {name: gin.query_parameter(f"{name}/gin.macro.value") for name in macros}
+    gin.clear_config()
+    gin.parse_config_file("configs/ml-1m/hstu-sampled-softmax-n128-final.gin")
+    theirs = {name: gin.query_parameter(f"train_fn.{key}") for name, key in macros.items()}
+    assert mine == theirs

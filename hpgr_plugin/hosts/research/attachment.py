@@ -25,10 +25,10 @@ def attach() -> None:
     """Let the host's `train_fn` build encoders with slots.
 
     Attached already, it only renews the binding of `train_fn.param_groups_fn`, which
-    `gin.clear_config` takes away.
+    `gin.clear_config` takes away. A binding of the user's own is kept.
     """
     groups_by_host = host_has_seam("param_groups_fn")
-    if groups_by_host:
+    if groups_by_host and not _param_groups_bound():
         _bind_param_groups(host_parameter_groups)
     if _undo:
         return
@@ -102,12 +102,16 @@ def _bind_param_groups(function: Callable[..., Any] | None) -> None:
 
 def _fill(encoder: Any) -> Any:
     encoder = fill_slots(encoder)
-    if has_inherited(encoder) and host_has_seam("param_groups_fn"):
-        try:
-            gin.query_parameter(_PARAM_GROUPS)
-        except ValueError as error:
-            raise RuntimeError(
-                f"{_PARAM_GROUPS} is not bound, so inherited weights would train at the full "
-                "rate: gin's configuration was cleared; call hosts.research.attach() after that"
-            ) from error
+    if has_inherited(encoder) and host_has_seam("param_groups_fn") and not _param_groups_bound():
+        raise RuntimeError(
+            f"{_PARAM_GROUPS} is not bound, so inherited weights would train at the full rate: "
+            "gin's configuration was cleared; call hosts.research.attach() after that"
+        )
     return encoder
+
+
+def _param_groups_bound() -> bool:
+    try:
+        return gin.query_parameter(_PARAM_GROUPS) is not None
+    except ValueError:
+        return False
