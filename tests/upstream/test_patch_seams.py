@@ -34,20 +34,24 @@ pytestmark = [
 ]
 
 
-def stack(layers: int = 2) -> STUStack:
+def stack(layers: int = 2, width: int = 16, head: int = 8) -> STUStack:
     torch.manual_seed(0)
     config = STULayerConfig(
-        embedding_dim=16, num_heads=2, hidden_dim=8, attention_dim=8, output_dropout_ratio=0.0
+        embedding_dim=width,
+        num_heads=2,
+        hidden_dim=head,
+        attention_dim=head,
+        output_dropout_ratio=0.0,
     )
     built = STUStack([STULayer(config) for _ in range(layers)])
     built.set_hammer_kernel(HammerKernel.PYTORCH)
     return built
 
 
-def sequences(lengths: list[int]) -> dict[str, Any]:
+def sequences(lengths: list[int], width: int = 16) -> dict[str, Any]:
     torch.manual_seed(1)
     return {
-        "x": torch.randn(sum(lengths), 16, requires_grad=True),
+        "x": torch.randn(sum(lengths), width, requires_grad=True),
         "x_lengths": torch.tensor(lengths),
         "x_offsets": torch.tensor([0, *lengths]).cumsum(0),
         "max_seq_len": max(lengths),
@@ -107,6 +111,29 @@ def test_value_scale_reaches_every_layer_of_a_stack() -> None:
     for layer in model._stu_layers:
         by_hand = layer(x=by_hand, **inputs, value_scale=scale)
     torch.testing.assert_close(model(x=x, **inputs, value_scale=scale), by_hand, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[70, 1, 130], [1], [256, 255]])
+def test_value_scale_on_the_triton_kernels(lengths: list[int]) -> None:
+    """Against the PyTorch kernels in float32, value and gradient."""
+    results = []
+    for kernel, dtype in ((HammerKernel.TRITON, torch.bfloat16), (HammerKernel.PYTORCH, None)):
+        inputs = {
+            name: value.cuda() if isinstance(value, Tensor) else value
+            for name, value in sequences(lengths, width=64).items()
+        }
+        x = inputs.pop("x").detach().to(dtype or torch.float32).requires_grad_()
+        scale = torch.linspace(0, 1, len(x), device="cuda")
+        model = stack(width=64, head=32).cuda()
+        model.set_hammer_kernel(kernel)
+        output = model(x=x, **inputs, value_scale=scale)
+        weight = torch.linspace(-1, 1, output.numel(), device="cuda").view_as(output)
+        (output.float() * weight).sum().backward()
+        results.append((output.float(), x.grad.float()))
+    for mine, theirs in zip(*results, strict=True):
+        error = (mine - theirs).norm() / theirs.norm()
+        assert error < 2e-2, error
 
 
 def ranker(cls: type, is_inference: bool = False) -> Any:
