@@ -158,6 +158,17 @@ def test_positions_stand_where_the_host_s_stood() -> None:
     assert not [name for name in names if "_pos_emb" in name]
 
 
+def test_a_model_in_bfloat16_trains() -> None:
+    """train_fn.main_module_bf16 turns the whole encoder, slots included."""
+    slots(sem=sem(), positional_encoder=positional_encoder())
+    encoder = build().to(torch.bfloat16)
+    output = run(encoder, batch(LENGTHS))
+    output.float().square().mean().backward()
+    own = encoder._input_features_preproc
+    assert output.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in own.parameters())
+
+
 def test_rows_past_the_history_go_through_unchanged() -> None:
     slots(sem=sem(), positional_encoder=positional_encoder())
     preprocessor = build()._input_features_preproc
