@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hpgr_plugin.jagged import complete_cumsum, ranges, segment_ids
+from hpgr_plugin.pgsa.triton.ops import plan_with_kernels
 
 # Candidates are planned in chunks of about this many numbers, so that memory stays bounded:
 # on a CPU so little that caches and the allocator reuse it, on an accelerator enough to keep it
@@ -79,6 +80,22 @@ def plan_preferences(
     _check_timestamps(history_timestamps, candidate_timestamps, num_items, num_candidates)
     longest = _check_offsets(history_offsets, candidate_offsets, num_items, num_candidates)
 
+    if history_embeddings.is_cuda:
+        plan = plan_with_kernels(
+            history_embeddings,
+            candidate_embeddings,
+            history_offsets,
+            candidate_offsets,
+            top_k=top_k,
+            sigma=sigma,
+            eps=eps,
+            recent=recent,
+            history_timestamps=history_timestamps,
+            candidate_timestamps=candidate_timestamps,
+            max_history=longest,
+        )
+        if plan is not None:
+            return plan
     scored_dtype = torch.promote_types(history_embeddings.dtype, torch.float32)
     history_embeddings = history_embeddings.to(scored_dtype)
     candidate_embeddings = candidate_embeddings.to(scored_dtype)

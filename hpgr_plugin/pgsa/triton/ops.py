@@ -9,12 +9,16 @@ import functools
 import importlib.util
 import os
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hpgr_plugin.jagged import dense_to_jagged, jagged_to_padded_dense
+
+if TYPE_CHECKING:
+    from hpgr_plugin.pgsa.plan import PreferencePlan
 
 _KERNELS = ("auto", "torch", "triton")
 _WEIGHTS_APPLY = ("post", "pre")
@@ -158,6 +162,56 @@ def padded_hstu_attention(
     attention = attention * seen[:, None].to(attention.dtype)
     output = torch.matmul(attention, padded_v).transpose(1, 2)
     return dense_to_jagged(output, query_offsets, q.shape[0])
+
+
+def plan_with_kernels(
+    history_embeddings: Tensor,
+    candidate_embeddings: Tensor,
+    history_offsets: Tensor,
+    candidate_offsets: Tensor,
+    *,
+    top_k: int,
+    sigma: float,
+    eps: float,
+    recent: int,
+    history_timestamps: Tensor | None,
+    candidate_timestamps: Tensor | None,
+    max_history: int,
+) -> "PreferencePlan | None":
+    """`plan_preferences` of CUDA tensors by the kernels; None, said once, where they cannot.
+
+    Args:
+        max_history: the length of the longest history.
+    """
+    if not triton_is_installed():
+        warn_once("plans are made in plain torch: triton is not installed")
+        return None
+    from hpgr_plugin.pgsa.triton import plan
+
+    if candidate_embeddings.dtype != history_embeddings.dtype:
+        history_embeddings = history_embeddings.float()
+        candidate_embeddings = candidate_embeddings.float()
+    reason = plan.why_not(
+        history_embeddings, top_k=top_k, sigma=sigma, eps=eps, max_history=max_history
+    )
+    if reason is not None:
+        warn_once(f"plans are made in plain torch: {reason}")
+        return None
+    counts = candidate_offsets.diff()
+    return plan.plan_preferences(
+        history_embeddings,
+        candidate_embeddings,
+        history_offsets,
+        candidate_offsets,
+        top_k=top_k,
+        sigma=sigma,
+        eps=eps,
+        recent=recent,
+        history_timestamps=history_timestamps,
+        candidate_timestamps=candidate_timestamps,
+        max_history=max_history,
+        max_candidates=int(counts.max()) if len(counts) else 0,
+    )
 
 
 def warn_once(message: str) -> None:
