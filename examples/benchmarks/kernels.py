@@ -77,7 +77,7 @@ def _host(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, n: int) -> Tensor:
     host.prepare_tuning()
     output: Tensor = hstu_mha(
         max_seq_len=n, alpha=HEAD_DIM**-0.5, q=q, k=k, v=v, seq_offsets=offsets,
-        kernel=HammerKernel.TRITON, enable_tma=True,
+        sort_by_length=True, kernel=HammerKernel.TRITON, enable_tma=True,
     )  # fmt: skip
     return output
 

@@ -104,7 +104,8 @@ def test_queries_of_another_sequence_read_all_columns_by_their_own_weights() -> 
     offsets, query_offsets = offsets_of([0, 40, 3]), offsets_of([2, 3, 0])
     q, k, v = inputs(5, 43)
     weights = torch.rand(5, 40, device=DEVICE)
-    shape = Shape(offsets, query_offsets, weights, None, 40, 3, exact=True, cross=True, **SETTINGS)
+    form = {"exact": True, "cross": True, "matrix": weights, **SETTINGS}
+    shape = Shape(offsets, query_offsets, None, None, 40, 3, **form)
     output, grad = torch.empty_like(q), torch.randn_like(q)
     held = torch.randn_like(k), torch.randn_like(v)
     dq, dk, dv = torch.empty_like(q), held[0].clone(), held[1].clone()

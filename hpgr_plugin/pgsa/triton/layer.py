@@ -23,6 +23,7 @@ from hpgr_plugin.pgsa.triton.rowwise import (
     gate_forward,
     norm_backward,
     norm_forward,
+    scale_rows_,
 )
 
 
@@ -134,6 +135,7 @@ class _AttendAndGate(torch.autograd.Function):
         hidden = norm_weight.numel()
         u, v, q, k = _split(projected, hidden)
         attended = room(projected, (len(projected), hidden), shape.exact)
+        _scale(k, v, shape)
         _attend(num_heads, q, k, v, attended, shape)
         gated, moments = gate_forward(attended, u, norm_weight, norm_bias, eps)
         ctx.save_for_backward(projected, norm_weight, norm_bias, attended, moments)
@@ -176,6 +178,7 @@ class _LastLayer(torch.autograd.Function):
         columns = torch.addmm(column_bias, normed, column_weight)
         (u, q), (v, k) = _halves(asking, hidden), _halves(columns, hidden)
         attended = asking.new_empty(len(rows), hidden)
+        _scale(k, v, shape)
         _attend(num_heads, q, k, v, attended, shape)
         gated, gate_moments = gate_forward(
             attended, u, weights.output_norm_weight, weights.output_norm_bias, eps
@@ -272,6 +275,7 @@ class _AttendAndRead(torch.autograd.Function):
         hidden = norm_weight.numel()
         u, v, q, k = _split(projected, hidden)
         attended = room(projected, (len(projected), hidden), shape.exact)
+        _scale(k, v, shape)
         _attend(num_heads, q, k, v, attended, shape)
         gated, moments = gate_forward(attended, u, norm_weight, norm_bias, eps)
         read, read_attended, read_moments = _read_forward(
@@ -365,6 +369,12 @@ def _read_backward(
     d_own_k.copy_((d_score * q).flatten(1))
     dq.add_((d_score * own_k).flatten(1).to(dq.dtype))
     return d_asking, d_weight, d_bias
+
+
+def _scale(k: Tensor, v: Tensor, shape: Shape) -> None:
+    """Apply the column weights to fresh projections, which nobody else has seen unscaled."""
+    if shape.column_weights is not None:
+        scale_rows_(k if shape.pre else v, shape.column_weights)
 
 
 def _attend(

@@ -24,6 +24,7 @@ from hpgr_plugin.pgsa.plan import PreferencePlan, gaussian_kernel
 
 LONGEST_HISTORY = 2**15  # scores of one candidate stay in the registers of one program
 _LARGEST_TILE = 2**16  # anchors times their reach, likewise
+_FEW_PROGRAMS = 1024
 
 
 class Selection(NamedTuple):
@@ -254,7 +255,7 @@ def _select(
         TIMED=timed,
         FLAT=flat,
         BLOCK=block,
-        num_warps=min(32, max(4, block // 512)),
+        num_warps=_select_warps(block, num_users * max_candidates),
         **constants,
     )
     offsets = counts.cumsum(0)
@@ -284,6 +285,12 @@ def _select(
 def _weight_table(sigma: float, eps: float, longest: int, device: torch.device) -> Tensor:
     """M by distance, `[radius + 1]` float32, on the device; never changed by anyone."""
     return gaussian_kernel(sigma, eps, longest).float().to(device)
+
+
+def _select_warps(block: int, programs: int) -> int:
+    """Few programs are to finish soon, many are to leave room for each other."""
+    per_thread = 32 if programs > _FEW_PROGRAMS else 16
+    return min(32, max(1, block // (32 * per_thread)))
 
 
 def _score(
@@ -386,7 +393,7 @@ def _score_many_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Sc
     candidates = first_candidate + tl.arange(0, GROUP)
     inside = items < length
     wanted = candidates < last_candidate
-    total = tl.zeros((ITEMS, GROUP), dtype=tl.float32)
+    total = tl.zeros((GROUP, ITEMS), dtype=tl.float32)
     for low in range(0, SIZE, WIDE):
         places = low + tl.arange(0, WIDE)
         held = places < SIZE
@@ -394,9 +401,14 @@ def _score_many_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Sc
                        mask=inside[:, None] & held[None, :], other=0.0)  # fmt: skip
         candidate = tl.load(Candidates + candidates[:, None] * stride_c + places[None, :],
                             mask=wanted[:, None] & held[None, :], other=0.0)  # fmt: skip
-        total = tl.dot(item, tl.trans(candidate), total, input_precision="ieee")
-    where = Scores + candidates[None, :] * pitch + items[:, None]
-    tl.store(where, total, mask=inside[:, None] & wanted[None, :])
+        total = tl.dot(candidate, tl.trans(item), total, input_precision="ieee")
+    where = Scores + candidates[:, None] * pitch + items[None, :]
+    tl.store(where, total, mask=wanted[:, None] & inside[None, :])
+
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
 
 @triton.jit
@@ -453,15 +465,36 @@ def _select_kernel(Scores, HistoryOffsets, CandidateOffsets, HistoryTimes, Candi
     found = tl.minimum(visible, TOP_K)
 
     # The largest threshold that at least `found` keys reach; done early when exactly that many.
+    # Three tries at a time: a count waits for all warps, comparing costs next to nothing.
     low = tl.min(tl.where(seen, key, 0x7FFFFFFF)).to(tl.int64)
     high = tl.max(key).to(tl.int64)
     if found == 0 or found == visible:
         high = low
     while low < high:
-        middle = low + (high - low + 1) // 2
-        reached = tl.sum((key >= middle.to(tl.int32)).to(tl.int32))
-        high = tl.where(reached < found, middle - 1, tl.where(reached == found, middle, high))
-        low = tl.where(reached < found, low, middle)
+        step = (high - low + 3) // 4
+        first = low + step
+        second = tl.minimum(first + step, high)
+        third = tl.minimum(second + step, high)
+        reach_first, reach_second, reach_third = tl.reduce(
+            (
+                (key >= first.to(tl.int32)).to(tl.int32),
+                (key >= second.to(tl.int32)).to(tl.int32),
+                (key >= third.to(tl.int32)).to(tl.int32),
+            ),
+            0,
+            _add_three,
+        )
+        if reach_third >= found:
+            low = third
+            high = tl.where(reach_third == found, third, high)
+        elif reach_second >= found:
+            low = second
+            high = tl.where(reach_second == found, second, third - 1)
+        elif reach_first >= found:
+            low = first
+            high = tl.where(reach_first == found, first, second - 1)
+        else:
+            high = first - 1
     threshold = low.to(tl.int32)
     above = seen & (key > threshold)
     tied = seen & (key == threshold)

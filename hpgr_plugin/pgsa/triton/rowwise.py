@@ -85,6 +85,15 @@ def gate_backward(
     return d_attention, sums[0], sums[1]
 
 
+def scale_rows_(x: Tensor, weights: Tensor) -> None:
+    """Multiply every row of `[T, D]`, which may be a slice, by its weight `[T]`, in place."""
+    wide, rows = _tile(x.shape[1])
+    if len(x):
+        _scale_rows_kernel[(triton.cdiv(len(x), rows),)](
+            x, weights, len(x), x.stride(0), SIZE=x.shape[1], WIDE=wide, ROWS=rows, num_warps=4
+        )
+
+
 class Norm(torch.autograd.Function):
     """Layer norm that hands its input on as the residual, so both gradients meet in one pass."""
 
@@ -109,6 +118,18 @@ class Norm(torch.autograd.Function):
 def _tile(size: int, numbers: int = _TILE) -> tuple[int, int]:
     wide = triton.next_power_of_2(size)
     return wide, max(1, numbers // wide)
+
+
+@triton.jit
+def _scale_rows_kernel(X, Weights, total, stride, SIZE: tl.constexpr, WIDE: tl.constexpr,
+                       ROWS: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    places = tl.arange(0, WIDE)
+    inside = (rows < total)[:, None] & (places < SIZE)[None, :]
+    where = X + rows[:, None] * stride + places[None, :]
+    weights = tl.load(Weights + rows, mask=rows < total, other=0.0)
+    x = tl.load(where, mask=inside, other=0.0).to(tl.float32) * weights[:, None]
+    tl.store(where, x.to(X.dtype.element_ty), mask=inside)
 
 
 @triton.jit

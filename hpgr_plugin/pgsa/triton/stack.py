@@ -140,7 +140,7 @@ class HSTUStack(nn.Module):
         shape = self._shape(history_offsets, None, weight_matrix.shape[1], True)
         reading = shape._replace(
             query_offsets=candidate_offsets,
-            column_weights=weight_matrix,
+            matrix=weight_matrix,
             max_query_length=max_candidates,
             cross=True,
         )
