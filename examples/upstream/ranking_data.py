@@ -2,8 +2,9 @@
 
 python examples/upstream/ranking_data.py --out tmp
 
-Every user likes one genre of items and comes back in sessions; a rating of 4 or 5 means an item of
-that genre, nine times in ten. The files are `OUT/data/ml-1m/sasrec_format.csv` and nothing else.
+Every user likes one genre of items and comes back in sessions. A rating of 4 or 5 means an item of
+that genre, or one of the items that everybody likes, nine times in ten. The one file is
+`OUT/data/ml-1m/sasrec_format.csv`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 NUM_ITEMS = 60
 NUM_GENRES = 3
+NUM_HITS = 15
 HOUR = 3600
 COLUMNS = [
     "user_id",
@@ -49,7 +51,8 @@ def _history(draw: random.Random) -> tuple[list[int], list[int], list[int]]:
         for _ in range(draw.randint(4, 12)):
             now += draw.randint(1, 300)
             item = draw.randrange(1, NUM_ITEMS)
-            likes = (item % NUM_GENRES == liked) != (draw.random() < 0.1)
+            good = item % NUM_GENRES == liked or item < NUM_HITS
+            likes = good != (draw.random() < 0.1)
             items.append(item)
             ratings.append(draw.choice((4, 5)) if likes else draw.choice((1, 2, 3)))
             times.append(now)

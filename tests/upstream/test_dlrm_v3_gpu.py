@@ -4,14 +4,16 @@ The reference is the same model with the same weights on the CPU, PyTorch kernel
 """
 
 import copy
+import sys
 from typing import Any
 
 import pytest
 import torch
 from generative_recommenders.common import HammerKernel
 from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostDlrmHSTU
-from small_ranker import TABLE_DIM, batch, build, small_config, step
+from small_ranker import TABLE_DIM, batch, build, in_dtype, small_config, step
 from torch import Tensor
+from triton.runtime.autotuner import Autotuner
 
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
 from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention, StochasticLength
@@ -27,6 +29,18 @@ pytestmark = [
 
 WIDTH, HEADS, HEAD_DIM = 128, 2, 64
 LENGTHS, CANDIDATES = [190, 7, 0, 64, 131, 250, 33, 1], [4, 1, 2, 3, 4, 2, 1, 3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _three_configurations_a_kernel() -> None:
+    """Every configuration must be right, the fastest is no matter here: trying all of the host's
+    takes minutes of compilation."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("generative_recommenders.ops.triton"):
+            for kernel in vars(module).values():
+                if isinstance(kernel, Autotuner) and len(kernel.configs) > 3:
+                    middle = len(kernel.configs) // 2
+                    kernel.configs = [kernel.configs[i] for i in (0, middle, -1)]
 
 
 def config() -> Any:
@@ -79,8 +93,6 @@ def models(kind: str, bf16: bool) -> tuple[Any, Any]:
     twin._bf16_training = False
     collection = twin._embedding_collection
     collection._forward_hooks.clear()
-    from small_ranker import in_dtype
-
     collection.register_forward_hook(in_dtype(torch.float64))
     return on_gpu, twin
 
@@ -120,8 +132,8 @@ def test_triton_kernels_agree_with_the_float64_twin(
 
 def test_empty_slots_are_the_host_to_the_last_bit() -> None:
     data = batch(LENGTHS, CANDIDATES, device="cuda")
-    results = []
-    for model_class in (HostDlrmHSTU, DlrmHSTU):
+
+    def steps(model_class: type, count: int) -> list[Any]:
         model = build(
             model_class,
             config=config(),
@@ -129,16 +141,24 @@ def test_empty_slots_are_the_host_to_the_last_bit() -> None:
             kernel=HammerKernel.TRITON,
             bf16_training=True,
         )
-        results.append(step(model, data))
-    for mine, theirs in zip(results[0][0], results[1][0], strict=True):
-        assert torch.equal(mine, theirs)
-    # Gradients of tables and of the attention add up with atomics, in no fixed order.
-    repeated = step(model, data)[1]
-    for name, theirs in results[0][1].items():
-        if torch.equal(results[1][1][name], repeated[name]):
-            assert torch.equal(results[1][1][name], theirs), name
-        else:
-            torch.testing.assert_close(results[1][1][name], theirs, rtol=2e-2, atol=1e-5)
+        step(model, data)  # the first pass tries configurations, and kernels run many times
+        return [step(model, data) for _ in range(count)]
+
+    host, (mine,) = steps(HostDlrmHSTU, 3), steps(DlrmHSTU, 1)
+    for theirs, ours in zip(host[0][0], mine[0], strict=True):
+        assert torch.equal(theirs, ours)
+    assert mine[1].keys() == host[0][1].keys()
+    repeated = 0
+    for name, ours in mine[1].items():
+        first, *others = (gradients[name] for _, gradients in host)
+        spread = max(relative_error(other, first.cpu()) for other in others)
+        repeated += spread == 0.0
+        if spread == 0.0:
+            assert torch.equal(ours, first), name
+        else:  # atomics: the host itself gives other bits every time
+            assert relative_error(ours, first.cpu()) < 10 * spread, name
+    # Those behind the attention's backward do not: 21 of 73 do on an H200.
+    assert repeated > 0
 
 
 def test_cached_inference_agrees_on_the_device() -> None:

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gin
 import pytest
+from generative_recommenders.dlrm_v3.train import utils as train
+
+from hpgr_plugin.hosts import dlrm_v3
 
 pytestmark = pytest.mark.upstream
 
@@ -52,6 +56,26 @@ def test_the_example_trains_and_evaluates(data: Path) -> None:
     assert "metric/lifetime_gauc/rating" in done.stdout
     # The host logs through INFO, which importing fbgemm would have switched off.
     assert "eval - Step 1 metrics" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["ranking_synthetic", "ranking_ml-1m"])
+def test_the_configurations_build_their_models(name: str) -> None:
+    dlrm_v3.attach()
+    gin.parse_config_files_and_bindings(
+        [str(CONFIG.with_name(f"{name}.gin"))], ["DATA = 'somewhere'"], finalize_config=False
+    )
+    model, config, tables = train.make_model()
+    assert isinstance(model, dlrm_v3.DlrmHSTU)
+    assert model.attention_hook.scope == "sequence"
+    assert model.sem.embedding_dim == config.hstu_embedding_table_dim
+    assert {table.embedding_dim for table in tables.values()} == {model.sem.embedding_dim}
+
+
+def test_required_data_is_asked_for() -> None:
+    config = str(CONFIG.with_name("ranking_ml-1m.gin"))
+    gin.parse_config_files_and_bindings([config], [], finalize_config=False)
+    with pytest.raises(RuntimeError, match="new_path_prefix"):
+        train.make_train_test_dataloaders(hstu_config=None, embedding_table_configs={})
 
 
 @pytest.mark.slow
