@@ -25,16 +25,16 @@ def user_errors() -> tuple[type[Exception], ...]:
     return (ValueError, TypeError, OSError, ImportError, DataError, HandoffError, CheckpointError)
 
 
-def load_config(config_file: str, bindings: list[str]) -> None:
-    """Parse the gin file and the bindings over it.
+def load_configs(config_files: list[str], bindings: list[str]) -> None:
+    """Parse the gin files, in order, and the bindings over them.
 
     Raises:
-        ValueError: an unknown configurable or parameter, or a scope that nothing reads.
+        ValueError: an unknown configurable or parameter.
         OSError: no such file.
     """
     import hpgr_plugin.configurables  # noqa: F401  (registers every component with gin)
 
-    gin.parse_config_files_and_bindings([config_file], bindings)
+    gin.parse_config_files_and_bindings(config_files, bindings)
 
 
 def one_line(error: Exception) -> str:
@@ -46,13 +46,13 @@ def run_app(body: Callable[[], None]) -> None:
     """Parse the flags and the config, then run ``body``."""
 
     def main(argv: list[str]) -> None:
-        logging.getLogger().setLevel(logging.INFO)
+        _show_progress()
         if len(argv) > 1:
             _fail(f"unknown arguments {argv[1:]}: flags are --gin_config_file and --gin_bindings")
         if not FLAGS.gin_config_file:
             _fail("--gin_config_file is missing; for instance configs/runs/quickstart.gin")
         try:
-            load_config(FLAGS.gin_config_file, FLAGS.gin_bindings)
+            load_configs([FLAGS.gin_config_file], FLAGS.gin_bindings)
             body()
         except user_errors() as error:
             _fail(one_line(error))
@@ -61,6 +61,16 @@ def run_app(body: Callable[[], None]) -> None:
         app.run(main)
     except flags.Error as error:
         _fail(one_line(error))
+
+
+def _show_progress() -> None:
+    """INFO of this package alone: what it imports has nothing to tell a user."""
+    logger = logging.getLogger("hpgr_plugin")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _fail(message: str) -> None:

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 
 import gin
 
-# "scope/module.name.parameter = value", as gin writes its configuration
+# Lines of the configuration as gin writes it, names shortened to what is unambiguous.
 _SCOPED_BINDING = re.compile(r"^([\w/]+)/[\w.]+\.\w+ = ", re.MULTILINE)
-# "@scope/module.name()": a reference that enters the scope itself
+# A reference that enters a scope itself: @scope/name()
 _SCOPED_REFERENCE = re.compile(r"@([\w/]+)/[\w.]+")
+# A row of an ablation, also one that this run leaves out, and the stage 1 it starts from.
+_ROW_SCOPE = re.compile(r"^([\w/]+)/(?:hpgr\.)?row\.\w+ = ", re.MULTILINE)
+_STAGE1_SCOPE = re.compile(r"(?:^|/)(?:hpgr\.)?row\.stage1 = '([\w/]+)'", re.MULTILINE)
 
 
-def check_scopes(known: Collection[str]) -> None:
-    """Every scope of the configuration is entered by the run or by a reference in it.
-
-    Args:
-        known: scopes that the run enters.
+def check_scopes() -> None:
+    """Every scope of the configuration is an ablation row's, its stage 1's, or a reference's.
 
     Raises:
-        ValueError: naming the scope and what the known ones are.
+        ValueError: naming the scope, and those in use.
     """
     config = gin.config_str()
-    entered = {*known, *_SCOPED_REFERENCE.findall(config)}
+    used = {
+        scope
+        for pattern in (_ROW_SCOPE, _STAGE1_SCOPE, _SCOPED_REFERENCE)
+        for scope in pattern.findall(config)
+    }
     for scope in _SCOPED_BINDING.findall(config):
-        if scope not in entered:
+        if scope not in used:
             raise ValueError(
-                f"nothing reads the gin scope {scope!r} (a typo, or a row missing from "
-                f"hpgr.run.rows); scopes in use: {sorted(entered)}"
+                f"nothing reads the gin scope {scope!r} (a typo, or a row without "
+                f"hpgr.row.title); scopes in use: {sorted(used)}"
             )

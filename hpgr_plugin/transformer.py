@@ -13,11 +13,14 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpgr_plugin.jagged import complete_cumsum, dense_to_jagged, jagged_to_padded_dense, ranges
 
 PADDING_BUDGET = 0.2  # share of a bucket's slots that may be padding
 MAX_BUCKET_ROWS = 16384  # batch x heads stays inside the launch grid of every attention kernel
+# Not cuDNN's: it compiles a plan for every new shape, and bucket shapes are new at every step.
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 INIT_STD = 0.02  # of every weight, as of the item table, so that both start at one scale
 
 
@@ -156,9 +159,10 @@ def segment_attention(qkv: Tensor, layout: SegmentLayout) -> Tensor:
         padded = jagged_to_padded_dense(chunk, bucket.offsets, bucket.width)
         rows = padded.shape[0]
         q, k, v = padded.view(rows, bucket.width, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bucket.mask, is_causal=bucket.is_causal
-        )
+        with sdpa_kernel(_BACKENDS):
+            attended = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bucket.mask, is_causal=bucket.is_causal
+            )
         attended = attended.transpose(1, 2).reshape(rows, bucket.width, heads * head_dim)
         pieces.append(dense_to_jagged(attended, bucket.offsets, bucket.num_tokens))
     return torch.cat(pieces)

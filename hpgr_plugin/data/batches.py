@@ -27,7 +27,7 @@ class BatchPlan:
         lengths: [R] tokens of each example.
         batch_tokens: most tokens of a batch; a longer example is a batch of its own.
         max_batch_size: most examples of a batch. None: no limit.
-        shuffle: a new order each epoch, by (seed, epoch). False: the order of the examples.
+        shuffle: a new order each epoch, by (seed, epoch). False: by length, always the same.
         seed: of the shuffling.
         rank, world_size: this process takes every world_size-th batch. Shuffled, all ranks
             get the same number, and up to world_size - 1 batches sit an epoch out. Not
@@ -63,7 +63,7 @@ class BatchPlan:
     def batches(self, epoch: int) -> list[np.ndarray]:
         """The batches of this rank: places of examples, int64 each."""
         if not self._shuffle:
-            whole = self._cut(np.arange(len(self._lengths)))
+            whole = self._cut(np.argsort(self._lengths, kind="stable"))
             return whole[self._rank :: self._world_size]
         random = np.random.default_rng([self._seed, epoch])
         order = random.permutation(len(self._lengths))
@@ -103,8 +103,8 @@ class RequestLoader:
 
     Args:
         prepared: the data.
-        split: "train" (shuffled by epoch) | "validation" | "test" (in order, every request
-            once over all ranks).
+        split: "train" (shuffled by epoch) | "validation" | "test" (every request once over
+            all ranks, those of like length together).
         settings: RequestSettings; None: as gin has them.
         batch_tokens: most tokens of a batch, history and candidates together.
         max_batch_requests: most requests of a batch. None: no limit.

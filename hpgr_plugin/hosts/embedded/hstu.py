@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from hpgr_plugin.hosts.embedded.attention import pointwise_attention
 from hpgr_plugin.hosts.embedded.padded import AttentionInputs, take_rows
 
+# Attention is divided by the full length: what a short history gives is small before its norm.
+EPSILON = 1e-6
+
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """``[S, N, H * d]`` -> ``[S, H, N, d]``."""
@@ -33,9 +36,9 @@ class HSTULayer(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.alpha = (embedding_dim // num_heads) ** -0.5
-        self.input_norm = nn.LayerNorm(embedding_dim)
+        self.input_norm = nn.LayerNorm(embedding_dim, eps=EPSILON)
         self.uvqk = nn.Linear(embedding_dim, 4 * embedding_dim)
-        self.attention_norm = nn.LayerNorm(embedding_dim)
+        self.attention_norm = nn.LayerNorm(embedding_dim, eps=EPSILON)
         self.output = nn.Linear(embedding_dim, embedding_dim)
         self.dropout = nn.Dropout(dropout)
 

@@ -51,7 +51,7 @@ class HSTURanker(nn.Module):
         num_heads: attention heads.
         layer: ``"hstu"`` or ``"mtgr"``.
         max_history: longest history; also the ``n`` of the attention's ``1 / n``.
-        dropout: inside the encoder.
+        dropout: on the tokens, and inside the encoder.
         relative_bias: bias the attention by relative position and time.
         use_actions: mark history tokens with their actions.
         sem: slot, a :class:`SessionEnhancementModule` or None.
@@ -110,6 +110,8 @@ class HSTURanker(nn.Module):
             embedding_dim=embedding_dim, max_positions=max_history
         )
         self.hide_future = positional_encoder is None or positional_encoder.hide_future
+        self.input_scale = embedding_dim**0.5
+        self.input_dropout = nn.Dropout(dropout)
         self.sem = sem
         self.attention_hook = attention_hook
         self.encoder = SequenceEncoder(
@@ -202,7 +204,11 @@ class HSTURanker(nn.Module):
         if self.item_features is not None:
             history = history + self.item_features(batch.history_items)
             candidates = candidates + self.item_features(batch.candidate_items)
-        return history, candidates
+        return self._scaled(history), self._scaled(candidates)
+
+    def _scaled(self, tokens: Tensor) -> Tensor:
+        """Tables live near 0.02; without the factor the first layer's output would drown them."""
+        return self.input_dropout(tokens * self.input_scale)
 
     def _sequence(
         self, batch: Batch, history: Tensor, candidates: Tensor, plan: PreferencePlan | None
@@ -269,7 +275,7 @@ class HSTURanker(nn.Module):
         rows = ranges(owner * per_user, lengths)
         zeros = torch.zeros_like(rows)
         tokens = Tokens(
-            values=self.user_features(batch.user_features).index_select(0, rows),
+            values=self._scaled(self.user_features(batch.user_features)).index_select(0, rows),
             positions=zeros,
             timestamps=zeros,  # no time of its own: one far bucket of the bias for all
             key_order=zeros - 1,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpgr_plugin.hosts.embedded.attention import pointwise_attention
-from hpgr_plugin.hosts.embedded.hstu import merge_heads, split_heads
+from hpgr_plugin.hosts.embedded.hstu import EPSILON, merge_heads, split_heads
 from hpgr_plugin.hosts.embedded.padded import AttentionInputs, take_rows
 from hpgr_plugin.hosts.embedded.tokens import Domain
 
@@ -26,7 +26,7 @@ class GroupLayerNorm(nn.Module):
 
     def forward(self, x: Tensor, domains: Tensor) -> Tensor:
         """``x [S, N, D]``, ``domains [S, N]`` -> ``[S, N, D]``."""
-        normed = F.layer_norm(x, x.shape[-1:])
+        normed = F.layer_norm(x, x.shape[-1:], eps=EPSILON)
         return normed * F.embedding(domains, self.weight) + F.embedding(domains, self.bias)
 
 

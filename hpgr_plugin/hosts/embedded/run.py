@@ -43,6 +43,7 @@ def run(
         raise ValueError(f"hpgr.run.mode takes one of {list(MODES)}, got {mode!r}")
     if not seeds:
         raise ValueError("hpgr.run.seeds takes at least one seed, got none")
+    check_scopes()
     with process_group() as process:
         data = prepare_data()
         LOG.info("%s", data.summary())
@@ -61,7 +62,6 @@ def run(
 def _single(
     mode: str, data: PreparedData, seed: int, output_dir: Path, process: Process, resume: bool
 ) -> dict[str, Any]:
-    check_scopes(known=())
     if mode == "pretrain":
         stage1 = pretrain(data, seed=seed, output_dir=output_dir, process=process, resume=resume)
         LOG.info("wrote %s", stage1.handoff)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from hpgr_plugin.hosts.embedded.checkpoint import load_checkpoint, save_checkpoint
 from hpgr_plugin.hosts.embedded.distributed import Process, sum_over_ranks
 
+LOG = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.pt"
 
 
@@ -239,6 +241,9 @@ class Trainer:
         with torch.no_grad(), self._autocast():
             figures = self.validate(self.model)
         progress.history.append({"step": progress.step, **figures})
+        if self.process.is_main:
+            text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            LOG.info("%s: step %d, %.0f s, %s", self.title, progress.step, progress.seconds, text)
         if writer is not None:
             for name, value in figures.items():
                 writer.add_scalar(f"validation/{name}", value, progress.step)
