@@ -1,0 +1,78 @@
+"""The commands as a user types them: results, exit codes, one clear line for a mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+CommandLine = Callable[..., list[str]]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+
+
+def test_two_processes_train_one_model(command_line: CommandLine, tmp_path: Path) -> None:
+    """torchrun with gloo; one process then gets the same figures from the checkpoint."""
+    flags = command_line(tmp_path, ["hpgr.run.mode = 'finetune'"])
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541"]
+    trained = run([*torchrun, "-m", "hpgr_plugin.main", *flags])
+    assert trained.returncode == 0, trained.stderr
+    together = json.loads((tmp_path / "results.json").read_text())
+    alone = run(["-m", "hpgr_plugin.evaluate", *flags])
+    assert alone.returncode == 0, alone.stderr
+    figures = json.loads((tmp_path / "results.json").read_text())["figures"]
+    assert figures["auc"] == pytest.approx(together["figures"]["auc"], abs=1e-6)
+    assert "hpgr.FinetuneSettings" in together["operative_config"] or (
+        "FinetuneSettings.epochs = 3" in together["operative_config"]
+    )
+    assert together["seeds"] == [0]
+    assert "torch" in together["environment"]["versions"]
+
+
+def test_pretrain_alone_writes_a_handoff(command_line: CommandLine, tmp_path: Path) -> None:
+    done = run(["-m", "hpgr_plugin.pretrain", *command_line(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "results.json").read_text())["figures"]
+    assert Path(figures["handoff"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("bindings", "words"),
+    [
+        (["hpgr.HSTURanker.atention_hook = None"], ["HSTURanker", "atention_hook"]),
+        (
+            ["hpgr.HSTURanker.attention_hook = @hpgr.SessionEnhancementModule()"],
+            ["hpgr.HSTURanker.attention_hook takes", "SessionEnhancementModule"],
+        ),
+        (["hpgr.HSTURanker.pretrained = '/no/such/file'"], ["/no/such/file"]),
+        (["typo/hpgr.HSTURanker.layer = 'mtgr'"], ["typo"]),
+        (["hpgr.run.mode = 'trian'"], ["hpgr.run.mode", "trian"]),
+    ],
+    ids=["unknown-binding", "wrong-slot", "missing-file", "unread-scope", "unknown-mode"],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    command_line: CommandLine, tmp_path: Path, bindings: list[str], words: list[str]
+) -> None:
+    mode = "hpgr.run.mode = 'finetune'"
+    done = run(["-m", "hpgr_plugin.main", *command_line(tmp_path, [mode, *bindings])])
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    for word in words:
+        assert word in errors[0]
+
+
+def test_a_missing_config_file(tmp_path: Path) -> None:
+    done = run(["-m", "hpgr_plugin.main", f"--gin_config_file={tmp_path / 'none.gin'}"])
+    assert done.returncode == 2
+    assert "none.gin" in done.stderr
+    assert "Traceback" not in done.stderr
