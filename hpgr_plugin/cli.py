@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import gin
 from absl import app, flags
+from absl import logging as absl_logging
 
 FLAGS = flags.FLAGS
 
@@ -65,6 +66,7 @@ def run_app(body: Callable[[], None]) -> None:
 
 def _show_progress() -> None:
     """INFO of this package alone: what it imports has nothing to tell a user."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
     logger = logging.getLogger("hpgr_plugin")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))

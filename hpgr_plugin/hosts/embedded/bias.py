@@ -26,7 +26,7 @@ class _TableLookup(torch.autograd.Function):
         return table.index_select(0, index.reshape(-1)).view(index.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         # double: the sum runs over millions of pairs
         total = torch.bincount(index.reshape(-1), grad.reshape(-1).double(), minlength=ctx.size)

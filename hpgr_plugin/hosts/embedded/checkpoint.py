@@ -44,11 +44,11 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _generators() -> dict[str, Any]:
-    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, words, gauss = random.getstate()
     states = {
         "python": [version, list(words), gauss],
-        "numpy": [algorithm, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [algorithm, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

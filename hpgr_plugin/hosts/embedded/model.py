@@ -139,8 +139,8 @@ class HSTURanker(nn.Module):
                     vocabulary_digest=vocabulary_digest,
                 )
             )
-        is_pgsa = isinstance(attention_hook, PreferenceGuidedSparseAttention)
-        if is_pgsa and attention_hook.table == "frozen":
+        if getattr(attention_hook, "table", None) == "frozen":
+            assert isinstance(attention_hook, PreferenceGuidedSparseAttention)
             attention_hook.freeze(self.item_table.weight)
 
     def _inherit(self, handoff: Handoff) -> None:

@@ -70,13 +70,19 @@ def pretrain(
     """
     seed_everything(seed)
     settings = PretrainSettings()
-    model = MaskedItemModel(num_items=data.log.num_items).to(process.device)
+    # the other sizes come from gin
+    model = MaskedItemModel(num_items=data.log.num_items).to(process.device)  # type: ignore[call-arg]
     held_out = np.random.default_rng(seed).random(data.log.num_users) < HELD_OUT_USERS
-    common = {"prepared": data, "max_length": model.max_sequence_length, "seed": seed}
+    longest = model.max_sequence_length
     train = SequenceLoader(
-        **common, users=~held_out, rank=process.rank, world_size=process.world_size
+        prepared=data,
+        max_length=longest,
+        users=~held_out,
+        seed=seed,
+        rank=process.rank,
+        world_size=process.world_size,
     )
-    validation = SequenceLoader(**common, users=held_out)
+    validation = SequenceLoader(prepared=data, max_length=longest, users=held_out, seed=seed)
 
     def loss(forward: nn.Module, batch: SequenceBatch, step: int) -> tuple[Tensor, int]:
         masks = torch.Generator().manual_seed(_mask_seed(seed, step, process.rank))
@@ -196,7 +202,7 @@ def build_ranker(data: PreparedData, *, pretrained: str | None = None) -> HSTURa
         ValueError: SEM would show candidates their own future.
     """
     log = data.log
-    slot = {} if pretrained is None else {"pretrained": pretrained}
+    slot: dict[str, Any] = {} if pretrained is None else {"pretrained": pretrained}
     model = HSTURanker(
         num_items=log.num_items,
         num_actions=log.num_actions,
