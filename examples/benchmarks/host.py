@@ -24,9 +24,15 @@ def is_there() -> bool:
 
 
 class HostStack:
-    """Dense layers, or layers whose value rows are scaled, on the host's kernels."""
+    """Dense layers, or layers whose value rows are scaled, on the host's kernels.
 
-    def __init__(self, stack: HSTUStack) -> None:
+    On Hopper the host's layer chooses loads by tensor descriptors, and describes the slices q, k
+    and v of its projection as if they were tensors of their own: it reads other rows than it
+    should. `descriptors=False` has it use plain loads, which are right.
+    """
+
+    def __init__(self, stack: HSTUStack, *, descriptors: bool = False) -> None:
+        self.descriptors = descriptors
         stand_in()
         from generative_recommenders.common import HammerKernel
         from generative_recommenders.modules.stu import STULayer, STULayerConfig
@@ -62,6 +68,9 @@ class HostStack:
 
     def dense(self, x: Tensor, offsets: Tensor, *, max_length: int, num_targets: Tensor) -> Tensor:
         """`[T, D]` to `[T, D]`; divides by `max_length`, as the host does."""
+        from generative_recommenders.ops.triton import triton_hstu_preprocess_and_attention
+
+        triton_hstu_preprocess_and_attention._should_enable_tma = lambda: self.descriptors
         for layer in self.layers:
             x = layer(
                 x=x,
@@ -106,7 +115,6 @@ class HostStack:
                 seq_offsets=offsets,
                 sort_by_length=True,
                 kernel=self.kernel,
-                enable_tma=True,
             )
             x = hstu_compute_output(
                 attn=attended.view(len(x), -1),
@@ -185,7 +193,7 @@ def _compile_share(share: int, of: int) -> None:
     stack = HSTUStack(
         embedding_dim=512, num_layers=1, num_heads=4, head_dim=128, norm_length=1024
     ).to("cuda", torch.bfloat16)
-    host = HostStack(stack)
+    host, described = HostStack(stack), HostStack(stack, descriptors=True)
     prepare_tuning()
     for _, tuner in autotuners():
         tuner.configs = tuner.configs[share % max(1, len(tuner.configs)) :: of]
@@ -195,8 +203,10 @@ def _compile_share(share: int, of: int) -> None:
         x = torch.randn(rows, 512, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         offsets = torch.arange(0, rows + 1, 1024, device="cuda")
         ones = torch.ones(rows, device="cuda")
+        targets = torch.ones_like(offsets[1:])
         for output in (
-            host.dense(x, offsets, max_length=1024, num_targets=torch.ones_like(offsets[1:])),
+            host.dense(x, offsets, max_length=1024, num_targets=targets),
+            described.dense(x, offsets, max_length=1024, num_targets=targets),
             host.weighted(x, ones, offsets, max_length=1024),
         ):
             output.sum().backward()

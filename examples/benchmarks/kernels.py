@@ -39,8 +39,11 @@ def run(*, quick: bool) -> None:
             "weighted": lambda o=offsets, n=length, x=(q, k, v), w=weights: _ours(*x, o, n, w),
         }
         if against_host:
-            steps["host"] = lambda o=offsets, n=length, x=(q, k, v): _host(*x, o, n)
             host.forget_attention()
+            for how in (False, True):
+                steps[f"host{' TMA' * how}"] = lambda o=offsets, n=length, x=(q, k, v), h=how: (
+                    _host(*x, o, n, h)
+                )
         times = {}
         grad = _random(TOKENS)
         for name, step in steps.items():
@@ -55,8 +58,8 @@ def run(*, quick: bool) -> None:
             row[f"{kind} TFLOP/s"] = flops * share / ours / 1e9
             row[f"{kind} / floor"] = ours / ceilings.floor_ms(num_bytes=0, flops=flops * share)
             row[f"weights {kind}"] = weighted / ours
-            if against_host:
-                row[f"host / ours {kind}"] = times["host"][which] / ours
+            for name in ("host", "host TMA") if against_host else ():
+                row[f"{name} / ours {kind}"] = times[name][which] / ours
         rows.append(row)
     print_table(rows)
 
@@ -70,14 +73,14 @@ def _ours(
     )  # fmt: skip
 
 
-def _host(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, n: int) -> Tensor:
+def _host(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, n: int, descriptors: bool) -> Tensor:
     from generative_recommenders.common import HammerKernel
     from generative_recommenders.ops.hstu_attention import hstu_mha
 
     host.prepare_tuning()
     output: Tensor = hstu_mha(
         max_seq_len=n, alpha=HEAD_DIM**-0.5, q=q, k=k, v=v, seq_offsets=offsets,
-        sort_by_length=True, kernel=HammerKernel.TRITON, enable_tma=True,
+        sort_by_length=True, kernel=HammerKernel.TRITON, enable_tma=descriptors,
     )  # fmt: skip
     return output
 

@@ -169,6 +169,16 @@ def _measure(
         )  # fmt: skip
         base = times[:2]
         add("dense host", times, tokens, **dense_floor)
+        described = host.HostStack(stack, descriptors=True)
+        host.forget_attention(keep=3 if tokens > 2**17 else None)
+        times = step_times(
+            lambda: described.dense(
+                whole, batch.offsets, max_length=batch.length, num_targets=batch.num_targets
+            )[last],
+            [whole, *described.parameters()], batch.grad,
+        )  # fmt: skip
+        add("dense host, descriptors (wrong rows)", times, tokens, **dense_floor)
+        host.forget_attention(keep=3)
     times = step_times(
         lambda: stack.all_rows(whole, batch.offsets, max_length=batch.length)[last],
         [whole, *stack.parameters()], batch.grad,
