@@ -15,6 +15,11 @@ pytestmark = pytest.mark.upstream
 
 def test_the_host_has_all_that_the_ranking_adapter_relies_on() -> None:
     assert contract.check(REQUIREMENTS) == []
+    dlrm_v3 = importlib.import_module("hpgr_plugin.hosts.dlrm_v3")
+    dlrm_v3.detach()
+    assert contract.check(REQUIREMENTS) == []
+    dlrm_v3.attach()
+    assert contract.check(REQUIREMENTS) == []
 
 
 def test_the_host_is_a_known_commit_or_known_to_be_edited() -> None:

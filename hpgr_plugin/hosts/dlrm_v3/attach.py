@@ -49,8 +49,10 @@ class PretrainedModelParallel(_DistributedModelParallel):
     Before the trainer restores a checkpoint, so a checkpoint has the last word.
     """
 
-    def __init__(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(module, *args, **kwargs)
+    # Its signature stays torchrec's: the contract looks at it again on the next import.
+    @functools.wraps(_DistributedModelParallel.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         for part in self.modules():
             if isinstance(part, DlrmHSTU):
                 part.after_sharding()
