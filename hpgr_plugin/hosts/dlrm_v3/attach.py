@@ -1,6 +1,7 @@
 """The host's names that this adapter stands in for, put in place and taken back."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -49,8 +50,9 @@ class PretrainedModelParallel(_DistributedModelParallel):
     Before the trainer restores a checkpoint, so a checkpoint has the last word.
     """
 
-    # Its signature stays torchrec's: the contract looks at it again on the next import.
-    @functools.wraps(_DistributedModelParallel.__init__)
+    # Whoever asks, as the contract does, sees the parameters of what it stands in for.
+    __signature__ = inspect.signature(_DistributedModelParallel)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for part in self.modules():
