@@ -145,6 +145,23 @@ def test_without_hide_future_a_candidate_sees_the_whole_history(scope: str) -> N
     assert not torch.allclose(hidden(*data)[3], host(*data)[3], rtol=1e-4)
 
 
+@pytest.mark.parametrize("encoder_hides", [True, False])
+def test_the_positional_encoder_says_whether_the_future_is_hidden(encoder_hides: bool) -> None:
+    encoder = TimeAwarePositionalEncoder(
+        embedding_dim=WIDTH, max_positions=64, hide_future=encoder_hides
+    )
+    model = build(DlrmHSTU, attention_hook=everything(), positional_encoder=encoder)
+    lengths = recorded_lengths(model)
+    uih, offered = batch([14, 9], [1, 1], later=False)
+    model(uih, offered)
+    first_query, second_query = offered["candidate_time"].values()
+    times = uih["time"].values()
+    earlier = [int((times[:14] < first_query).sum()), int((times[14:] < second_query).sum())]
+    assert earlier != [14, 9]
+    kept = earlier if encoder_hides else [14, 9]
+    assert lengths == [[n + 3 for n in kept]]  # and two contextual tokens and the candidate
+
+
 def test_sem_with_its_gate_closed_is_the_host_and_opens_with_training() -> None:
     data = batch(LENGTHS, CANDIDATES)
     sem = SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2)
