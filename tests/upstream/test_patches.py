@@ -21,6 +21,7 @@ pytestmark = pytest.mark.upstream
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parents[1]
+ON_PATCHED = ("test_patch_seams.py", "test_research*.py", "test_dlrm_v3_*.py")
 OTHERS = [commit for commit in KNOWN_COMMITS if commit != HOST_COMMIT]
 
 
@@ -28,7 +29,8 @@ def export(commit: str, folder: Path) -> Path:
     """The files of a commit, without a repository around them."""
     root = host_version().root
     packed = subprocess.run(
-        ["git", "-C", str(root), "archive", commit, "main.py", HOST_PACKAGE], capture_output=True
+        ["git", "-C", str(root), "archive", commit, "main.py", "configs", HOST_PACKAGE],
+        capture_output=True,
     )
     if packed.returncode:
         pytest.skip(f"the host on the path is no git checkout that has commit {commit}")
@@ -115,7 +117,7 @@ def test_a_patch_carries_no_line_of_the_host(host: Path) -> None:
 
 @pytest.mark.slow
 def test_seams_and_adapters_on_a_patched_host(patched: Path) -> None:
-    files = ["test_patch_seams.py", "test_research.py", "test_research_train.py"]
+    files = [file.name for pattern in ON_PATCHED for file in HERE.glob(pattern)]
     done = run(patched, "-m", "pytest", "-q", "-rs", *(str(HERE / file) for file in files))
     assert done.returncode == 0, done.stdout
     assert "SKIPPED" not in done.stdout, done.stdout
