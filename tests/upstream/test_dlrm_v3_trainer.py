@@ -126,6 +126,12 @@ def test_a_hand_over_that_does_not_fit_is_refused_when_building(
             pretrained=str(handoff[0]),
             table_config={"item_table": {"num_embeddings": 40}},
         )
+    with pytest.raises(HandoffError, match="causal"):
+        build(
+            dlrm_v3.DlrmHSTU,
+            sem=SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2, causal=True),
+            pretrained=str(handoff[0]),
+        )
     with pytest.raises(ValueError, match="inherited_lr_ratio"):
         build(dlrm_v3.DlrmHSTU, sem=make_sem(), pretrained=str(handoff[0]), inherited_lr_ratio=1.5)
 

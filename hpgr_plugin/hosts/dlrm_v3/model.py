@@ -8,6 +8,7 @@ import gin
 from generative_recommenders.modules import dlrm_hstu as host
 from torch import Tensor, nn
 
+from hpgr_plugin.handoff import load_sem_state
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
 from hpgr_plugin.hosts.dlrm_v3.layout import SequenceLayout, sequence_layout
 from hpgr_plugin.hosts.dlrm_v3.modules import (
@@ -70,12 +71,7 @@ class DlrmHSTU(host.DlrmHSTU):
         table_config: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         _set_fields("model_config", hstu_configs, model_config or {})
-        for table, fields in (table_config or {}).items():
-            if table not in embedding_tables:
-                raise ValueError(
-                    f"table_config names table {table!r}; there are {sorted(embedding_tables)}"
-                )
-            _set_fields(f"table_config[{table!r}]", embedding_tables[table], fields)
+        _set_table_fields(embedding_tables, table_config or {})
         with _classes_of_this_model(attention_hook, positional_encoder):
             super().__init__(
                 hstu_configs=hstu_configs,
@@ -84,37 +80,20 @@ class DlrmHSTU(host.DlrmHSTU):
                 is_dense=is_dense,
                 bf16_training=bf16_training,
             )
-        # After the host's constructor: it initialises every Linear that it finds.
-        self.attention_hook = attention_hook
-        self._hide_future = hide_future is not False
-        transducer = self._hstu_transducer
-        contextual_seq_len = sum(hstu_configs.contextual_feature_to_max_length.values())
-        if isinstance(transducer, PreferenceTransducer):
-            transducer.contextual_seq_len = contextual_seq_len
-        if attention_hook is not None:
-            for layer in _layers(transducer):
-                layer.scope = attention_hook.scope
+        # Slots are filled after the host's constructor: it initialises every Linear it finds.
+        if hide_future is None:
+            hide_future = positional_encoder is None or positional_encoder.hide_future
+        self._hide_future = hide_future
+        if isinstance(self._hstu_transducer, PreferenceTransducer):
+            self._hstu_transducer.contextual_seq_len = self._contextual_seq_len()
+        self._fill_attention_hook(attention_hook)
         if positional_encoder is not None:
-            width = hstu_configs.hstu_transducer_embedding_dim
-            given = positional_encoder.table.embedding_dim
-            _check_width("positional_encoder", given, width, "the transducer")
-            if hide_future is None:
-                self._hide_future = positional_encoder.hide_future
-            transducer._positional_encoder = TimeAwareHSTUPositionalEncoder(
-                positional_encoder,
-                embedding_dim=width,
-                contextual_seq_len=contextual_seq_len,
-                is_inference=is_inference,
-            )
+            self._fill_positional_encoder(positional_encoder, is_inference)
         if sem is not None:
-            width = hstu_configs.hstu_embedding_table_dim
-            _check_width("sem", sem.embedding_dim, width, "the item table")
-            transducer._input_preprocessor = SessionPreprocessor(
-                transducer._input_preprocessor, sem
-            )
+            self._fill_sem(sem)
         self._pretrained: Pretrained | None = None
         if pretrained is not None:
-            self._inherit(pretrained, embedding_tables, sem, inherited_lr_ratio)
+            self._inherit(pretrained, embedding_tables, inherited_lr_ratio)
         frozen = _frozen(attention_hook)
         if frozen is not None and frozen.frozen_table is None:
             raise ValueError('an attention_hook with table="frozen" needs pretrained, got None')
@@ -266,15 +245,41 @@ class DlrmHSTU(host.DlrmHSTU):
         )
         return Request(plan, hook.scope, hook.apply_form == "pre", self._hide_future)
 
+    def _contextual_seq_len(self) -> int:
+        """Tokens in front of every history."""
+        return sum(self._hstu_configs.contextual_feature_to_max_length.values())
+
+    def _fill_attention_hook(self, hook: AttentionHook | None) -> None:
+        self.attention_hook = hook
+        for layer in self._hstu_transducer.modules():
+            if hook is not None and isinstance(layer, PreferenceSTULayer):
+                layer.scope = hook.scope
+
+    def _fill_positional_encoder(
+        self, encoder: TimeAwarePositionalEncoder, is_inference: bool
+    ) -> None:
+        width = self._hstu_configs.hstu_transducer_embedding_dim
+        _check_width("positional_encoder", encoder.table.embedding_dim, width, "the transducer")
+        self._hstu_transducer._positional_encoder = TimeAwareHSTUPositionalEncoder(
+            encoder,
+            embedding_dim=width,
+            contextual_seq_len=self._contextual_seq_len(),
+            is_inference=is_inference,
+        )
+
+    def _fill_sem(self, sem: nn.Module) -> None:
+        width = self._hstu_configs.hstu_embedding_table_dim
+        _check_width("sem", sem.embedding_dim, width, "the item table")
+        transducer = self._hstu_transducer
+        transducer._input_preprocessor = SessionPreprocessor(transducer._input_preprocessor, sem)
+
     def _item_features(self) -> tuple[str, str]:
         """Names of the item feature in the history and in the candidates."""
         history = self._hstu_configs.uih_post_id_feature_name
         mapping = dict(self._hstu_configs.merge_uih_candidate_feature_mapping)
         return history, mapping[history]
 
-    def _inherit(
-        self, path: str, tables: dict[str, Any], sem: nn.Module | None, lr_ratio: float
-    ) -> None:
+    def _inherit(self, path: str, tables: dict[str, Any], lr_ratio: float) -> None:
         feature, _ = self._item_features()
         name = next(n for n, table in tables.items() if feature in table.feature_names)
         self._pretrained = Pretrained.open(
@@ -283,9 +288,9 @@ class DlrmHSTU(host.DlrmHSTU):
             num_embeddings=tables[name].num_embeddings,
             width=tables[name].embedding_dim,
         )
-        if sem is not None:
-            self._pretrained.load_sem(sem)
-            mark_inherited(sem.parameters(), lr_ratio)
+        if self.sem is not None and self._pretrained.handoff.sem_state is not None:
+            load_sem_state(self.sem, self._pretrained.handoff)
+            mark_inherited(self.sem.parameters(), lr_ratio)
         if hasattr(self, "_embedding_collection"):
             table = self._embedding_collection.embeddings[self._pretrained.table_name]
             mark_inherited(table.parameters(), lr_ratio)
@@ -298,10 +303,6 @@ def _frozen(hook: AttentionHook | None) -> PreferenceGuidedSparseAttention | Non
     if isinstance(hook, PreferenceGuidedSparseAttention) and hook.table == "frozen":
         return hook
     return None
-
-
-def _layers(transducer: Any) -> list[PreferenceSTULayer]:
-    return [m for m in transducer.modules() if isinstance(m, PreferenceSTULayer)]
 
 
 @contextlib.contextmanager
@@ -337,6 +338,13 @@ def _set_fields(argument: str, config: Any, fields: Mapping[str, Any]) -> None:
                 f"it has {sorted(vars(config))}"
             )
         setattr(config, name, value)
+
+
+def _set_table_fields(tables: dict[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> None:
+    for table, settings in fields.items():
+        if table not in tables:
+            raise ValueError(f"table_config names table {table!r}; there are {sorted(tables)}")
+        _set_fields(f"table_config[{table!r}]", tables[table], settings)
 
 
 def _check_width(slot: str, given: Any, width: int, owner: str) -> None:

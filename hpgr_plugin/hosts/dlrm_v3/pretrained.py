@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.handoff import Handoff, HandoffError, load_handoff, load_sem_state, read_header
+from hpgr_plugin.handoff import Handoff, HandoffError, load_handoff, read_header
 
 # An attribute of the parameter: it stays where names change, and a patched host reads it too.
 _LR_SCALE = "lr_scale"
@@ -74,10 +74,6 @@ class Pretrained(NamedTuple):
                 f"has rows 0 to {num_embeddings - 1}"
             )
         return cls(table_name, handoff, rows)
-
-    def load_sem(self, sem: nn.Module) -> None:
-        """Copy the SEM weights; raises HandoffError if there are none or others."""
-        load_sem_state(sem, self.handoff)
 
     def table_by_id(self) -> Tensor:
         """The item table by host row, and one zero row more for all ids beyond."""
