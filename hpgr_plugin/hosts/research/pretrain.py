@@ -110,7 +110,9 @@ def pretrain(
             optimizer.step()
             total += output_of_batch.loss.item() * output_of_batch.num_masked
             count += output_of_batch.num_masked
-        logger.info("pretrain epoch %d: loss %.4f over %d items", epoch, total / max(1, count), count)
+        logger.info(
+            "pretrain epoch %d: loss %.4f over %d items", epoch, total / max(1, count), count
+        )
     save_handoff(
         output,
         item_table=model.item_table.weight,
