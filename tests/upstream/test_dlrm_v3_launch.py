@@ -9,9 +9,11 @@ from typing import Any
 
 import gin
 import pytest
+import torch
 from generative_recommenders.dlrm_v3.train import utils as train
 
 from hpgr_plugin.hosts import dlrm_v3
+from hpgr_plugin.hosts.seams import host_has_seam
 
 pytestmark = pytest.mark.upstream
 
@@ -32,9 +34,13 @@ def data(tmp_path: Path) -> Path:
 
 
 def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_module(folder, "hpgr_plugin.hosts.dlrm_v3", *arguments, "--device=cpu")
+
+
+def run_module(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
     return subprocess.run(
-        [sys.executable, "-m", "hpgr_plugin.hosts.dlrm_v3", *arguments, "--device=cpu"],
+        [sys.executable, "-m", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -56,6 +62,25 @@ def test_the_example_trains_and_evaluates(data: Path) -> None:
     assert "metric/lifetime_gauc/rating" in done.stdout
     # The host logs through INFO, which importing fbgemm would have switched off.
     assert "eval - Step 1 metrics" in done.stderr
+
+
+@pytest.mark.skipif(
+    not (host_has_seam("gin_file") and host_has_seam("ranking_cpu")) or torch.cuda.is_available(),
+    reason="train_ranker takes a .gin file and a CPU only with the project's patches",
+)
+def test_the_hosts_own_entry_point_reads_the_slots(data: Path) -> None:
+    def train_ranker(config: str) -> subprocess.CompletedProcess[str]:
+        (data / "run.gin").write_text(f'include "{CONFIG}"\n{config}\n')
+        name = "generative_recommenders.dlrm_v3.train.train_ranker"
+        return run_module(data, name, "--gin_file=run.gin", "--mode=train-eval")
+
+    short = "\n".join(binding.partition("=")[2] for binding in SHORT)
+    done = train_ranker(short)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "metric/lifetime_gauc/rating" in done.stdout
+    done = train_ranker("hpgr.SessionEnhancementModule.embedding_dim = 8")
+    assert done.returncode != 0
+    assert "sem must have the width of the item table" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["ranking_synthetic", "ranking_ml-1m"])
