@@ -188,7 +188,10 @@ def first_token_attention(q: Tensor, kv: Tensor, layout: SegmentLayout) -> Tenso
     for query, chunk, bucket in chunks:
         padded = jagged_to_padded_dense(chunk, bucket.offsets, bucket.width)
         k, v = padded.view(len(query), bucket.width, 2, heads, head_dim).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query.unsqueeze(2), k, v, attn_mask=bucket.mask)
+        with sdpa_kernel(_BACKENDS):
+            attended = F.scaled_dot_product_attention(
+                query.unsqueeze(2), k, v, attn_mask=bucket.mask
+            )
         pieces.append(attended.flatten(1))
     return torch.cat(pieces)
 

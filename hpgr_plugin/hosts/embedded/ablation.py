@@ -15,6 +15,7 @@ from hpgr_plugin.analysis.table import markdown_table, mean_and_spread
 from hpgr_plugin.data.prepare import PreparedData
 from hpgr_plugin.hosts.embedded.distributed import Process
 from hpgr_plugin.hosts.embedded.stages import Stage1, finetune, item_mean, pretrain
+from hpgr_plugin.results import write_results
 
 LOG = logging.getLogger(__name__)
 
@@ -92,6 +93,9 @@ def run_ablation(
                 )
             line["seeds"].append(figures)
             LOG.info("%s, seed %d: test AUC %.4f", line["title"], seed, figures["auc"])
+            if process.is_main:  # a long run that is cut short has lost nothing it finished
+                so_far = {"rows": table, "stage1": stage1, "warnings": []}
+                write_results(output_dir / "results.json", so_far, seeds=list(seeds))
     warnings = _below_floor(table)
     if process.is_main:
         _publish(table, warnings, output_dir)

@@ -48,7 +48,13 @@ def _generators() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     states = {
         "python": [version, list(words), gauss],
-        "numpy": [algorithm, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "numpy": [
+            algorithm,
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
