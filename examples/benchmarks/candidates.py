@@ -1,4 +1,4 @@
-"""The candidate scope: 1, 10 and 64 candidates that share one dense history of n items."""
+"""The candidate scope: 1, 10 and 64 candidates that share one dense history, n tokens in all."""
 
 import torch
 
@@ -19,7 +19,7 @@ def run(*, quick: bool) -> None:
     for length in (4096,) if quick else (1024, 4096, 16384):
         stack = new_stack(length)
         for count in (1, 10, 64):
-            rows.append(_measure(stack, tokens // length, length, count))
+            rows.append(_measure(stack, tokens // length, length - count, count))
             torch.cuda.empty_cache()
     print_table(rows)
 
@@ -42,8 +42,8 @@ def _measure(stack, users: int, length: int, count: int) -> dict[str, object]:  
 
     times = {"ours": step_times(sparse, [history, candidates, *stack.parameters()], grad)}
     row: dict[str, object] = {
-        "tokens": users * length, "n": length, "candidates": count, "layers": LAYERS,
-        "heads": HEADS, "f ms": times["ours"][0], "f+b ms": times["ours"][1],
+        "tokens": users * (length + count), "n": length + count, "candidates": count,
+        "layers": LAYERS, "heads": HEADS, "f ms": times["ours"][0], "f+b ms": times["ours"][1],
         "GiB": times["ours"][2],
     }  # fmt: skip
     if not host.is_there():
@@ -62,14 +62,12 @@ def _measure(stack, users: int, length: int, count: int) -> dict[str, object]:  
         output = dense.dense(whole, offsets, max_length=length + count, num_targets=targets)
         return output[own]
 
-    with torch.no_grad():  # without its mask, and by the same n, ours is the host's dense stack
-        everything = torch.full((users * count, length), 1.0, device="cuda")
-        norm, stack.norm_length = stack.norm_length, float(length + count)
+    with torch.no_grad():  # without its mask, ours is the host's dense stack
+        everything = torch.ones(users * count, length, device="cuda")
         ours = stack.candidate_scope(
             history, candidates, history_offsets, candidate_offsets, everything,
             max_candidates=count,
         )  # fmt: skip
-        stack.norm_length = norm
         check(f"{count} candidates n={length}", ours - candidates, full() - candidates, 2e-2)
     forward, both_ways, _ = step_times(full, [whole, *dense.parameters()], grad)
     return row | {

@@ -76,11 +76,15 @@ def _check() -> None:
             arguments = (history, asked, history_offsets, candidate_offsets)
             settings = {"top_k": top_k, "sigma": sigma, "recent": recent}
             settings |= {"history_timestamps": times, "candidate_timestamps": now}
-            wanted = plan_preferences(*arguments, **settings)
+            # On the CPU: of CUDA tensors the kernels would be compared with themselves.
+            wanted = plan_preferences(
+                *(x.cpu() for x in arguments),
+                **{k: x.cpu() if isinstance(x, torch.Tensor) else x for k, x in settings.items()},
+            )
             got = plan.plan_preferences(
                 *arguments, **settings, max_history=16384, max_candidates=candidates
             )
-            assert torch.equal(got.offsets, wanted.offsets), (candidates, top_k, "offsets")
-            assert torch.equal(got.index, wanted.index), (candidates, top_k, "index")
-            torch.testing.assert_close(got.weights, wanted.weights, rtol=1e-6, atol=0)
+            assert torch.equal(got.offsets.cpu(), wanted.offsets), (candidates, top_k, "offsets")
+            assert torch.equal(got.index.cpu(), wanted.index), (candidates, top_k, "index")
+            torch.testing.assert_close(got.weights.cpu(), wanted.weights, rtol=1e-6, atol=0)
     print("check plan: index, offsets and weights as in torch, ties included")

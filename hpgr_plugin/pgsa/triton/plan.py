@@ -411,11 +411,6 @@ def _score_many_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Sc
 
 
 @triton.jit
-def _add_three(a, b, c, d, e, f):
-    return a + d, b + e, c + f
-
-
-@triton.jit
 def _threshold(key, seen, wanted):
     """The largest threshold that at least `wanted` of the seen keys reach, at least one of them.
 
@@ -429,15 +424,16 @@ def _threshold(key, seen, wanted):
         first = low + step
         second = tl.minimum(first + step, high)
         third = tl.minimum(second + step, high)
-        reach_first, reach_second, reach_third = tl.reduce(
-            (
-                (key >= first.to(tl.int32)).to(tl.int32),
-                (key >= second.to(tl.int32)).to(tl.int32),
-                (key >= third.to(tl.int32)).to(tl.int32),
-            ),
-            0,
-            _add_three,
+        # No count is above 2^15: the three of them are one sum.
+        reached = (
+            (key >= first.to(tl.int32)).to(tl.int64)
+            + ((key >= second.to(tl.int32)).to(tl.int64) << 20)
+            + ((key >= third.to(tl.int32)).to(tl.int64) << 40)
         )
+        reached = tl.sum(reached)
+        reach_first = reached & 0xFFFFF
+        reach_second = (reached >> 20) & 0xFFFFF
+        reach_third = reached >> 40
         if reach_third >= wanted:
             low = third
             high = tl.where(reach_third == wanted, third, high)
