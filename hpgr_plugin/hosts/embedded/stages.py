@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hpgr_plugin.data.baselines import item_mean_scores
 from hpgr_plugin.data.batch import Batch, SequenceBatch
 from hpgr_plugin.data.batches import RequestLoader
+from hpgr_plugin.data.log import InteractionLog
 from hpgr_plugin.data.prepared import PreparedData
 from hpgr_plugin.data.requests import RequestSettings
 from hpgr_plugin.data.sequences import SequenceLoader
@@ -122,6 +123,7 @@ def pretrain(
             sem=model.sem,
             vocabulary_digest=data.log.item_vocabulary_digest,
             gap_seconds=model.gap_seconds,
+            extra=_host_ids(data.log),
         )
     barrier()
     return Stage1(handoff, _cost(result) | result.best)
@@ -235,6 +237,12 @@ def _test_figures(model: HSTURanker, data: PreparedData, process: Process) -> di
     test = _requests(data, "test", process)
     figures: dict[str, Any] = figures_of(score(model, test, process), data)
     return figures | {"kept_tokens": kept_tokens(model, test, process)}
+
+
+def _host_ids(log: InteractionLog) -> dict[str, Any]:
+    """The source's own item ids, where they are numbers: another host may know items by them."""
+    ids = log.item_ids
+    return {"item_ids": ids.tolist()} if np.issubdtype(ids.dtype, np.integer) else {}
 
 
 def _cost(result: FitResult) -> dict[str, Any]:
