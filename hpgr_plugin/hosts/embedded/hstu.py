@@ -13,14 +13,29 @@ from hpgr_plugin.hosts.embedded.padded import AttentionInputs, take_rows
 EPSILON = 1e-6
 
 
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """``[S, N, H * d]`` -> ``[S, H, N, d]``."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """``[S, H, N, d]`` -> ``[S, N, H * d]``."""
-    return x.transpose(1, 2).flatten(2)
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_heads: int,
+    attention: AttentionInputs,
+    bias: Tensor | None,
+) -> Tensor:
+    """Attention of ``num_heads`` heads: q ``[S, Q, D]``, k and v ``[S, K, D]`` -> ``[S, Q, D]``."""
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    mixed = pointwise_attention(
+        q,
+        k,
+        v,
+        bias=bias,
+        visible=attention.visible,
+        weights=attention.weights,
+        alpha=q.shape[-1] ** -0.5,
+        norm_length=attention.norm_length,
+        apply=attention.apply,
+    )
+    return mixed.transpose(1, 2).flatten(2)
 
 
 class HSTULayer(nn.Module):
@@ -35,7 +50,6 @@ class HSTULayer(nn.Module):
     def __init__(self, *, embedding_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.alpha = (embedding_dim // num_heads) ** -0.5
         self.input_norm = nn.LayerNorm(embedding_dim, eps=EPSILON)
         self.uvqk = nn.Linear(embedding_dim, 4 * embedding_dim)
         self.attention_norm = nn.LayerNorm(embedding_dim, eps=EPSILON)
@@ -62,18 +76,8 @@ class HSTULayer(nn.Module):
         else:
             u, v, q, k = self._uvqk_for_rows(normed, rows)
             x = take_rows(x, rows)
-        mixed = pointwise_attention(
-            split_heads(q, self.num_heads),
-            split_heads(k, self.num_heads),
-            split_heads(v, self.num_heads),
-            bias=bias,
-            visible=attention.visible,
-            weights=attention.weights,
-            alpha=self.alpha,
-            norm_length=attention.norm_length,
-            apply=attention.apply,
-        )
-        gated = self.attention_norm(merge_heads(mixed)) * u
+        mixed = attend(q, k, v, num_heads=self.num_heads, attention=attention, bias=bias)
+        gated = self.attention_norm(mixed) * u
         return x + self.output(self.dropout(gated))
 
     def _uvqk_for_rows(self, normed: Tensor, rows: Tensor) -> tuple[Tensor, ...]:

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpgr_plugin.hosts.embedded.attention import pointwise_attention
-from hpgr_plugin.hosts.embedded.hstu import EPSILON, merge_heads, split_heads
+from hpgr_plugin.hosts.embedded.hstu import EPSILON, attend
 from hpgr_plugin.hosts.embedded.padded import AttentionInputs, take_rows
 from hpgr_plugin.hosts.embedded.tokens import Domain
 
@@ -42,7 +41,6 @@ class MTGRLayer(nn.Module):
     def __init__(self, *, embedding_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.alpha = (embedding_dim // num_heads) ** -0.5
         self.input_norm = GroupLayerNorm(embedding_dim)
         self.uvqk = nn.Linear(embedding_dim, 4 * embedding_dim)
         self.gated_norm = GroupLayerNorm(embedding_dim)
@@ -67,15 +65,5 @@ class MTGRLayer(nn.Module):
         if rows is not None:
             u, q, x = (take_rows(part, rows) for part in (u, q, x))
             domains = domains.gather(1, rows)
-        mixed = pointwise_attention(
-            split_heads(q, self.num_heads),
-            split_heads(k, self.num_heads),
-            split_heads(v, self.num_heads),
-            bias=bias,
-            visible=attention.visible,
-            weights=attention.weights,
-            alpha=self.alpha,
-            norm_length=attention.norm_length,
-            apply=attention.apply,
-        )
-        return x + self.mlp(self.gated_norm(merge_heads(mixed) * u, domains))
+        mixed = attend(q, k, v, num_heads=self.num_heads, attention=attention, bias=bias)
+        return x + self.mlp(self.gated_norm(mixed * u, domains))
