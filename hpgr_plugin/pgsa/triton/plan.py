@@ -227,8 +227,7 @@ def _select(
     _score(history, candidates, history_offsets, candidate_offsets, scores, pitch,
            max_history, max_candidates)  # fmt: skip
 
-    few = max(64, 2 * triton.next_power_of_2(max(1, top_k)))  # what the top K is chosen from
-    anchors = torch.empty(num_candidates, few, dtype=torch.int32, device=device)
+    anchors = torch.empty(num_candidates, max(1, top_k), dtype=torch.int32, device=device)
     visible = torch.empty(num_candidates, dtype=torch.int32, device=device)
     found = torch.empty(num_candidates, dtype=torch.int32, device=device)
     counts = torch.empty(num_candidates + 1, dtype=torch.int64, device=device)
@@ -240,7 +239,6 @@ def _select(
         "RADIUS": radius,
         "RECENT": recent,
         "EXTRA": extra,
-        "ROOM": few,
     }
     _select_kernel[(num_users * max_candidates,)](
         scores,
@@ -256,8 +254,6 @@ def _select(
         max_candidates,
         TIMED=timed,
         FLAT=flat,
-        GROUPS=min(block, 2 * few),
-        LIKELY=few,
         BLOCK=block,
         num_warps=_select_warps(block, num_users * max_candidates),
         **constants,
@@ -411,63 +407,8 @@ def _score_many_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Sc
 
 
 @triton.jit
-def _threshold(key, seen, wanted):
-    """The largest threshold that at least `wanted` of the seen keys reach, at least one of them.
-
-    Done early when exactly that many reach it. Three tries at a time: a count waits for all
-    warps, comparing costs next to nothing.
-    """
-    low = tl.min(tl.where(seen, key, 0x7FFFFFFF)).to(tl.int64)
-    high = tl.max(tl.where(seen, key, -0x80000000)).to(tl.int64)
-    while low < high:
-        step = (high - low + 3) // 4
-        first = low + step
-        second = tl.minimum(first + step, high)
-        third = tl.minimum(second + step, high)
-        # No count is above 2^15: the three of them are one sum.
-        reached = (
-            (key >= first.to(tl.int32)).to(tl.int64)
-            + ((key >= second.to(tl.int32)).to(tl.int64) << 20)
-            + ((key >= third.to(tl.int32)).to(tl.int64) << 40)
-        )
-        reached = tl.sum(reached)
-        reach_first = reached & 0xFFFFF
-        reach_second = (reached >> 20) & 0xFFFFF
-        reach_third = reached >> 40
-        if reach_third >= wanted:
-            low = third
-            high = tl.where(reach_third == wanted, third, high)
-        elif reach_second >= wanted:
-            low = second
-            high = tl.where(reach_second == wanted, second, third - 1)
-        elif reach_first >= wanted:
-            low = first
-            high = tl.where(reach_first == wanted, first, second - 1)
-        else:
-            high = first - 1
-    return low.to(tl.int32)
-
-
-@triton.jit
-def _top(key, seen, wanted):
-    """The `wanted` largest of the seen keys; equal ones from the end on."""
-    threshold = _threshold(key, seen, wanted)
-    above = seen & (key > threshold)
-    tied = seen & (key == threshold)
-    spare = wanted - tl.sum(above.to(tl.int32))
-    num_tied = tl.sum(tied.to(tl.int32))
-    chosen = above | tied
-    if num_tied != spare:
-        older = tl.cumsum(tied.to(tl.int32), 0)
-        chosen = above | (tied & (num_tied - older < spare))
-    return chosen
-
-
-@triton.jit
-def _sortable(score, seen):
-    """The order of floats as the order of integers; -0 is 0, what is not seen comes last."""
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    return tl.where(seen, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
 
 @triton.jit
@@ -484,11 +425,11 @@ def _ranges(anchor, before, after, limit, first, last, RADIUS: tl.constexpr):
 
 
 @triton.jit
-def _anchor_ranges(Anchors, candidate, found, limit, ROOM: tl.constexpr,
+def _anchor_ranges(Anchors, candidate, found, limit, TOP_K: tl.constexpr,
                    ANCHORS: tl.constexpr, RADIUS: tl.constexpr):  # fmt: skip
     k = tl.arange(0, ANCHORS)
     held = k < found
-    row = Anchors + candidate * ROOM
+    row = Anchors + candidate * max(TOP_K, 1)
     anchor = tl.load(row + k, mask=held, other=0)
     before = tl.load(row + k - 1, mask=held & (k > 0), other=0)
     after = tl.load(row + k + 1, mask=k + 1 < found, other=0)
@@ -500,9 +441,8 @@ def _anchor_ranges(Anchors, candidate, found, limit, ROOM: tl.constexpr,
 def _select_kernel(Scores, HistoryOffsets, CandidateOffsets, HistoryTimes, CandidateTimes,
                    Anchors, Visible, Found, Counts, pitch, max_candidates,
                    TOP_K: tl.constexpr, ANCHORS: tl.constexpr, RADIUS: tl.constexpr,
-                   RECENT: tl.constexpr, EXTRA: tl.constexpr, ROOM: tl.constexpr,
-                   TIMED: tl.constexpr, FLAT: tl.constexpr, GROUPS: tl.constexpr,
-                   LIKELY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                   RECENT: tl.constexpr, EXTRA: tl.constexpr, TIMED: tl.constexpr,
+                   FLAT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     user = tl.program_id(0) // max_candidates
     candidate = tl.load(CandidateOffsets + user).to(tl.int64) + tl.program_id(0) % max_candidates
     if tl.program_id(0) == 0:
@@ -519,40 +459,60 @@ def _select_kernel(Scores, HistoryOffsets, CandidateOffsets, HistoryTimes, Candi
     visible = tl.sum(seen.to(tl.int32))
     row = Scores + (start if FLAT else candidate * pitch)
     score = tl.load(row + items, mask=seen, other=0.0)
-    key = _sortable(score, seen)
+    # The order of floats as the order of integers; -0 is 0, what is not seen comes last.
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    key = tl.where(seen, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
     found = tl.minimum(visible, TOP_K)
 
-    # The K-th largest of the largest of many groups: at least K keys reach it, and few more.
-    maxima = tl.max(tl.reshape(key, (GROUPS, BLOCK // GROUPS), can_reorder=True), axis=1)
-    filled = maxima > -0x80000000
-    num_filled = tl.sum(filled.to(tl.int32))
-    enough = -0x80000000
-    if (found > 0) & (num_filled >= found):
-        enough = _threshold(maxima, filled, found)
-    likely = seen & (key >= enough)
-    num_likely = tl.sum(likely.to(tl.int32))
-    anchors = Anchors + candidate * ROOM
-    if (found > 0) & (num_likely <= LIKELY):
-        # They are written out in order and chosen from by themselves.
-        place = tl.cumsum(likely.to(tl.int32), 0) - 1
-        tl.store(anchors + place, items, mask=likely)
-        tl.debug_barrier()
-        few = tl.arange(0, LIKELY)
-        held = few < num_likely
-        item = tl.load(anchors + few, mask=held, other=0)
-        few_key = _sortable(tl.load(row + item, mask=held, other=0.0), held)
-        few_chosen = _top(few_key, held, found)
-        few_place = tl.cumsum(few_chosen.to(tl.int32), 0) - 1
-        tl.debug_barrier()
-        tl.store(anchors + few_place, item, mask=few_chosen)
-    elif found > 0:
-        chosen = _top(key, seen, found)
-        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(anchors + place, items, mask=chosen)
+    # The largest threshold that at least `found` keys reach; done early when exactly that many.
+    # Three tries at a time: a count waits for all warps, comparing costs next to nothing.
+    low = tl.min(tl.where(seen, key, 0x7FFFFFFF)).to(tl.int64)
+    high = tl.max(key).to(tl.int64)
+    if found == 0 or found == visible:
+        high = low
+    while low < high:
+        step = (high - low + 3) // 4
+        first = low + step
+        second = tl.minimum(first + step, high)
+        third = tl.minimum(second + step, high)
+        reach_first, reach_second, reach_third = tl.reduce(
+            (
+                (key >= first.to(tl.int32)).to(tl.int32),
+                (key >= second.to(tl.int32)).to(tl.int32),
+                (key >= third.to(tl.int32)).to(tl.int32),
+            ),
+            0,
+            _add_three,
+        )
+        if reach_third >= found:
+            low = third
+            high = tl.where(reach_third == found, third, high)
+        elif reach_second >= found:
+            low = second
+            high = tl.where(reach_second == found, second, third - 1)
+        elif reach_first >= found:
+            low = first
+            high = tl.where(reach_first == found, first, second - 1)
+        else:
+            high = first - 1
+    threshold = low.to(tl.int32)
+    above = seen & (key > threshold)
+    tied = seen & (key == threshold)
+    spare = found - tl.sum(above.to(tl.int32))
+    num_tied = tl.sum(tied.to(tl.int32))
+    chosen = above | tied
+    if num_tied != spare:
+        older = tl.cumsum(tied.to(tl.int32), 0)
+        chosen = above | (tied & (num_tied - older < spare))
+    chosen = chosen & (found > 0)
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(Anchors + candidate * max(TOP_K, 1) + place, items, mask=chosen)
     tl.debug_barrier()
 
     newest = tl.minimum(visible, RECENT)
-    _, _, count = _anchor_ranges(Anchors, candidate, found, visible - newest, ROOM, ANCHORS, RADIUS)
+    _, _, count = _anchor_ranges(
+        Anchors, candidate, found, visible - newest, TOP_K, ANCHORS, RADIUS
+    )
     tl.store(Visible + candidate, visible)
     tl.store(Found + candidate, found)
     tl.store(Counts + 1 + candidate, (tl.sum(count) + newest + EXTRA).to(tl.int64))
@@ -562,8 +522,7 @@ def _select_kernel(Scores, HistoryOffsets, CandidateOffsets, HistoryTimes, Candi
 def _write_kernel(Anchors, Visible, Found, Offsets, Table, HistoryOffsets, CandidateOffsets,
                   Index, Weights, num_items, max_candidates, max_history,
                   TOP_K: tl.constexpr, ANCHORS: tl.constexpr, RADIUS: tl.constexpr,
-                  RECENT: tl.constexpr, EXTRA: tl.constexpr, ROOM: tl.constexpr,
-                  REACH: tl.constexpr,
+                  RECENT: tl.constexpr, EXTRA: tl.constexpr, REACH: tl.constexpr,
                   NEWEST: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
     user = tl.program_id(0) // max_candidates
     candidate = tl.load(CandidateOffsets + user).to(tl.int64) + tl.program_id(0) % max_candidates
@@ -574,7 +533,7 @@ def _write_kernel(Anchors, Visible, Found, Offsets, Table, HistoryOffsets, Candi
     newest = tl.minimum(visible, RECENT)
     limit = visible - newest
     anchor, low, count = _anchor_ranges(
-        Anchors, candidate, tl.load(Found + candidate), limit, ROOM, ANCHORS, RADIUS
+        Anchors, candidate, tl.load(Found + candidate), limit, TOP_K, ANCHORS, RADIUS
     )
     first = candidate * max_history if MATRIX else tl.load(Offsets + candidate)
     step = tl.arange(0, REACH)[None, :]
