@@ -157,7 +157,8 @@ class PreferenceGuidedSparseAttention(AttentionHook):
             sigma=self.sigma,
             eps=self.eps,
             recent=self.recent,
-            history_timestamps=history_timestamps,
+            # without the candidates' times nothing is hidden
+            history_timestamps=None if candidate_timestamps is None else history_timestamps,
             candidate_timestamps=candidate_timestamps,
         )
 

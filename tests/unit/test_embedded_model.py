@@ -261,3 +261,17 @@ def test_bias_buckets_survive_shortening() -> None:
     short = bias.buckets(positions[:, kept], times[:, kept], positions[:, kept], times[:, kept])
     assert torch.equal(short[0], whole[0][kept][:, kept])
     assert whole.max() < bias.position_table.shape[1] * bias.time_buckets
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_the_future_is_shown_on_demand(hook: str) -> None:
+    """`hide_future=False`: a later item changes an earlier candidate's score."""
+    positions = TimeAwarePositionalEncoder(
+        embedding_dim=8, max_positions=MAX_HISTORY + 1, hide_future=False
+    )
+    model = make_model(attention_hook=HOOKS[hook](), positional_encoder=positions)
+    batch = make_batch([6], [1])
+    batch.candidate_timestamps[:] = batch.history_timestamps[2]
+    items = batch.history_items.clone()
+    items[5] = (items[5] + 1) % NUM_ITEMS
+    assert model(batch)[0] != model(replace(batch, history_items=items))[0]
