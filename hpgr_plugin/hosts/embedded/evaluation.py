@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import nn
 
+from hpgr_plugin.data.baselines import Scored
 from hpgr_plugin.data.batches import RequestLoader
 from hpgr_plugin.data.log import sessions_per_user
 from hpgr_plugin.data.prepared import PreparedData
@@ -18,16 +17,8 @@ from hpgr_plugin.metrics import ranking_metrics
 MANY_SESSIONS = 5
 
 
-class Scores(NamedTuple):
-    """Scored candidates of a split, ``[N]`` each."""
-
-    labels: np.ndarray
-    scores: np.ndarray
-    users: np.ndarray
-
-
 @torch.no_grad()
-def score(model: nn.Module, loader: RequestLoader, process: Process) -> Scores:
+def score(model: nn.Module, loader: RequestLoader, process: Process) -> Scored:
     """Probabilities for every candidate of the loader, from all ranks."""
     labels, scores, users = [], [], []
     for batch in loader.batches():
@@ -36,10 +27,10 @@ def score(model: nn.Module, loader: RequestLoader, process: Process) -> Scores:
         scores.append(model(moved).float().sigmoid().cpu().numpy())
         users.append(np.repeat(batch.users.numpy(), batch.candidate_offsets.diff().numpy()))
     parts = [np.concatenate(part) if part else np.zeros(0) for part in (labels, scores, users)]
-    return Scores(*gather_arrays(parts))
+    return Scored(*gather_arrays(parts))
 
 
-def figures_of(scores: Scores, data: PreparedData, gap_seconds: int = 1800) -> dict[str, float]:
+def figures_of(scores: Scored, data: PreparedData, gap_seconds: int = 1800) -> dict[str, float]:
     """Ranking metrics, and the AUC of the users with ``MANY_SESSIONS`` sessions or more."""
     figures = ranking_metrics(scores.labels, scores.scores, scores.users)
     sessions = sessions_per_user(data.log.user_offsets, data.log.timestamp, gap_seconds)

@@ -214,9 +214,10 @@ class HSTURanker(nn.Module):
         self, batch: Batch, history: Tensor, candidates: Tensor, plan: PreferencePlan | None
     ) -> tuple[TokenSequence, PreferencePlan | None]:
         """The encoder's tokens; for the candidate scope also the plan over those tokens."""
-        seen = self.visible(batch)
+        earlier = _earlier(batch)
+        seen = earlier if self.hide_future else _whole_history(batch)
         history_tokens = self._history_tokens(batch, history, seen)
-        candidate_tokens = _candidate_tokens(batch, candidates, seen)
+        candidate_tokens = _candidate_tokens(batch, candidates, earlier=earlier, seen=seen)
         users = batch.history_offsets.numel() - 1
         history_lengths, candidate_lengths = (
             batch.history_offsets.diff(),
@@ -240,10 +241,7 @@ class HSTURanker(nn.Module):
 
     def visible(self, batch: Batch) -> Tensor:
         """How many history items each candidate may see, ``[C]``; they are the first ones."""
-        if not self.hide_future:
-            owner = segment_ids(batch.candidate_offsets, batch.num_candidates)
-            return batch.history_offsets.diff()[owner]
-        return _earlier(batch)
+        return _earlier(batch) if self.hide_future else _whole_history(batch)
 
     def _history_tokens(self, batch: Batch, history: Tensor, seen: Tensor) -> Tokens:
         rank = segment_positions(batch.history_offsets, history.shape[0])
@@ -305,10 +303,16 @@ def _earlier(batch: Batch) -> Tensor:
     )
 
 
-def _candidate_tokens(batch: Batch, candidates: Tensor, seen: Tensor) -> Tokens:
+def _whole_history(batch: Batch) -> Tensor:
+    """Length of each candidate's history, ``[C]``."""
+    owner = segment_ids(batch.candidate_offsets, batch.num_candidates)
+    return batch.history_offsets.diff()[owner]
+
+
+def _candidate_tokens(batch: Batch, candidates: Tensor, *, earlier: Tensor, seen: Tensor) -> Tokens:
     return Tokens(
         values=candidates,
-        positions=_earlier(batch) + 1,
+        positions=earlier + 1,
         timestamps=batch.candidate_timestamps,
         key_order=torch.full_like(seen, NEVER_SEEN),
         query_order=seen,

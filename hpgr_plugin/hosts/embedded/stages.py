@@ -22,7 +22,7 @@ from hpgr_plugin.data.sequences import SequenceLoader
 from hpgr_plugin.handoff import save_handoff
 from hpgr_plugin.hosts.embedded.checkpoint import load_checkpoint
 from hpgr_plugin.hosts.embedded.distributed import Process, barrier, seed_everything
-from hpgr_plugin.hosts.embedded.evaluation import Scores, figures_of, kept_tokens, score
+from hpgr_plugin.hosts.embedded.evaluation import figures_of, kept_tokens, score
 from hpgr_plugin.hosts.embedded.model import HSTURanker
 from hpgr_plugin.hosts.embedded.trainer import CHECKPOINT, FitResult, Trainer, TrainSettings
 from hpgr_plugin.mim import MaskedItemModel
@@ -194,7 +194,7 @@ def evaluate(data: PreparedData, *, output_dir: Path, process: Process) -> dict[
 
 def item_mean(data: PreparedData) -> dict[str, Any]:
     """Test figures of the smoothed mean label of each item: the floor of every table."""
-    return figures_of(Scores(*item_mean_scores(data, "test")), data)
+    return figures_of(item_mean_scores(data, "test"), data)
 
 
 def build_ranker(data: PreparedData, *, pretrained: str | None = None) -> HSTURanker:
