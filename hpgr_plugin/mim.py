@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpgr_plugin.jagged import segment_ids, segment_positions
-from hpgr_plugin.losses import ItemLosses, chunked_cross_entropy, sampled_cross_entropy
+from hpgr_plugin.losses import MeanLoss, mean_cross_entropy, sampled_cross_entropy
 from hpgr_plugin.sem import SessionEnhancementModule
 from hpgr_plugin.sessions import Sessions, partition_sessions
 from hpgr_plugin.transformer import INIT_STD, JaggedEncoder, segment_layout
@@ -234,11 +234,10 @@ class MaskedItemModel(nn.Module):
         places = corruption.masked.nonzero().squeeze(1)
         encoded = self.encode(items, corruption, offsets, timestamps, read=places)
         scored = self._score(encoded, items[places], generator)
-        count = max(1, places.numel())
         return MaskedItemOutput(
-            loss=scored.losses.sum() / count,
+            loss=scored.loss,
             num_masked=places.numel(),
-            accuracy=scored.hits.sum() / count,
+            accuracy=scored.hits / max(1, places.numel()),
         )
 
     @torch.no_grad()
@@ -301,13 +300,14 @@ class MaskedItemModel(nn.Module):
 
     def _score(
         self, hidden: Tensor, targets: Tensor, generator: torch.Generator | None
-    ) -> ItemLosses:
+    ) -> MeanLoss:
         table, bias = self.item_table.weight, self.output_bias
         if self.num_sampled is None:
-            return chunked_cross_entropy(hidden, table, targets, bias)
+            return mean_cross_entropy(hidden, table, targets, bias)
         draw = _rand(self.num_sampled, hidden.device, generator)
         negatives = torch.searchsorted(self.cumulative_proposal, draw).clamp(max=self.num_items - 1)
-        return sampled_cross_entropy(hidden, table, targets, negatives, self.log_proposal, bias)
+        scored = sampled_cross_entropy(hidden, table, targets, negatives, self.log_proposal, bias)
+        return MeanLoss(scored.losses.sum() / max(1, len(targets)), scored.hits.sum())
 
 
 def _rand(size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:

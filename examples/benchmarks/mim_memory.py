@@ -16,7 +16,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from hpgr_plugin.losses import chunked_cross_entropy
+from hpgr_plugin.losses import mean_cross_entropy
 
 GIB = 1 << 30
 
@@ -46,7 +46,7 @@ def main() -> None:
     if arguments.whole:
         loss = F.cross_entropy(hidden @ table.T, targets)
     else:
-        loss = chunked_cross_entropy(hidden, table, targets).losses.mean()
+        loss = mean_cross_entropy(hidden, table, targets).loss
     loss.backward()
     value = loss.item()
     seconds = time.perf_counter() - start

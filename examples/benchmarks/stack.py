@@ -24,7 +24,7 @@ from hpgr_plugin.pgsa.triton.stack import HSTUStack, graphed
 
 WIDTH, LAYERS, HEADS, HEAD_DIM = 512, 5, 4, 128
 SETTINGS = ((50, 2.0, 0), (32, 2.0, 0), (8, 1.0, 32))
-GRAPH_ROWS = 40_000  # above, launches hide behind the work and waiting for the length pays
+GRAPH_ROWS = 2**17  # above, launches hide behind the work and waiting for the length pays
 
 
 class Batch:

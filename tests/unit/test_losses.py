@@ -1,10 +1,10 @@
-"""The chunked softmax against the full one, and the sampled one in expectation."""
+"""The softmax in chunks against the full one, and the sampled one in expectation."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hpgr_plugin.losses import chunked_cross_entropy, sampled_cross_entropy
+from hpgr_plugin.losses import mean_cross_entropy, sampled_cross_entropy
 
 
 def problem(M=7, V=23, D=5, dtype=torch.float64, with_bias=True):
@@ -17,49 +17,59 @@ def problem(M=7, V=23, D=5, dtype=torch.float64, with_bias=True):
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("chunk_elements", [1, 7, 7 * 5, 7 * 22, 7 * 23, 10**6])
-def test_chunked_equals_full(chunk_elements, with_bias):
+@pytest.mark.parametrize("rows_at_once", [0, 1, 3, 6, 7, 100])
+def test_the_mean_in_chunks_is_the_full_one(rows_at_once, with_bias):
     hidden, table, targets, bias = problem(with_bias=with_bias)
     inputs = [x for x in (hidden, table, bias) if x is not None]
-    weights = torch.randn(7, dtype=torch.float64)
-    got = chunked_cross_entropy(hidden, table, targets, bias, chunk_elements=chunk_elements)
+    got = mean_cross_entropy(hidden, table, targets, bias, chunk_bytes=rows_at_once * 23 * 8)
     scores = F.linear(hidden, table, bias)
-    want = F.cross_entropy(scores, targets, reduction="none")
-    torch.testing.assert_close(got.losses, want, rtol=0, atol=1e-12)
-    assert torch.equal(got.hits, scores.argmax(1) == targets)
+    want = F.cross_entropy(scores, targets)
+    torch.testing.assert_close(got.loss, want, rtol=0, atol=1e-12)
+    assert got.hits == (scores.argmax(1) == targets).sum()
     for a, b in zip(
-        torch.autograd.grad((got.losses * weights).sum(), inputs),
-        torch.autograd.grad((want * weights).sum(), inputs),
+        torch.autograd.grad(3 * got.loss, inputs),
+        torch.autograd.grad(3 * want, inputs),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_chunked_with_scores_far_apart():
+def test_the_mean_with_scores_far_apart():
     hidden, table, targets, bias = problem()
-    got = chunked_cross_entropy(1e3 * hidden, table, targets, bias, chunk_elements=7 * 4)
-    want = F.cross_entropy(F.linear(1e3 * hidden, table, bias), targets, reduction="none")
-    torch.testing.assert_close(got.losses, want)
+    got = mean_cross_entropy(1e3 * hidden, table, targets, bias, chunk_bytes=4 * 23 * 8)
+    want = F.cross_entropy(F.linear(1e3 * hidden, table, bias), targets)
+    torch.testing.assert_close(got.loss, want)
 
 
-def test_chunked_with_nothing_to_score():
+def test_the_mean_without_gradients_and_of_some():
+    hidden, table, targets, bias = problem()
+    wanted = torch.autograd.grad(mean_cross_entropy(hidden, table, targets, bias).loss, hidden)
+    table, bias = table.detach(), bias.detach()
+    loss = mean_cross_entropy(hidden, table, targets, bias).loss
+    assert torch.equal(torch.autograd.grad(loss, hidden)[0], wanted[0])
+    with torch.no_grad():
+        assert torch.equal(mean_cross_entropy(hidden, table, targets, bias).loss, loss)
+
+
+def test_the_mean_with_nothing_to_score():
     hidden, table, targets, bias = problem(M=0)
-    losses = chunked_cross_entropy(hidden, table, targets, bias).losses
-    losses.sum().backward()
-    assert losses.shape == (0,)
+    loss = mean_cross_entropy(hidden, table, targets, bias).loss
+    loss.backward()
+    assert loss == 0
     assert torch.equal(table.grad, torch.zeros_like(table))
 
 
-def test_chunked_under_autocast():
+def test_the_mean_under_autocast():
     hidden, table, targets, bias = problem(M=64, V=300, D=16, dtype=torch.float32)
-    want = chunked_cross_entropy(hidden, table, targets, bias).losses
-    want_grads = torch.autograd.grad(want.mean(), (hidden, table))
+    want = mean_cross_entropy(hidden, table, targets, bias).loss
+    want_grads = torch.autograd.grad(want, (hidden, table))
     with torch.autocast("cpu", torch.bfloat16):
-        got = chunked_cross_entropy(hidden, table, targets, bias, chunk_elements=64 * 40).losses
-        grads = torch.autograd.grad(got.mean(), (hidden, table))
+        got = mean_cross_entropy(hidden, table, targets, bias, chunk_bytes=40 * 300 * 2).loss
+        grads = torch.autograd.grad(got, (hidden, table))
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.mean(), want.mean(), rtol=5e-3, atol=0)
+    torch.testing.assert_close(got, want, rtol=5e-3, atol=0)
     for a, b in zip(grads, want_grads, strict=True):
+        assert a.dtype == torch.float32
         assert (a - b).norm() < 0.02 * b.norm()
 
 

@@ -63,20 +63,26 @@ def test_plans_are_those_of_torch(counts: list[int], settings: dict[str, float])
 
 @pytest.mark.parametrize("counts", [[1, 1], [3, 2]])
 def test_the_future_is_hidden(counts: list[int]) -> None:
-    lengths = [30, 12]
+    lengths = [90, 12]
     times = torch.cat([torch.randint(0, 20, (n,)).sort().values for n in lengths]).to(DEVICE)
     now = torch.randint(0, 22, (sum(counts),), device=DEVICE)
     assert_same_plan(
-        whole_numbers(42, 20), whole_numbers(sum(counts), 20), lengths, counts, (times, now),
+        whole_numbers(102, 20), whole_numbers(sum(counts), 20), lengths, counts, (times, now),
         top_k=5, sigma=1.0, recent=3,
     )  # fmt: skip
 
 
 def test_equal_scores_go_to_the_most_recent() -> None:
     assert_same_plan(
-        torch.ones(60, 8, device=DEVICE), torch.ones(2, 8, device=DEVICE), [40, 20], [1, 1],
+        torch.ones(170, 8, device=DEVICE), torch.ones(2, 8, device=DEVICE), [150, 20], [1, 1],
         top_k=7, sigma=0.2, recent=0,
     )  # fmt: skip
+
+
+def test_long_histories_are_searched_in_groups() -> None:
+    history = torch.randint(-9, 10, (700, 16), device=DEVICE).float()
+    candidates = torch.randint(-9, 10, (2, 16), device=DEVICE).float()
+    assert_same_plan(history, candidates, [600, 100], [1, 1], top_k=9, sigma=1.0, recent=2)
 
 
 def test_zero_and_minus_zero_tie() -> None:
@@ -102,8 +108,8 @@ def test_no_candidates_keep_nothing() -> None:
 
 def test_what_the_kernels_do_not_know_is_said() -> None:
     settings = {"top_k": 50, "sigma": 2.0, "eps": 1e-3}
-    assert plan.why_not(torch.ones(1, 1), max_history=2**15, **settings) is None
-    assert "history of" in str(plan.why_not(torch.ones(1, 1), max_history=2**16, **settings))
+    assert plan.why_not(torch.ones(1, 1), max_history=2**18, **settings) is None
+    assert "history of" in str(plan.why_not(torch.ones(1, 1), max_history=2**19, **settings))
     doubles = torch.ones(1, 1, dtype=torch.float64)
     assert "float64" in str(plan.why_not(doubles, max_history=9, **settings))
     wide = {"top_k": 1000, "sigma": 100.0, "eps": 1e-3}

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_SPARE_ROWS = 8  # rows a program looks at
+
 
 class Blocks(NamedTuple):
     """Shape of one program: rows, columns, warps and the depth of the load pipeline."""
@@ -86,7 +88,8 @@ class _Attention(torch.autograd.Function):
                 k = (k * scaled).to(k.dtype)
             else:
                 v = (v * scaled).to(v.dtype)
-        output = room(q, (q.shape[0], q.shape[1], v.shape[2]), shape.exact)
+        output = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        zero_spare_rows(output, shape, of_queries=True)
         attention_forward(q, k, v, output, shape)
         ctx.save_for_backward(q, k, v)
         ctx.shape = shape
@@ -95,14 +98,32 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = (room(x, x.shape, ctx.shape.exact) for x in (q, k, v))
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        zero_spare_rows(dq, ctx.shape, of_queries=True)
+        zero_spare_rows(dk, ctx.shape)
+        zero_spare_rows(dv, ctx.shape)
         attention_backward(_unit_stride(grad), q, k, v, dq, dk, dv, ctx.shape)
         return dq, dk, dv, None
 
 
-def room(like: Tensor, sizes: tuple[int, ...], exact: bool) -> Tensor:
-    """Memory for rows: unset where all of them will be written, zero where some are not."""
-    return like.new_empty(sizes) if exact else like.new_zeros(sizes)
+def zero_spare_rows(x: Tensor, shape: Shape, *, of_queries: bool = False) -> None:
+    """Set the rows of a contiguous `[T, ...]` that no sequence owns, and no kernel writes."""
+    if shape.exact or len(x) == 0:
+        return
+    offsets = shape.offsets
+    if of_queries and shape.query_offsets is not None:
+        offsets = shape.query_offsets
+    size = x[0].numel()
+    _zero_spare_rows_kernel[(triton.cdiv(len(x), _SPARE_ROWS),)](
+        x,
+        offsets,
+        len(offsets) - 1,
+        len(x),
+        SIZE=size,
+        WIDE=min(1024, triton.next_power_of_2(size)),
+        ROWS=_SPARE_ROWS,
+        num_warps=4,
+    )
 
 
 def attention_forward(
@@ -202,8 +223,6 @@ def forward_blocks(q: Tensor, v: Tensor, shape: Shape) -> Blocks:
         return Blocks(64, 32, 4, 2)
     if shape.matrix is not None:
         return Blocks(64, 64, 8, 2)
-    if shape.max_query_length <= 2048:
-        return Blocks(64, 64, 4, 2)
     return Blocks(128, 32, 8, 3)
 
 
@@ -219,6 +238,22 @@ def backward_blocks(q: Tensor, v: Tensor, shape: Shape) -> tuple[Blocks, Blocks]
     if shape.max_query_length <= 2048:
         return Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 2)
     return Blocks(64, 128, 8, 3), Blocks(128, 64, 8, 3)
+
+
+@triton.jit
+def _zero_spare_rows_kernel(X, Offsets, num_sequences, num_rows, SIZE: tl.constexpr,
+                            WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    used = tl.load(Offsets + num_sequences).to(tl.int64)
+    if first + ROWS <= used:
+        return
+    rows = first + tl.arange(0, ROWS)
+    spare = (rows >= used) & (rows < num_rows)
+    zero = tl.zeros((ROWS, WIDE), dtype=X.dtype.element_ty)
+    for low in range(0, SIZE, WIDE):
+        places = low + tl.arange(0, WIDE)
+        where = X + rows[:, None] * SIZE + places[None, :]
+        tl.store(where, zero, mask=spare[:, None] & (places < SIZE)[None, :])
 
 
 def _unit_stride(x: Tensor) -> Tensor:

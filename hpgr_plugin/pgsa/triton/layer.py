@@ -15,7 +15,7 @@ from hpgr_plugin.pgsa.triton.attention import (
     Shape,
     attention_backward,
     attention_forward,
-    room,
+    zero_spare_rows,
 )
 from hpgr_plugin.pgsa.triton.rowwise import (
     Norm,
@@ -134,7 +134,8 @@ class _AttendAndGate(torch.autograd.Function):
     ) -> Tensor:
         hidden = norm_weight.numel()
         u, v, q, k = _split(projected, hidden)
-        attended = room(projected, (len(projected), hidden), shape.exact)
+        attended = projected.new_empty(len(projected), hidden)
+        zero_spare_rows(attended, shape)
         _scale(k, v, shape)
         _attend(num_heads, q, k, v, attended, shape)
         gated, moments = gate_forward(attended, u, norm_weight, norm_bias, eps)
@@ -146,7 +147,8 @@ class _AttendAndGate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         projected, norm_weight, norm_bias, attended, moments = ctx.saved_tensors
         hidden = norm_weight.numel()
-        d_projected = room(projected, projected.shape, ctx.shape.exact)
+        d_projected = torch.empty_like(projected)
+        zero_spare_rows(d_projected, ctx.shape)
         u, v, q, k = _split(projected, hidden)
         du, dv, dq, dk = _split(d_projected, hidden)
         d_attended, d_weight, d_bias = gate_backward(
@@ -198,7 +200,8 @@ class _LastLayer(torch.autograd.Function):
         hidden = weights.output_norm_weight.numel()
         grad = grad.contiguous()
         d_asking = torch.empty_like(asking)
-        d_columns = room(columns, columns.shape, ctx.shape.exact)
+        d_columns = torch.empty_like(columns)
+        zero_spare_rows(d_columns, ctx.shape)
         (u, q), (v, k) = _halves(asking, hidden), _halves(columns, hidden)
         (du, dq), (dv, dk) = _halves(d_asking, hidden), _halves(d_columns, hidden)
         d_attended, d_gate_weight, d_gate_bias = gate_backward(
@@ -248,7 +251,8 @@ class _Read(torch.autograd.Function):
         asking, columns, norm_weight, norm_bias, attended, moments = ctx.saved_tensors
         hidden = norm_weight.numel()
         v, k = _halves(columns, hidden)
-        d_columns = room(columns, columns.shape, ctx.reading.exact)
+        d_columns = torch.empty_like(columns)
+        zero_spare_rows(d_columns, ctx.reading)
         dv, dk = _halves(d_columns, hidden)
         d_asking, d_weight, d_bias = _read_backward(
             grad, asking, k, v, dk, dv, norm_weight, norm_bias, attended, moments,
@@ -274,7 +278,8 @@ class _AttendAndRead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         hidden = norm_weight.numel()
         u, v, q, k = _split(projected, hidden)
-        attended = room(projected, (len(projected), hidden), shape.exact)
+        attended = projected.new_empty(len(projected), hidden)
+        zero_spare_rows(attended, shape)
         _scale(k, v, shape)
         _attend(num_heads, q, k, v, attended, shape)
         gated, moments = gate_forward(attended, u, norm_weight, norm_bias, eps)
@@ -293,7 +298,8 @@ class _AttendAndRead(torch.autograd.Function):
         (projected, asking, norm_weight, norm_bias, attended, moments, read_attended,
          read_moments) = ctx.saved_tensors  # fmt: skip
         hidden = norm_weight.numel()
-        d_projected = room(projected, projected.shape, ctx.shape.exact)
+        d_projected = torch.empty_like(projected)
+        zero_spare_rows(d_projected, ctx.shape)
         u, v, q, k = _split(projected, hidden)
         du, dv, dq, dk = _split(d_projected, hidden)
         d_attended, d_weight, d_bias = gate_backward(
@@ -323,7 +329,8 @@ def _read_forward(
     """Gated output, what was attended to, and its moments, of candidates `[C, ...]`."""
     hidden = norm_weight.numel()
     u, own_v, q, own_k = _split(asking, hidden)
-    attended = room(asking, (len(asking), hidden), reading.exact)
+    attended = asking.new_empty(len(asking), hidden)
+    zero_spare_rows(attended, reading, of_queries=True)
     _attend(num_heads, q, k, v, attended, reading)
     q, own_k, own_v = (x.float() for x in _heads(num_heads, q, own_k, own_v))
     own = F.silu((q * own_k).sum(-1, keepdim=True) * reading.alpha) / reading.norm_length
@@ -350,7 +357,8 @@ def _read_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the candidates' projections and of the norm; dk and dv are written."""
     hidden = norm_weight.numel()
-    d_asking = room(asking, asking.shape, reading.exact)
+    d_asking = torch.empty_like(asking)
+    zero_spare_rows(d_asking, reading, of_queries=True)
     u, own_v, q, own_k = _split(asking, hidden)
     du, d_own_v, dq, d_own_k = _split(d_asking, hidden)
     d_attended, d_weight, d_bias = gate_backward(

@@ -5,10 +5,7 @@ powers of two from 16 to 256; they know no additive bias. Everything else runs i
 on CUDA, where that is slow, it is said once why.
 """
 
-import functools
-import importlib.util
 import os
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpgr_plugin.jagged import dense_to_jagged, jagged_to_padded_dense
+from hpgr_plugin.kernels import triton_is_installed, warn_once
 
 if TYPE_CHECKING:
     from hpgr_plugin.pgsa.plan import PreferencePlan
@@ -212,22 +210,6 @@ def plan_with_kernels(
         max_history=max_history,
         max_candidates=int(counts.max()) if len(counts) else 0,
     )
-
-
-def warn_once(message: str) -> None:
-    """Say it the first time in this process, whatever the warning filters keep."""
-    _warn_cached(message)
-
-
-@functools.cache
-def _warn_cached(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
-
-
-@functools.cache
-def triton_is_installed() -> bool:
-    """Whether Triton can be imported; it is not imported to find out."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def _bias_of_rows(bias: Tensor, rows: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """PGSA's selection (Eq. 5) in four launches: score, select, count up, write.
 
-score   e_C . e_i, the history read once; one number an item is written.
-select  one program a candidate holds all its scores in registers, bisects the threshold of the
-        top K over their bits, settles ties by recency and keeps the K anchors in order.
+score   e_C . e_i, the history read once; one number an item is written, and the largest of every
+        group of consecutive visible items.
+select  one program a candidate finds the K groups with the largest maxima, and among their items
+        the top K: the other groups cannot hold any. Both times it bisects a threshold over the
+        bits of numbers in registers, settles ties by recency and keeps the order.
 write   an item belongs to its nearest anchor: between two anchors the midpoint decides. So the
         kept items of a candidate are K short ranges, written without looking at the history
         again, and M follows from the distance to the range's own anchor.
@@ -13,6 +15,7 @@ The number of kept rows is bounded by K (2 radius + 1) + recent, so nothing wait
 # mypy: disable-error-code="no-untyped-def"
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +25,10 @@ from torch import Tensor
 
 from hpgr_plugin.pgsa.plan import PreferencePlan, gaussian_kernel
 
-LONGEST_HISTORY = 2**15  # scores of one candidate stay in the registers of one program
+LONGEST_HISTORY = 2**18  # maxima of one candidate stay in the registers of one program
 _LARGEST_TILE = 2**16  # anchors times their reach, likewise
 _FEW_PROGRAMS = 1024
+_SEARCHES = 32  # candidates whose visible history one program counts
 
 
 class Selection(NamedTuple):
@@ -219,50 +223,60 @@ def _select(
         offsets = torch.zeros(num_candidates + 1, dtype=torch.int64, device=device)
         return Selection(index, weights, offsets, longest)
 
+    timed = history_timestamps is not None
+    visible = torch.empty(num_candidates if timed else 1, dtype=torch.int32, device=device)
+    if timed:
+        _visible_kernel[(num_users * triton.cdiv(max_candidates, _SEARCHES),)](
+            history_timestamps, candidate_timestamps, history_offsets, candidate_offsets, visible,
+            triton.cdiv(max_candidates, _SEARCHES), max_history.bit_length(), LANES=_SEARCHES,
+            num_warps=1,
+        )  # fmt: skip
     # One candidate a user: its scores lie where its history lies, no wider than it.
     flat = max_candidates == 1
     pitch = 0 if flat else max(16, triton.cdiv(max_history, 16) * 16)
     room = len(history) if flat else num_candidates * pitch
     scores = torch.empty(room, dtype=torch.float32, device=device)
-    _score(history, candidates, history_offsets, candidate_offsets, scores, pitch,
-           max_history, max_candidates)  # fmt: skip
+    group = _group_size(max_history, top_k)
+    maxima = torch.empty(
+        num_candidates, triton.cdiv(max(1, max_history), group), dtype=torch.float32, device=device
+    )
+    _score(history, candidates, history_offsets, candidate_offsets, visible, scores, maxima,
+           pitch, group, max_history, max_candidates, timed=timed)  # fmt: skip
 
     anchors = torch.empty(num_candidates, max(1, top_k), dtype=torch.int32, device=device)
-    visible = torch.empty(num_candidates, dtype=torch.int32, device=device)
-    found = torch.empty(num_candidates, dtype=torch.int32, device=device)
     counts = torch.empty(num_candidates + 1, dtype=torch.int64, device=device)
-    block = triton.next_power_of_2(max(16, max_history))
-    timed = history_timestamps is not None
     constants: dict[str, Any] = {
         "TOP_K": top_k,
         "ANCHORS": triton.next_power_of_2(max(1, top_k)),
         "RADIUS": radius,
         "RECENT": recent,
         "EXTRA": extra,
+        "TIMED": timed,
     }
+    num_groups = triton.next_power_of_2(maxima.shape[1])
+    likely = min(num_groups, constants["ANCHORS"]) * group
     _select_kernel[(num_users * max_candidates,)](
         scores,
+        maxima,
+        visible,
         history_offsets,
         candidate_offsets,
-        history_timestamps if timed else scores,
-        candidate_timestamps if timed else scores,
         anchors,
-        visible,
-        found,
         counts,
         pitch,
+        maxima.shape[1],
         max_candidates,
-        TIMED=timed,
         FLAT=flat,
-        BLOCK=block,
-        num_warps=_select_warps(block, num_users * max_candidates),
+        GROUP=group,
+        GROUPS=num_groups,
+        LIKELY=likely,
+        num_warps=_select_warps(max(num_groups, likely), num_users * max_candidates),
         **constants,
     )
     offsets = counts.cumsum(0)
     _write_kernel[(num_users * max_candidates,)](
         anchors,
         visible,
-        found,
         offsets,
         table,
         history_offsets,
@@ -287,10 +301,16 @@ def _weight_table(sigma: float, eps: float, longest: int, device: torch.device) 
     return gaussian_kernel(sigma, eps, longest).float().to(device)
 
 
-def _select_warps(block: int, programs: int) -> int:
+def _group_size(max_history: int, top_k: int) -> int:
+    """Items to a group: about sqrt(N / K), where the groups and the likely items are fewest."""
+    longest = triton.next_power_of_2(max(1, max_history))
+    return min(32, max(4, triton.next_power_of_2(math.isqrt(longest // max(1, top_k)))))
+
+
+def _select_warps(numbers: int, programs: int) -> int:
     """Few programs are to finish soon, many are to leave room for each other."""
-    per_thread = 32 if programs > _FEW_PROGRAMS else 16
-    return min(32, max(1, block // (32 * per_thread)))
+    per_thread = 16 if programs > _FEW_PROGRAMS else 4
+    return min(16, max(1, numbers // (32 * per_thread)))
 
 
 def _score(
@@ -298,60 +318,98 @@ def _score(
     candidates: Tensor,
     history_offsets: Tensor,
     candidate_offsets: Tensor,
+    visible: Tensor,
     scores: Tensor,
+    maxima: Tensor,
     pitch: int,
+    group: int,
     max_history: int,
     max_candidates: int,
+    *,
+    timed: bool,
 ) -> None:
     num_users, size = len(history_offsets) - 1, history.shape[1]
     if max_history == 0:
         return
     if max_candidates == 1:
         wide = min(512, max(16, triton.next_power_of_2(size)))
-        items = max(1, min(128, 16384 // wide))
+        items = min(128, 16384 // wide)
         blocks = triton.cdiv(max_history, items)
         _score_one_kernel[(num_users * blocks,)](
             history,
             candidates,
             history_offsets,
             candidate_offsets,
+            visible,
             scores,
+            maxima,
             history.stride(0),
             candidates.stride(0),
+            maxima.shape[1],
             blocks,
             SIZE=size,
             WIDE=wide,
             ITEMS=items,
+            GROUP=group,
+            TIMED=timed,
             num_warps=4,
         )
         return
     wide = min(64, max(16, triton.next_power_of_2(size)))
-    group = min(64, max(16, triton.next_power_of_2(max_candidates)))
-    blocks, groups = triton.cdiv(max_history, 128), triton.cdiv(max_candidates, group)
-    _score_many_kernel[(num_users * blocks * groups,)](
+    wanted = min(64, max(16, triton.next_power_of_2(max_candidates)))
+    blocks, shares = triton.cdiv(max_history, 128), triton.cdiv(max_candidates, wanted)
+    _score_many_kernel[(num_users * blocks * shares,)](
         history,
         candidates,
         history_offsets,
         candidate_offsets,
+        visible,
         scores,
+        maxima,
         history.stride(0),
         candidates.stride(0),
         pitch,
+        maxima.shape[1],
         blocks,
-        groups,
+        shares,
         SIZE=size,
         WIDE=wide,
         ITEMS=128,
+        CANDIDATES=wanted,
         GROUP=group,
+        TIMED=timed,
         num_warps=4,
         num_stages=3,
     )
 
 
 @triton.jit
-def _score_one_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Scores,
-                      stride_h, stride_c, blocks, SIZE: tl.constexpr, WIDE: tl.constexpr,
-                      ITEMS: tl.constexpr):  # fmt: skip
+def _visible_kernel(HistoryTimes, CandidateTimes, HistoryOffsets, CandidateOffsets, Visible,
+                    blocks, steps, LANES: tl.constexpr):  # fmt: skip
+    """How many items come before each candidate: a binary search in every lane."""
+    user = tl.program_id(0) // blocks
+    candidate = tl.load(CandidateOffsets + user).to(tl.int64)
+    candidate += tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
+    there = candidate < tl.load(CandidateOffsets + user + 1).to(tl.int64)
+    start = tl.load(HistoryOffsets + user).to(tl.int64)
+    length = (tl.load(HistoryOffsets + user + 1).to(tl.int64) - start).to(tl.int32)
+    now = tl.load(CandidateTimes + candidate, mask=there, other=0)
+    low = tl.zeros((LANES,), dtype=tl.int32)
+    high = low + length
+    for _ in range(steps):
+        middle = (low + high) // 2
+        open_ = low < high
+        time = tl.load(HistoryTimes + start + middle, mask=open_, other=0)
+        low = tl.where(open_ & (time < now), middle + 1, low)
+        high = tl.where(open_ & (time >= now), middle, high)
+    tl.store(Visible + candidate, low, mask=there)
+
+
+@triton.jit
+def _score_one_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Visible, Scores,
+                      Maxima, stride_h, stride_c, pitch_m, blocks, SIZE: tl.constexpr,
+                      WIDE: tl.constexpr, ITEMS: tl.constexpr, GROUP: tl.constexpr,
+                      TIMED: tl.constexpr):  # fmt: skip
     user = tl.program_id(0) // blocks
     candidate = tl.load(CandidateOffsets + user).to(tl.int64)
     start = tl.load(HistoryOffsets + user).to(tl.int64)
@@ -359,8 +417,11 @@ def _score_one_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Sco
     first = (tl.program_id(0) % blocks) * ITEMS
     if first >= length or candidate >= tl.load(CandidateOffsets + user + 1).to(tl.int64):
         return
+    visible = length
+    if TIMED:
+        visible = tl.load(Visible + candidate)
     items = first + tl.arange(0, ITEMS)
-    inside = items < length
+    inside = items < visible
     rows = History + (start + items)[:, None] * stride_h
     # Products are summed at the end: every item is rounded the same way, so ties stay ties.
     total = tl.zeros((ITEMS, WIDE), dtype=tl.float32)
@@ -370,30 +431,36 @@ def _score_one_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Sco
         item = tl.load(rows + places[None, :], mask=inside[:, None] & held[None, :], other=0.0)
         wanted = tl.load(Candidates + candidate * stride_c + places, mask=held, other=0.0)
         total += item.to(tl.float32) * wanted.to(tl.float32)[None, :]
-    tl.store(Scores + start + items, tl.sum(total, axis=1), mask=inside)
+    score = tl.sum(total, axis=1)
+    tl.store(Scores + start + items, score, mask=inside)
+    score = tl.where(inside, score, float("-inf"))
+    best = tl.max(tl.reshape(score, (ITEMS // GROUP, GROUP)), axis=1)
+    groups = first // GROUP + tl.arange(0, ITEMS // GROUP)
+    tl.store(Maxima + candidate * pitch_m + groups, best, mask=groups < pitch_m)
 
 
 @triton.jit
-def _score_many_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Scores,
-                       stride_h, stride_c, pitch, blocks, groups,
+def _score_many_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Visible, Scores,
+                       Maxima, stride_h, stride_c, pitch, pitch_m, blocks, shares,
                        SIZE: tl.constexpr, WIDE: tl.constexpr, ITEMS: tl.constexpr,
-                       GROUP: tl.constexpr):  # fmt: skip
-    # The groups of candidates over one block of items are neighbours: they share its reads.
-    group = tl.program_id(0) % groups
-    block = tl.program_id(0) // groups % blocks
-    user = tl.program_id(0) // groups // blocks
+                       CANDIDATES: tl.constexpr, GROUP: tl.constexpr,
+                       TIMED: tl.constexpr):  # fmt: skip
+    # The shares of the candidates over one block of items are neighbours: they share its reads.
+    share = tl.program_id(0) % shares
+    block = tl.program_id(0) // shares % blocks
+    user = tl.program_id(0) // shares // blocks
     start = tl.load(HistoryOffsets + user).to(tl.int64)
     length = (tl.load(HistoryOffsets + user + 1).to(tl.int64) - start).to(tl.int32)
-    first_candidate = tl.load(CandidateOffsets + user).to(tl.int64) + group * GROUP
+    first_candidate = tl.load(CandidateOffsets + user).to(tl.int64) + share * CANDIDATES
     last_candidate = tl.load(CandidateOffsets + user + 1).to(tl.int64)
     first = block * ITEMS
     if first >= length or first_candidate >= last_candidate:
         return
     items = first + tl.arange(0, ITEMS)
-    candidates = first_candidate + tl.arange(0, GROUP)
+    candidates = first_candidate + tl.arange(0, CANDIDATES)
     inside = items < length
     wanted = candidates < last_candidate
-    total = tl.zeros((GROUP, ITEMS), dtype=tl.float32)
+    total = tl.zeros((CANDIDATES, ITEMS), dtype=tl.float32)
     for low in range(0, SIZE, WIDE):
         places = low + tl.arange(0, WIDE)
         held = places < SIZE
@@ -404,11 +471,74 @@ def _score_many_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Sc
         total = tl.dot(candidate, tl.trans(item), total, input_precision="ieee")
     where = Scores + candidates[:, None] * pitch + items[None, :]
     tl.store(where, total, mask=wanted[:, None] & inside[None, :])
+    seen = inside[None, :] & wanted[:, None]
+    if TIMED:
+        visible = tl.load(Visible + candidates, mask=wanted, other=0)
+        seen = items[None, :] < visible[:, None]
+    total = tl.where(seen, total, float("-inf"))
+    best = tl.max(tl.reshape(total, (CANDIDATES, ITEMS // GROUP, GROUP)), axis=2)
+    groups = first // GROUP + tl.arange(0, ITEMS // GROUP)
+    where = Maxima + candidates[:, None] * pitch_m + groups[None, :]
+    tl.store(where, best, mask=wanted[:, None] & (groups < pitch_m)[None, :])
 
 
 @triton.jit
-def _add_three(a, b, c, d, e, f):
-    return a + d, b + e, c + f
+def _threshold(key, seen, wanted, floor):
+    """The largest threshold that at least `wanted` of the seen keys reach, at least one of them.
+
+    `floor` is one that so many reach. Done early when exactly `wanted` do. Three tries at a time:
+    a count waits for all warps, comparing costs next to nothing.
+    """
+    low = tl.maximum(tl.min(tl.where(seen, key, 0x7FFFFFFF)), floor).to(tl.int64)
+    high = tl.max(tl.where(seen, key, -0x80000000)).to(tl.int64)
+    while low < high:
+        step = (high - low + 3) // 4
+        first = low + step
+        second = tl.minimum(first + step, high)
+        third = tl.minimum(second + step, high)
+        # No count reaches 2^20: the three of them are one sum.
+        reached = (
+            (key >= first.to(tl.int32)).to(tl.int64)
+            + ((key >= second.to(tl.int32)).to(tl.int64) << 20)
+            + ((key >= third.to(tl.int32)).to(tl.int64) << 40)
+        )
+        reached = tl.sum(reached)
+        reach_first = reached & 0xFFFFF
+        reach_second = (reached >> 20) & 0xFFFFF
+        reach_third = reached >> 40
+        if reach_third >= wanted:
+            low = third
+            high = tl.where(reach_third == wanted, third, high)
+        elif reach_second >= wanted:
+            low = second
+            high = tl.where(reach_second == wanted, second, third - 1)
+        elif reach_first >= wanted:
+            low = first
+            high = tl.where(reach_first == wanted, first, second - 1)
+        else:
+            high = first - 1
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _top(key, seen, wanted, threshold):
+    """The `wanted` largest of the seen keys, by their threshold; equal ones from the end on."""
+    above = seen & (key > threshold)
+    tied = seen & (key == threshold)
+    spare = wanted - tl.sum(above.to(tl.int32))
+    num_tied = tl.sum(tied.to(tl.int32))
+    chosen = above | tied
+    if num_tied != spare:
+        older = tl.cumsum(tied.to(tl.int32), 0)
+        chosen = above | (tied & (num_tied - older < spare))
+    return chosen
+
+
+@triton.jit
+def _sortable(score, seen):
+    """The order of floats as the order of integers; -0 is 0, what is not seen comes last."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    return tl.where(seen, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
 
 
 @triton.jit
@@ -438,11 +568,12 @@ def _anchor_ranges(Anchors, candidate, found, limit, TOP_K: tl.constexpr,
 
 
 @triton.jit
-def _select_kernel(Scores, HistoryOffsets, CandidateOffsets, HistoryTimes, CandidateTimes,
-                   Anchors, Visible, Found, Counts, pitch, max_candidates,
+def _select_kernel(Scores, Maxima, Visible, HistoryOffsets, CandidateOffsets, Anchors, Counts,
+                   pitch, pitch_m, max_candidates,
                    TOP_K: tl.constexpr, ANCHORS: tl.constexpr, RADIUS: tl.constexpr,
                    RECENT: tl.constexpr, EXTRA: tl.constexpr, TIMED: tl.constexpr,
-                   FLAT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                   FLAT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+                   LIKELY: tl.constexpr):  # fmt: skip
     user = tl.program_id(0) // max_candidates
     candidate = tl.load(CandidateOffsets + user).to(tl.int64) + tl.program_id(0) % max_candidates
     if tl.program_id(0) == 0:
@@ -450,90 +581,66 @@ def _select_kernel(Scores, HistoryOffsets, CandidateOffsets, HistoryTimes, Candi
     if candidate >= tl.load(CandidateOffsets + user + 1).to(tl.int64):
         return
     start = tl.load(HistoryOffsets + user).to(tl.int64)
-    length = (tl.load(HistoryOffsets + user + 1).to(tl.int64) - start).to(tl.int32)
-    items = tl.arange(0, BLOCK)
-    seen = items < length
+    visible = (tl.load(HistoryOffsets + user + 1).to(tl.int64) - start).to(tl.int32)
     if TIMED:
-        now = tl.load(CandidateTimes + candidate)
-        seen = seen & (tl.load(HistoryTimes + start + items, mask=seen, other=0) < now)
-    visible = tl.sum(seen.to(tl.int32))
-    row = Scores + (start if FLAT else candidate * pitch)
-    score = tl.load(row + items, mask=seen, other=0.0)
-    # The order of floats as the order of integers; -0 is 0, what is not seen comes last.
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    key = tl.where(seen, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
+        visible = tl.load(Visible + candidate)
     found = tl.minimum(visible, TOP_K)
-
-    # The largest threshold that at least `found` keys reach; done early when exactly that many.
-    # Three tries at a time: a count waits for all warps, comparing costs next to nothing.
-    low = tl.min(tl.where(seen, key, 0x7FFFFFFF)).to(tl.int64)
-    high = tl.max(key).to(tl.int64)
-    if found == 0 or found == visible:
-        high = low
-    while low < high:
-        step = (high - low + 3) // 4
-        first = low + step
-        second = tl.minimum(first + step, high)
-        third = tl.minimum(second + step, high)
-        reach_first, reach_second, reach_third = tl.reduce(
-            (
-                (key >= first.to(tl.int32)).to(tl.int32),
-                (key >= second.to(tl.int32)).to(tl.int32),
-                (key >= third.to(tl.int32)).to(tl.int32),
-            ),
-            0,
-            _add_three,
-        )
-        if reach_third >= found:
-            low = third
-            high = tl.where(reach_third == found, third, high)
-        elif reach_second >= found:
-            low = second
-            high = tl.where(reach_second == found, second, third - 1)
-        elif reach_first >= found:
-            low = first
-            high = tl.where(reach_first == found, first, second - 1)
-        else:
-            high = first - 1
-    threshold = low.to(tl.int32)
-    above = seen & (key > threshold)
-    tied = seen & (key == threshold)
-    spare = found - tl.sum(above.to(tl.int32))
-    num_tied = tl.sum(tied.to(tl.int32))
-    chosen = above | tied
-    if num_tied != spare:
-        older = tl.cumsum(tied.to(tl.int32), 0)
-        chosen = above | (tied & (num_tied - older < spare))
-    chosen = chosen & (found > 0)
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(Anchors + candidate * max(TOP_K, 1) + place, items, mask=chosen)
-    tl.debug_barrier()
+    if TOP_K > 0:
+        anchors = Anchors + candidate * TOP_K
+        slot = tl.arange(0, LIKELY)
+        item = slot
+        seen = item < visible
+        floor = -0x80000000
+        if GROUPS > ANCHORS:
+            # A group outside the K with the largest maxima, equal ones by recency, holds no item
+            # of the top K: each of those K holds one that comes before all of its items.
+            groups = (visible + GROUP - 1) // GROUP
+            number = tl.arange(0, GROUPS)
+            there = number < groups
+            best = tl.load(Maxima + candidate * pitch_m + number, mask=there, other=0.0)
+            key = _sortable(best, there)
+            wanted = tl.minimum(groups, TOP_K)
+            threshold = _threshold(key, there, wanted, floor)
+            chosen = _top(key, there, wanted, threshold)
+            floor = tl.where(groups < found, floor, threshold)  # as many items reach it
+            tl.store(anchors + tl.cumsum(chosen.to(tl.int32), 0) - 1, number, mask=chosen)
+            tl.debug_barrier()
+            held = slot // GROUP < wanted
+            item = tl.load(anchors + slot // GROUP, mask=held, other=0) * GROUP + slot % GROUP
+            seen = held & (item < visible)
+            tl.debug_barrier()
+        row = Scores + (start if FLAT else candidate * pitch)
+        key = _sortable(tl.load(row + item, mask=seen, other=0.0), seen)
+        chosen = _top(key, seen, found, _threshold(key, seen, found, floor))
+        tl.store(anchors + tl.cumsum(chosen.to(tl.int32), 0) - 1, item, mask=chosen)
+        tl.debug_barrier()
 
     newest = tl.minimum(visible, RECENT)
     _, _, count = _anchor_ranges(
         Anchors, candidate, found, visible - newest, TOP_K, ANCHORS, RADIUS
     )
-    tl.store(Visible + candidate, visible)
-    tl.store(Found + candidate, found)
     tl.store(Counts + 1 + candidate, (tl.sum(count) + newest + EXTRA).to(tl.int64))
 
 
 @triton.jit
-def _write_kernel(Anchors, Visible, Found, Offsets, Table, HistoryOffsets, CandidateOffsets,
+def _write_kernel(Anchors, Visible, Offsets, Table, HistoryOffsets, CandidateOffsets,
                   Index, Weights, num_items, max_candidates, max_history,
                   TOP_K: tl.constexpr, ANCHORS: tl.constexpr, RADIUS: tl.constexpr,
-                  RECENT: tl.constexpr, EXTRA: tl.constexpr, REACH: tl.constexpr,
-                  NEWEST: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
+                  RECENT: tl.constexpr, EXTRA: tl.constexpr, TIMED: tl.constexpr,
+                  REACH: tl.constexpr, NEWEST: tl.constexpr,
+                  MATRIX: tl.constexpr):  # fmt: skip
     user = tl.program_id(0) // max_candidates
     candidate = tl.load(CandidateOffsets + user).to(tl.int64) + tl.program_id(0) % max_candidates
     if candidate >= tl.load(CandidateOffsets + user + 1).to(tl.int64):
         return
     start = tl.load(HistoryOffsets + user).to(tl.int64)
-    visible = tl.load(Visible + candidate)
+    visible = (tl.load(HistoryOffsets + user + 1).to(tl.int64) - start).to(tl.int32)
+    if TIMED:
+        visible = tl.load(Visible + candidate)
     newest = tl.minimum(visible, RECENT)
     limit = visible - newest
     anchor, low, count = _anchor_ranges(
-        Anchors, candidate, tl.load(Found + candidate), limit, TOP_K, ANCHORS, RADIUS
+        Anchors, candidate, tl.minimum(visible, TOP_K), limit, TOP_K, ANCHORS, RADIUS
     )
     first = candidate * max_history if MATRIX else tl.load(Offsets + candidate)
     step = tl.arange(0, REACH)[None, :]

@@ -169,8 +169,9 @@ def _norm_backward_kernel(Grad, Residual, X, Weight, Moments, DX, Partial, total
     places = tl.arange(0, WIDE)
     held = places < SIZE
     weight = tl.load(Weight + places, mask=held, other=0.0).to(tl.float32)
-    d_weight = tl.zeros((WIDE,), dtype=tl.float32)
-    d_bias = tl.zeros((WIDE,), dtype=tl.float32)
+    # Summed over rows at the very end: in the loop, every sum would wait for all warps.
+    d_weight = tl.zeros((ROWS, WIDE), dtype=tl.float32)
+    d_bias = tl.zeros((ROWS, WIDE), dtype=tl.float32)
     for first in range(program * ROWS, total, programs * ROWS):
         rows = tl.full((), first, tl.int64) + tl.arange(0, ROWS)
         inside = (rows < total)[:, None] & held[None, :]
@@ -180,14 +181,14 @@ def _norm_backward_kernel(Grad, Residual, X, Weight, Moments, DX, Partial, total
         mean = tl.load(Moments + rows * 2, mask=rows < total, other=0.0)
         scale = tl.load(Moments + rows * 2 + 1, mask=rows < total, other=0.0)
         unit = tl.where(inside, (x - mean[:, None]) * scale[:, None], 0.0)
-        d_weight += tl.sum(grad * unit, axis=0)
-        d_bias += tl.sum(grad, axis=0)
+        d_weight += grad * unit
+        d_bias += grad
         dx = _norm_slope(grad * weight[None, :], unit, scale, held, SIZE)
         if RESIDUAL:
             dx += tl.load(Residual + where, mask=inside, other=0.0).to(tl.float32)
         tl.store(DX + where, dx.to(DX.dtype.element_ty), mask=inside)
-    tl.store(Partial + program * SIZE + places, d_weight, mask=held)
-    tl.store(Partial + (programs + program) * SIZE + places, d_bias, mask=held)
+    tl.store(Partial + program * SIZE + places, tl.sum(d_weight, axis=0), mask=held)
+    tl.store(Partial + (programs + program) * SIZE + places, tl.sum(d_bias, axis=0), mask=held)
 
 
 @triton.jit
@@ -226,8 +227,9 @@ def _gate_backward_kernel(Grad, Attention, Gate, Weight, Bias, Moments, DAttenti
     held = places < SIZE
     weight = tl.load(Weight + places, mask=held, other=0.0).to(tl.float32)
     bias = tl.load(Bias + places, mask=held, other=0.0).to(tl.float32)
-    d_weight = tl.zeros((WIDE,), dtype=tl.float32)
-    d_bias = tl.zeros((WIDE,), dtype=tl.float32)
+    # Summed over rows at the very end: in the loop, every sum would wait for all warps.
+    d_weight = tl.zeros((ROWS, WIDE), dtype=tl.float32)
+    d_bias = tl.zeros((ROWS, WIDE), dtype=tl.float32)
     for first in range(program * ROWS, total, programs * ROWS):
         rows = tl.full((), first, tl.int64) + tl.arange(0, ROWS)
         inside = (rows < total)[:, None] & held[None, :]
@@ -246,12 +248,12 @@ def _gate_backward_kernel(Grad, Attention, Gate, Weight, Bias, Moments, DAttenti
         silu = gate * sigmoid
         d_silu = d_plain_gate + d_product * (unit * weight[None, :] + bias[None, :])
         d_normed = d_product * silu
-        d_weight += tl.sum(d_normed * unit, axis=0)
-        d_bias += tl.sum(d_normed, axis=0)
+        d_weight += d_normed * unit
+        d_bias += d_normed
         da = d_plain + _norm_slope(d_normed * weight[None, :], unit, scale, held, SIZE)
         dg = d_silu * (sigmoid + silu * (1.0 - sigmoid))
         tl.store(DAttention + where, da.to(DAttention.dtype.element_ty), mask=inside)
         tl.store(DGate + rows[:, None] * stride_d + places[None, :],
                  dg.to(DGate.dtype.element_ty), mask=inside)  # fmt: skip
-    tl.store(Partial + program * SIZE + places, d_weight, mask=held)
-    tl.store(Partial + (programs + program) * SIZE + places, d_bias, mask=held)
+    tl.store(Partial + program * SIZE + places, tl.sum(d_weight, axis=0), mask=held)
+    tl.store(Partial + (programs + program) * SIZE + places, tl.sum(d_bias, axis=0), mask=held)

@@ -1,0 +1,70 @@
+"""`losses.softmax_slope` in one kernel, in place: a program reads its row twice, writes it once."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 8192  # logits of a row at a time
+
+
+def softmax_slope_(
+    scores: Tensor, targets: Tensor, bias: Tensor | None, *, with_slope: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses float32 `[M]` and hits bool `[M]`; the scores become the slope, in their dtype.
+
+    Args:
+        scores: `[M, V]` float32, bfloat16 or float16, rows contiguous.
+        targets: int64 `[M]`.
+        bias: `[V]`.
+        with_slope: without it the scores stay as they are.
+    """
+    num_rows, size = scores.shape
+    losses = torch.empty(num_rows, dtype=torch.float32, device=scores.device)
+    hits = torch.empty(num_rows, dtype=torch.bool, device=scores.device)
+    if num_rows:
+        block = min(_BLOCK, triton.next_power_of_2(size))
+        _softmax_slope_kernel[(num_rows,)](
+            scores, targets, scores if bias is None else bias, losses, hits, size,
+            scores.stride(0), BIAS=bias is not None, SLOPE=with_slope, BLOCK=block,
+            num_warps=min(8, max(1, block // 512)),
+        )  # fmt: skip
+    return losses, hits
+
+
+@triton.jit
+def _load(Row, Bias, places, size, BIAS: tl.constexpr):
+    score = tl.load(Row + places, mask=places < size, other=float("-inf")).to(tl.float32)
+    if BIAS:
+        score += tl.load(Bias + places, mask=places < size, other=0.0).to(tl.float32)
+    return score
+
+
+@triton.jit
+def _softmax_slope_kernel(Scores, Targets, Bias, Losses, Hits, size, pitch, BIAS: tl.constexpr,
+                          SLOPE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    Scores += row * pitch
+    target = tl.load(Targets + row)
+    target_score = tl.load(Scores + target).to(tl.float32)
+    if BIAS:
+        target_score += tl.load(Bias + target).to(tl.float32)
+    lanes = tl.arange(0, BLOCK)
+    top = target_score
+    total = 0.0
+    for first in range(0, size, BLOCK):
+        score = _load(Scores, Bias, first + lanes, size, BIAS)
+        higher = tl.maximum(top, tl.max(score))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(score - higher))
+        top = higher
+    normaliser = top + tl.log(total)
+    tl.store(Losses + row, normaliser - target_score)
+    tl.store(Hits + row, target_score >= top)
+    if SLOPE:
+        for first in range(0, size, BLOCK):
+            places = first + lanes
+            slope = tl.exp(_load(Scores, Bias, places, size, BIAS) - normaliser)
+            slope = tl.where(places == target, slope - 1.0, slope)
+            tl.store(Scores + places, slope.to(Scores.dtype.element_ty), mask=places < size)
