@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpgr_plugin.jagged import complete_cumsum, ranges, segment_ids, segment_positions
+from hpgr_plugin.kernels import triton_is_installed, warn_once
 from hpgr_plugin.sessions import Sessions, partition_sessions
 from hpgr_plugin.transformer import (
     INIT_STD,
@@ -150,8 +151,8 @@ class SessionEnhancementModule(nn.Module):
         history = embeddings.to(self.session_cls.dtype)
         encoded = self._choose(sessions)
         vectors = self._encode_sessions(history, encoded)
-        context = self._context(vectors, encoded, sessions, offsets)
-        return self._fuse(history, context).to(embeddings.dtype)
+        context = self._context(vectors, encoded, sessions)
+        return self._fuse(history, context, sessions).to(embeddings.dtype)
 
     def _choose(self, sessions: Sessions) -> _EncodedSessions:
         """The sessions somebody will read, and their most recent tokens."""
@@ -171,6 +172,8 @@ class SessionEnhancementModule(nn.Module):
 
     def _encode_sessions(self, history: Tensor, encoded: _EncodedSessions) -> Tensor:
         """Eq. 1: `[T, D]` -> one vector a session `[S', D]`."""
+        if self.num_layers == 1 and self._on_kernels(history):
+            return self._pool_sessions(history, encoded)
         tokens = ranges(encoded.token_starts, encoded.token_lengths)
         offsets = complete_cumsum(encoded.token_lengths)
         position = segment_positions(offsets, tokens.numel())
@@ -178,19 +181,51 @@ class SessionEnhancementModule(nn.Module):
         x, offsets = _lead_with(self.session_cls, x, offsets)
         return self.intra_encoder.first_tokens(x, segment_layout(offsets))
 
-    def _context(
-        self, vectors: Tensor, encoded: _EncodedSessions, sessions: Sessions, offsets: Tensor
-    ) -> Tensor:
-        """Eq. 2: session vectors `[S', D]` -> the F of every token `[T, D]`."""
-        user = segment_ids(offsets, sessions.session_index.numel())
+    def _pool_sessions(self, history: Tensor, encoded: _EncodedSessions) -> Tensor:
+        """The same for one layer, whose [CLS] asks every session the same question."""
+        from hpgr_plugin.sem_triton import Spans, pool_spans
+
+        layer = self.intra_encoder.first_layer
+        cls = self.session_cls.unsqueeze(0)
+        lead = layer.attention_norm(cls)
+        pooled = pool_spans(
+            history,
+            self.item_position,
+            layer.attention_norm.weight,
+            layer.attention_norm.bias,
+            lead.squeeze(0),
+            layer.queries_of(lead).squeeze(0),
+            Spans(encoded.token_starts, encoded.token_lengths),
+        )
+        x = layer.finish_pooled(cls.expand(pooled.shape[1], -1), pooled)
+        return self.intra_encoder.final_norm(x)
+
+    def _on_kernels(self, history: Tensor) -> bool:
+        """Whether the kernels run here; on CUDA it is said once why not."""
+        if not history.is_cuda:
+            return False
+        if not triton_is_installed():
+            warn_once("SEM runs in plain torch: triton is not installed")
+            return False
+        from hpgr_plugin.sem_triton import why_not
+
+        reason = why_not(history, self.num_heads)
+        if reason is not None:
+            warn_once(f"SEM runs in plain torch: {reason}")
+        return reason is None
+
+    def _context(self, vectors: Tensor, encoded: _EncodedSessions, sessions: Sessions) -> Tensor:
+        """Eq. 2: session vectors `[S', D]` -> the F of every session's tokens `[S, D]`."""
+        count = sessions.session_offsets.numel() - 1
+        user = segment_ids(sessions.user_offsets, count)
         x, rows = self._number_sessions(vectors, encoded.user_offsets)
-        # Rows are broadcast by F.embedding, not by indexing: its backward adds up a user's tokens
-        # in a fixed order on CUDA too.
+        # Rows are broadcast by F.embedding, not by indexing: its backward adds up a user's
+        # sessions in a fixed order on CUDA too.
         if self.causal:
             leads = int(self.pooling == "cls")
             layout = segment_layout(rows, causal=True, window=self.max_sessions, sink=leads == 1)
             x = self._pool_all(x, layout)
-            earlier = sessions.session_index - sessions.user_offsets[user]
+            earlier = segment_positions(sessions.user_offsets, count)
             row = torch.where(earlier > 0, rows[user] + leads + earlier, 0)
             return F.embedding(row, torch.cat([x.new_zeros(1, x.shape[1]), x]))
         layout = segment_layout(rows)
@@ -213,11 +248,16 @@ class SessionEnhancementModule(nn.Module):
         x = self.inter_encoder(x, layout)
         return segment_mean(x, layout) if self.pooling == "mean" else x
 
-    def _fuse(self, history: Tensor, context: Tensor) -> Tensor:
+    def _fuse(self, history: Tensor, context: Tensor, sessions: Sessions) -> Tensor:
         if self.fusion == "add":
-            return history + context
+            return history + F.embedding(sessions.session_index, context)
+        context = F.layer_norm(context, context.shape[1:])
+        if self._on_kernels(history):
+            from hpgr_plugin.sem_triton import add_context
+
+            return add_context(history, context, self.gate, sessions.session_offsets)
         scale = history.detach().square().mean(1, keepdim=True).sqrt()
-        return history + self.gate * scale * F.layer_norm(context, context.shape[1:])
+        return history + self.gate * scale * F.embedding(sessions.session_index, context)
 
 
 def _lead_with(row: Tensor, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

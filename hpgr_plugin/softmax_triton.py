@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 8192  # logits of a row at a time
+_LANE = 8  # neighbours that one thread holds: it needs no other to find their largest
 
 
 def softmax_slope_(
@@ -25,11 +26,11 @@ def softmax_slope_(
     losses = torch.empty(num_rows, dtype=torch.float32, device=scores.device)
     hits = torch.empty(num_rows, dtype=torch.bool, device=scores.device)
     if num_rows:
-        block = min(_BLOCK, triton.next_power_of_2(size))
+        block = max(_LANE, min(_BLOCK, triton.next_power_of_2(size)))
         _softmax_slope_kernel[(num_rows,)](
             scores, targets, scores if bias is None else bias, losses, hits, size,
             scores.stride(0), BIAS=bias is not None, SLOPE=with_slope, BLOCK=block,
-            num_warps=min(8, max(1, block // 512)),
+            LANE=_LANE, num_warps=min(32, max(1, block // 256)),
         )  # fmt: skip
     return losses, hits
 
@@ -44,7 +45,8 @@ def _load(Row, Bias, places, size, BIAS: tl.constexpr):
 
 @triton.jit
 def _softmax_slope_kernel(Scores, Targets, Bias, Losses, Hits, size, pitch, BIAS: tl.constexpr,
-                          SLOPE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                          SLOPE: tl.constexpr, BLOCK: tl.constexpr,
+                          LANE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     Scores += row * pitch
     target = tl.load(Targets + row)
@@ -52,14 +54,18 @@ def _softmax_slope_kernel(Scores, Targets, Bias, Losses, Hits, size, pitch, BIAS
     if BIAS:
         target_score += tl.load(Bias + target).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
-    top = target_score
-    total = 0.0
+    # A maximum and a sum a lane: nobody waits for anybody before the end of the row.
+    tops = tl.zeros((BLOCK // LANE,), dtype=tl.float32) + target_score
+    totals = tl.zeros((BLOCK // LANE,), dtype=tl.float32)
     for first in range(0, size, BLOCK):
         score = _load(Scores, Bias, first + lanes, size, BIAS)
-        higher = tl.maximum(top, tl.max(score))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(score - higher))
-        top = higher
-    normaliser = top + tl.log(total)
+        score = tl.reshape(score, (BLOCK // LANE, LANE))
+        higher = tl.maximum(tops, tl.max(score, axis=1))
+        powers = tl.sum(tl.exp(score - higher[:, None]), axis=1)
+        totals = totals * tl.exp(tops - higher) + powers
+        tops = higher
+    top = tl.max(tops)
+    normaliser = top + tl.log(tl.sum(totals * tl.exp(tops - top)))
     tl.store(Losses + row, normaliser - target_score)
     tl.store(Hits + row, target_score >= top)
     if SLOPE:

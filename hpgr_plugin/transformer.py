@@ -168,31 +168,28 @@ def segment_attention(qkv: Tensor, layout: SegmentLayout) -> Tensor:
     return torch.cat(pieces)
 
 
-def first_token_attention(q: Tensor, kv: Tensor, layout: SegmentLayout) -> Tensor:
-    """The same for the first token of every segment alone.
+def first_token_attention(queries: Tensor, tokens: Tensor, layout: SegmentLayout) -> Tensor:
+    """For every segment, means of its tokens weighted by the softmax of `queries . tokens`.
 
     Args:
-        q: `[S, H, d]`, segments with the longest first.
-        kv: `[T, 2, H, d]`, tokens in the layout's order; the layout is not causal.
+        queries: `[S, H, D]`, scaled already, segments with the longest first.
+        tokens: `[T, D]`, in the layout's order; the layout is not causal.
 
     Returns:
-        `[S, H * d]`, in the order of `q`.
+        `[S, H, D]`, in the order of `queries`.
     """
-    _, _, heads, head_dim = kv.shape
     if not layout.buckets:
-        return q.flatten(1)
+        return queries
     pieces = []
     rows = [bucket.offsets.numel() - 1 for bucket in layout.buckets]
-    tokens = [bucket.num_tokens for bucket in layout.buckets]
-    chunks = zip(q.split(rows), kv.flatten(1).split(tokens), layout.buckets, strict=True)
+    sizes = [bucket.num_tokens for bucket in layout.buckets]
+    chunks = zip(queries.split(rows), tokens.split(sizes), layout.buckets, strict=True)
     for query, chunk, bucket in chunks:
         padded = jagged_to_padded_dense(chunk, bucket.offsets, bucket.width)
-        k, v = padded.view(len(query), bucket.width, 2, heads, head_dim).permute(2, 0, 3, 1, 4)
-        with sdpa_kernel(_BACKENDS):
-            attended = F.scaled_dot_product_attention(
-                query.unsqueeze(2), k, v, attn_mask=bucket.mask
-            )
-        pieces.append(attended.flatten(1))
+        scores = torch.bmm(query, padded.transpose(1, 2))
+        if bucket.mask is not None:
+            scores = scores.masked_fill(~bucket.mask.squeeze(1), -torch.inf)
+        pieces.append(torch.bmm(scores.softmax(-1).to(padded.dtype), padded))
     return torch.cat(pieces)
 
 
@@ -235,21 +232,33 @@ class EncoderLayer(nn.Module):
     def first_tokens(self, x: Tensor, layout: SegmentLayout) -> Tensor:
         """`forward` for the first token of every segment, `[T, D]` -> `[S, D]`, longest first.
 
-        The other tokens are only looked at, so they need no queries and no feed-forward.
+        The other tokens are only looked at, so they need no queries and no feed-forward; nor keys
+        and values of their own, see `queries_of`.
         """
-        tokens, width = x.shape
-        head_dim = width // self.num_heads
-        weights = self.qkv.weight.split([width, 2 * width])
-        biases = self.qkv.bias.split([width, 2 * width])
         normed = self.attention_norm(x)
-        q = F.linear(normed.index_select(0, layout.starts), weights[0], biases[0])
-        kv = F.linear(normed, weights[1], biases[1])
-        attended = first_token_attention(
-            q.view(-1, self.num_heads, head_dim),
-            kv.view(tokens, 2, self.num_heads, head_dim),
-            layout,
-        )
-        return self._finish(x.index_select(0, layout.starts), attended)
+        queries = self.queries_of(normed.index_select(0, layout.starts))
+        pooled = first_token_attention(queries, normed, layout)
+        return self.finish_pooled(x.index_select(0, layout.starts), pooled.transpose(0, 1))
+
+    def queries_of(self, normed: Tensor) -> Tensor:
+        """Queries on normed tokens themselves, `[S, D]` -> `[S, H, D]`, scaled.
+
+        `q . (W_k y + b_k) = (W_k^T q) . y + q . b_k`, and a softmax does not see the constant: so
+        the keys of all tokens are one projection a query.
+        """
+        weight, bias = self.qkv.weight.chunk(3)[:2], self.qkv.bias.chunk(3)[0]
+        q = F.linear(normed, weight[0], bias).unflatten(1, (self.num_heads, -1)).transpose(0, 1)
+        keys = weight[1].unflatten(0, (self.num_heads, -1))
+        return torch.bmm(q, keys).transpose(0, 1) * keys.shape[1] ** -0.5
+
+    def finish_pooled(self, x: Tensor, pooled: Tensor) -> Tensor:
+        """The layer's output `[S, D]` of tokens x `[S, D]` for which `pooled` `[H, S, D]` was read.
+
+        A mean's value is the mean of the values.
+        """
+        weight, bias = self.qkv.weight.chunk(3)[2], self.qkv.bias.chunk(3)[2]
+        values = weight.unflatten(0, (self.num_heads, -1)).transpose(1, 2)
+        return self._finish(x, torch.bmm(pooled, values).transpose(0, 1).flatten(1) + bias)
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(self.attention_output(attended))
@@ -317,6 +326,10 @@ class JaggedEncoder(nn.Module):
         for layer in self.layers[:-1]:
             x = layer(x, layout)
         return self.final_norm(self.layers[-1](x, layout, read))
+
+    @property
+    def first_layer(self) -> EncoderLayer:
+        return cast(EncoderLayer, self.layers[0])
 
     def first_tokens(self, x: Tensor, layout: SegmentLayout) -> Tensor:
         """What `forward` gives for the first token of every segment, at less cost.

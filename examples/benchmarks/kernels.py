@@ -60,6 +60,7 @@ def run(*, quick: bool) -> None:
             row[f"weights {kind}"] = weighted / ours
             for name in ("host", "host TMA") if against_host else ():
                 row[f"{name} / ours {kind}"] = times[name][which] / ours
+        row["weights f+b"] = sum(times["weighted"]) / sum(times["ours"])
         rows.append(row)
     print_table(rows)
 

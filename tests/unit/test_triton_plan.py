@@ -38,7 +38,7 @@ def assert_same_plan(
     with_candidates = plan.select(
         *arguments, **{"eps": 1e-3, **settings}, **times_of, **bounds, with_candidates=True
     )
-    index = with_candidates.index[: int(with_candidates.offsets[-1])]
+    index = with_candidates.index[: int(with_candidates.offsets[-1])].long()
     last = with_candidates.offsets[1:] - 1
     assert torch.equal(index[index < len(history)], wanted.index)
     assert index[last].tolist() == list(range(len(history), len(history) + len(candidates)))

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hpgr_plugin.pgsa.triton.rowwise import scale_rows
+
 _SPARE_ROWS = 8  # rows a program looks at
 
 
@@ -82,12 +84,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
         q, k, v = (_unit_stride(x) for x in (q, k, v))
-        if shape.column_weights is not None:
-            scaled = shape.column_weights.view(-1, 1, 1)
-            if shape.pre:
-                k = (k * scaled).to(k.dtype)
-            else:
-                v = (v * scaled).to(v.dtype)
+        if shape.column_weights is not None and shape.pre:
+            k = _scaled(k, shape.column_weights)
+        elif shape.column_weights is not None:
+            v = _scaled(v, shape.column_weights)
         output = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         zero_spare_rows(output, shape, of_queries=True)
         attention_forward(q, k, v, output, shape)
@@ -104,6 +104,14 @@ class _Attention(torch.autograd.Function):
         zero_spare_rows(dv, ctx.shape)
         attention_backward(_unit_stride(grad), q, k, v, dq, dk, dv, ctx.shape)
         return dq, dk, dv, None
+
+
+def _scaled(x: Tensor, weights: Tensor) -> Tensor:
+    """Rows of `[T, H, d]` times their weights `[T]`."""
+    side_by_side = x.stride(1) == x.shape[2]
+    out = x.new_empty(x.shape)
+    scale_rows((x if side_by_side else x.contiguous()).flatten(1), weights, out.flatten(1))
+    return out
 
 
 def zero_spare_rows(x: Tensor, shape: Shape, *, of_queries: bool = False) -> None:

@@ -80,7 +80,7 @@ def _gather_kernel(History, Candidates, Index, Offsets, Out, num_rows, num_histo
                    ROWS: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     used = rows < tl.load(Offsets + num_candidates)
-    index = tl.load(Index + rows, mask=used, other=0)
+    index = tl.load(Index + rows, mask=used, other=0).to(tl.int64)
     places = tl.arange(0, WIDE)[None, :]
     held = places < SIZE
     from_history = used & (index < num_history)
@@ -99,7 +99,7 @@ def _scatter_kernel(Grad, Index, Offsets, DHistory, DCandidates, num_rows, num_h
                     WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     used = rows < tl.minimum(tl.load(Offsets + num_candidates), num_rows)
-    index = tl.load(Index + rows, mask=used, other=0)
+    index = tl.load(Index + rows, mask=used, other=0).to(tl.int64)
     places = tl.arange(0, WIDE)[None, :]
     held = places < SIZE
     grad = tl.load(Grad + rows[:, None] * SIZE + places, mask=used[:, None] & held, other=0.0)

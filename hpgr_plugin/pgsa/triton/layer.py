@@ -23,7 +23,7 @@ from hpgr_plugin.pgsa.triton.rowwise import (
     gate_forward,
     norm_backward,
     norm_forward,
-    scale_rows_,
+    scale_rows,
 )
 
 
@@ -382,7 +382,8 @@ def _read_backward(
 def _scale(k: Tensor, v: Tensor, shape: Shape) -> None:
     """Apply the column weights to fresh projections, which nobody else has seen unscaled."""
     if shape.column_weights is not None:
-        scale_rows_(k if shape.pre else v, shape.column_weights)
+        scaled = k if shape.pre else v
+        scale_rows(scaled, shape.column_weights, scaled)
 
 
 def _attend(

@@ -12,7 +12,7 @@ write   an item belongs to its nearest anchor: between two anchors the midpoint 
 The number of kept rows is bounded by K (2 radius + 1) + recent, so nothing waits for the device.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,annotation-unchecked"
 
 import functools
 import math
@@ -37,7 +37,8 @@ class Selection(NamedTuple):
     With candidates, every candidate's row follows its kept items: a sequence to attend over.
 
     Attributes:
-        index: `[R]` int64, rows of the flat history; candidate c is T + c.
+        index: `[R]` int32 (int64 where T + C needs it), rows of the flat history; candidate c is
+            T + c.
         weights: `[R]` float32, M_j; 1 for a candidate.
         offsets: `[C + 1]` int64.
         max_length: an upper bound of the rows of one candidate.
@@ -97,7 +98,8 @@ def plan_preferences(
         with_candidates=False,
     )
     kept = int(selection.offsets[-1])
-    return PreferencePlan(selection.index[:kept], selection.weights[:kept], selection.offsets)
+    index = selection.index[:kept].long()
+    return PreferencePlan(index, selection.weights[:kept], selection.offsets)
 
 
 @torch.no_grad()
@@ -213,11 +215,12 @@ def _select(
     table = _weight_table(sigma, eps, max_history, device)
     radius = len(table) - 1
     longest = min(max_history, top_k * (2 * radius + 1) + recent) + extra
+    rows = torch.int32 if len(history) + num_candidates < 2**31 else torch.int64
     if matrix:
-        index = torch.empty(0, dtype=torch.int64, device=device)
+        index = torch.empty(0, dtype=rows, device=device)
         weights = torch.zeros(num_candidates * max_history, dtype=torch.float32, device=device)
     else:
-        index = torch.empty(num_candidates * longest, dtype=torch.int64, device=device)
+        index = torch.empty(num_candidates * longest, dtype=rows, device=device)
         weights = torch.empty(num_candidates * longest, dtype=torch.float32, device=device)
     if num_candidates == 0 or max_candidates == 0 or num_users == 0:
         offsets = torch.zeros(num_candidates + 1, dtype=torch.int64, device=device)
@@ -496,16 +499,20 @@ def _threshold(key, seen, wanted, floor):
         first = low + step
         second = tl.minimum(first + step, high)
         third = tl.minimum(second + step, high)
-        # No count reaches 2^20: the three of them are one sum.
-        reached = (
-            (key >= first.to(tl.int32)).to(tl.int64)
-            + ((key >= second.to(tl.int32)).to(tl.int64) << 20)
-            + ((key >= third.to(tl.int32)).to(tl.int64) << 40)
-        )
-        reached = tl.sum(reached)
-        reach_first = reached & 0xFFFFF
-        reach_second = (reached >> 20) & 0xFFFFF
-        reach_third = reached >> 40
+        # No count is more than there are keys, and those are few: the three of them are one sum.
+        if key.numel < 1024:
+            wide = tl.zeros(key.shape, dtype=tl.int32)
+            bits: tl.constexpr = 10
+        else:
+            wide = tl.zeros(key.shape, dtype=tl.int64)
+            bits: tl.constexpr = 20
+        wide += key >= first.to(tl.int32)
+        wide += (key >= second.to(tl.int32)).to(wide.dtype) << bits
+        wide += (key >= third.to(tl.int32)).to(wide.dtype) << (2 * bits)
+        reached = tl.sum(wide)
+        reach_first = reached & ((1 << bits) - 1)
+        reach_second = (reached >> bits) & ((1 << bits) - 1)
+        reach_third = reached >> (2 * bits)
         if reach_third >= wanted:
             low = third
             high = tl.where(reach_third == wanted, third, high)

@@ -85,13 +85,14 @@ def gate_backward(
     return d_attention, sums[0], sums[1]
 
 
-def scale_rows_(x: Tensor, weights: Tensor) -> None:
-    """Multiply every row of `[T, D]`, which may be a slice, by its weight `[T]`, in place."""
+def scale_rows(x: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Write every row of `[T, D]` times its weight `[T]`; x, which may be out, may be a slice."""
     wide, rows = _tile(x.shape[1])
     if len(x):
         _scale_rows_kernel[(triton.cdiv(len(x), rows),)](
-            x, weights, len(x), x.stride(0), SIZE=x.shape[1], WIDE=wide, ROWS=rows, num_warps=4
-        )
+            x, weights, out, len(x), x.stride(0), out.stride(0),
+            SIZE=x.shape[1], WIDE=wide, ROWS=rows, num_warps=4,
+        )  # fmt: skip
 
 
 class Norm(torch.autograd.Function):
@@ -121,15 +122,16 @@ def _tile(size: int, numbers: int = _TILE) -> tuple[int, int]:
 
 
 @triton.jit
-def _scale_rows_kernel(X, Weights, total, stride, SIZE: tl.constexpr, WIDE: tl.constexpr,
-                       ROWS: tl.constexpr):  # fmt: skip
+def _scale_rows_kernel(X, Weights, Out, total, stride_x, stride_o, SIZE: tl.constexpr,
+                       WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     places = tl.arange(0, WIDE)
     inside = (rows < total)[:, None] & (places < SIZE)[None, :]
-    where = X + rows[:, None] * stride + places[None, :]
     weights = tl.load(Weights + rows, mask=rows < total, other=0.0)
-    x = tl.load(where, mask=inside, other=0.0).to(tl.float32) * weights[:, None]
-    tl.store(where, x.to(X.dtype.element_ty), mask=inside)
+    x = tl.load(X + rows[:, None] * stride_x + places[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32) * weights[:, None]
+    out = Out + rows[:, None] * stride_o + places[None, :]
+    tl.store(out, x.to(Out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
