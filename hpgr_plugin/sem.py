@@ -176,9 +176,10 @@ class SessionEnhancementModule(nn.Module):
             return self._pool_sessions(history, encoded)
         tokens = ranges(encoded.token_starts, encoded.token_lengths)
         offsets = complete_cumsum(encoded.token_lengths)
-        position = segment_positions(offsets, tokens.numel())
+        session = segment_ids(offsets, tokens.numel())
+        position = tokens - encoded.token_starts[session]
         x = history.index_select(0, tokens) + F.embedding(position, self.item_position)
-        x, offsets = _lead_with(self.session_cls, x, offsets)
+        x, offsets = _lead_with(self.session_cls, x, offsets, session)
         return self.intra_encoder.first_tokens(x, segment_layout(offsets))
 
     def _pool_sessions(self, history: Tensor, encoded: _EncodedSessions) -> Tensor:
@@ -187,17 +188,17 @@ class SessionEnhancementModule(nn.Module):
 
         layer = self.intra_encoder.first_layer
         cls = self.session_cls.unsqueeze(0)
-        lead = layer.attention_norm(cls)
+        lead, weights = layer.attention_norm(cls), layer.head_weights()
         pooled = pool_spans(
             history,
             self.item_position,
             layer.attention_norm.weight,
             layer.attention_norm.bias,
             lead.squeeze(0),
-            layer.queries_of(lead).squeeze(0),
+            layer.queries_of(lead, weights).squeeze(0),
             Spans(encoded.token_starts, encoded.token_lengths),
         )
-        x = layer.finish_pooled(cls.expand(pooled.shape[1], -1), pooled)
+        x = layer.finish_pooled(cls.expand(pooled.shape[1], -1), pooled, weights)
         return self.intra_encoder.final_norm(x)
 
     def _on_kernels(self, history: Tensor) -> bool:
@@ -235,13 +236,16 @@ class SessionEnhancementModule(nn.Module):
 
     def _number_sessions(self, vectors: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Add positions to the session vectors and lead with the second [CLS], if there is one."""
-        number = segment_positions(offsets, len(vectors))
+        user = segment_ids(offsets, len(vectors))
+        place = torch.arange(len(vectors), device=offsets.device)
         if self.causal:
-            number = number.clamp(max=self.max_sessions - 1)
+            number = (place - offsets[user]).clamp(max=self.max_sessions - 1)
         else:
-            number = offsets.diff()[segment_ids(offsets, len(vectors))] - 1 - number
+            number = offsets[user + 1] - 1 - place
         x = vectors + F.embedding(number, self.session_position)
-        return _lead_with(self.history_cls, x, offsets) if self.pooling == "cls" else (x, offsets)
+        if self.pooling == "mean":
+            return x, offsets
+        return _lead_with(self.history_cls, x, offsets, user)
 
     def _pool_all(self, x: Tensor, layout: SegmentLayout) -> Tensor:
         """The pooled context as each row sees it, `[R, D]` -> `[R, D]`."""
@@ -260,12 +264,16 @@ class SessionEnhancementModule(nn.Module):
         return history + self.gate * scale * F.embedding(sessions.session_index, context)
 
 
-def _lead_with(row: Tensor, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Put `row` `[D]` in front of every segment: `[T, D]`, `[S + 1]` -> `[T + S, D]`, `[S + 1]`."""
-    segments = torch.arange(offsets.numel(), device=offsets.device)
-    total = len(values)
-    offsets_out = offsets + segments
-    moved = torch.arange(total, device=offsets.device) + segment_ids(offsets, total) + 1
-    out = values.new_empty(total + offsets.numel() - 1, values.shape[1])
-    out = out.index_copy(0, offsets_out[:-1], row.expand(offsets.numel() - 1, -1))
+def _lead_with(
+    row: Tensor, values: Tensor, offsets: Tensor, segment: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Put `row` `[D]` in front of every segment: `[T, D]`, `[S + 1]` -> `[T + S, D]`, `[S + 1]`.
+
+    `segment` `[T]` says whose each value is.
+    """
+    total, number = len(values), torch.arange(len(values) + len(offsets), device=offsets.device)
+    offsets_out = offsets + number[: len(offsets)]
+    moved = number[:total] + segment + 1
+    out = values.new_empty(total + len(offsets) - 1, values.shape[1])
+    out = out.index_copy(0, offsets_out[:-1], row.expand(len(offsets) - 1, -1))
     return out.index_copy(0, moved, values), offsets_out

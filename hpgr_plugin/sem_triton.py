@@ -125,7 +125,9 @@ class _PoolSpans(torch.autograd.Function):
         (tokens, position, norm_weight, norm_bias, lead, queries, starts, lengths, pooled,
          normaliser) = ctx.saved_tensors  # fmt: skip
         (num_heads, size), num_spans = queries.shape, len(starts)
+        # A token of no span has no gradient, and any place will do.
         d_tokens = torch.zeros_like(tokens)
+        place = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         programs = max(1, min(_PROGRAMS, num_spans))
         # Weight, bias, lead and queries, a row each.
         partial = torch.empty(
@@ -133,10 +135,12 @@ class _PoolSpans(torch.autograd.Function):
         )
         _pool_backward_kernel[(programs,)](
             grad.contiguous(), tokens, position, norm_weight, norm_bias, lead, queries, starts,
-            lengths, pooled, normaliser, d_tokens, partial, num_spans, **ctx.constants,
+            lengths, pooled, normaliser, d_tokens, place, partial, num_spans, **ctx.constants,
         )  # fmt: skip
         sums = partial.sum(0)
-        d_position = _position_gradient(d_tokens, Spans(starts, lengths), len(position))
+        d_position = torch.ops.aten.embedding_dense_backward(
+            d_tokens, place, len(position), -1, False
+        )
         return (
             d_tokens, d_position.to(position.dtype), sums[0].to(norm_weight.dtype),
             sums[1].to(norm_bias.dtype), sums[2], sums[3:], None,
@@ -167,19 +171,6 @@ class _AddContext(torch.autograd.Function):
             )
         d_gate = (sums * context).sum(0).to(gate.dtype)
         return grad, (sums * gate).to(context.dtype), d_gate, None
-
-
-def _position_gradient(d_tokens: Tensor, spans: Spans, num_positions: int) -> Tensor:
-    """The sum over spans by place. Tokens of no span have no gradient: any place will do."""
-    total = len(d_tokens)
-    place = torch.arange(total, device=d_tokens.device)
-    first = torch.zeros_like(place)
-    first[spans.starts] = spans.starts
-    place = (place - first.cummax(0).values).clamp(max=num_positions - 1)
-    gradient: Tensor = torch.ops.aten.embedding_dense_backward(
-        d_tokens, place, num_positions, -1, False
-    )
-    return gradient
 
 
 def _product_dtype(tokens: Tensor) -> torch.dtype:
@@ -272,7 +263,7 @@ def _pool_forward_kernel(Tokens, Position, Weight, Bias, Lead, Queries, Starts, 
 
 @triton.jit
 def _pool_backward_kernel(Grad, Tokens, Position, Weight, Bias, Lead, Queries, Starts, Lengths,
-                          Pooled, Normaliser, DTokens, Partial, num_spans, EPS: tl.constexpr,
+                          Pooled, Normaliser, DTokens, Place, Partial, num_spans, EPS: tl.constexpr,
                           H: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
                           WIDE: tl.constexpr, TOKENS: tl.constexpr, KIND: tl.constexpr,
                           PRECISION: tl.constexpr):  # fmt: skip
@@ -326,9 +317,9 @@ def _pool_backward_kernel(Grad, Tokens, Position, Weight, Bias, Lead, Queries, S
             product = tl.sum(d_unit * unit, axis=1) / SIZE
             d_x = (d_unit - mean[:, None] - unit * product[:, None]) * scale[:, None]
             to = DTokens + (start + rows)[:, None] * SIZE + places[None, :]
-            tl.store(
-                to, d_x.to(DTokens.dtype.element_ty), mask=(rows < length)[:, None] & held[None, :]
-            )
+            written = rows < length
+            tl.store(to, d_x.to(DTokens.dtype.element_ty), mask=written[:, None] & held[None, :])
+            tl.store(Place + start + rows, rows.to(tl.int64), mask=written)
     mine_partial = Partial + tl.program_id(0) * ((3 + H) * SIZE) + places
     tl.store(mine_partial, d_weight, mask=held)
     tl.store(mine_partial + SIZE, d_bias, mask=held)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 8192  # logits of a row at a time
+_BLOCK = 16384  # logits of a row at a time
 _LANE = 8  # neighbours that one thread holds: it needs no other to find their largest
 
 
@@ -30,7 +30,7 @@ def softmax_slope_(
         _softmax_slope_kernel[(num_rows,)](
             scores, targets, scores if bias is None else bias, losses, hits, size,
             scores.stride(0), BIAS=bias is not None, SLOPE=with_slope, BLOCK=block,
-            LANE=_LANE, num_warps=min(32, max(1, block // 256)),
+            LANE=_LANE, num_warps=min(32, max(1, block // 512)),
         )  # fmt: skip
     return losses, hits
 

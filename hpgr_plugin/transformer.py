@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hpgr_plugin.jagged import complete_cumsum, dense_to_jagged, jagged_to_padded_dense, ranges
 
 PADDING_BUDGET = 0.2  # share of a bucket's slots that may be padding
+# On CUDA a launch costs more than this many slots: so many are one bucket, padded or not.
+SMALL_BUCKET_SLOTS_CUDA = 2**15
 MAX_BUCKET_ROWS = 16384  # batch x heads stays inside the launch grid of every attention kernel
 # Not cuDNN's: it compiles a plan for every new shape, and bucket shapes are new at every step.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -67,11 +69,15 @@ class SegmentLayout(NamedTuple):
 
 
 def plan_buckets(
-    lengths: Sequence[int], counts: Sequence[int], padding_budget: float = PADDING_BUDGET
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    padding_budget: float = PADDING_BUDGET,
+    small_slots: int = 0,
 ) -> list[tuple[int, int, int]]:
     """Cut segments, longest first, into buckets of `(rows, tokens, width)`.
 
-    A bucket grows while its padding stays within `padding_budget` of its slots.
+    A bucket grows while its padding stays within `padding_budget` of its slots, or it has at most
+    `small_slots` of them.
 
     Args:
         lengths: distinct positive lengths, descending.
@@ -83,8 +89,9 @@ def plan_buckets(
         while count:
             width = width or length
             taken = min(count, MAX_BUCKET_ROWS - rows)
-            waste = (rows + taken) * width - (tokens + taken * length)
-            if taken == 0 or waste > padding_budget * (rows + taken) * width:
+            slots = (rows + taken) * width
+            waste = slots - (tokens + taken * length)
+            if taken == 0 or (waste > padding_budget * slots and slots > small_slots):
                 buckets.append((rows, tokens, width))
                 rows = tokens = width = 0
                 continue
@@ -116,7 +123,8 @@ def segment_layout(
     distinct, counts = torch.stack(lengths[lengths > 0].unique(return_counts=True)).flip(1).tolist()
     buckets = []
     first_row = 0
-    for rows, tokens, width in plan_buckets(distinct, counts):
+    small_slots = SMALL_BUCKET_SLOTS_CUDA if offsets.is_cuda else 0
+    for rows, tokens, width in plan_buckets(distinct, counts, small_slots=small_slots):
         bucket_lengths = sorted_lengths[first_row : first_row + rows]
         mask = _visible(bucket_lengths, width, rows * width == tokens, causal, window, sink)
         buckets.append(
@@ -200,6 +208,16 @@ def segment_mean(values: Tensor, layout: SegmentLayout) -> Tensor:
     return segment_attention(qkv.unsqueeze(2), layout).index_select(0, layout.inverse)
 
 
+class HeadWeights(NamedTuple):
+    """Projections of H heads of size d: weights `[H, d, D]`, biases `[H, d]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_bias: Tensor
+    value_bias: Tensor
+
+
 class EncoderLayer(nn.Module):
     """Pre-norm attention and GELU feed-forward on flat tokens."""
 
@@ -235,30 +253,41 @@ class EncoderLayer(nn.Module):
         The other tokens are only looked at, so they need no queries and no feed-forward; nor keys
         and values of their own, see `queries_of`.
         """
-        normed = self.attention_norm(x)
-        queries = self.queries_of(normed.index_select(0, layout.starts))
+        normed, weights = self.attention_norm(x), self.head_weights()
+        queries = self.queries_of(normed.index_select(0, layout.starts), weights)
         pooled = first_token_attention(queries, normed, layout)
-        return self.finish_pooled(x.index_select(0, layout.starts), pooled.transpose(0, 1))
+        x = x.index_select(0, layout.starts)
+        return self.finish_pooled(x, pooled.transpose(0, 1), weights)
 
-    def queries_of(self, normed: Tensor) -> Tensor:
+    def head_weights(self) -> HeadWeights:
+        """The projections by head. To be asked for once a step: their gradients are one write."""
+        shape = (3, self.num_heads, -1)
+        query, key, value = self.qkv.weight.view(*shape, self.qkv.in_features).unbind()
+        query_bias, _, value_bias = self.qkv.bias.view(shape).unbind()
+        return HeadWeights(query, key, value, query_bias, value_bias)
+
+    def queries_of(self, normed: Tensor, weights: HeadWeights) -> Tensor:
         """Queries on normed tokens themselves, `[S, D]` -> `[S, H, D]`, scaled.
 
         `q . (W_k y + b_k) = (W_k^T q) . y + q . b_k`, and a softmax does not see the constant: so
         the keys of all tokens are one projection a query.
         """
-        weight, bias = self.qkv.weight.chunk(3)[:2], self.qkv.bias.chunk(3)[0]
-        q = F.linear(normed, weight[0], bias).unflatten(1, (self.num_heads, -1)).transpose(0, 1)
-        keys = weight[1].unflatten(0, (self.num_heads, -1))
-        return torch.bmm(q, keys).transpose(0, 1) * keys.shape[1] ** -0.5
+        q = torch.baddbmm(
+            weights.query_bias.unsqueeze(1),
+            normed.expand(self.num_heads, *normed.shape),
+            weights.query.transpose(1, 2),
+        )
+        return torch.bmm(q, weights.key).transpose(0, 1) * q.shape[2] ** -0.5
 
-    def finish_pooled(self, x: Tensor, pooled: Tensor) -> Tensor:
+    def finish_pooled(self, x: Tensor, pooled: Tensor, weights: HeadWeights) -> Tensor:
         """The layer's output `[S, D]` of tokens x `[S, D]` for which `pooled` `[H, S, D]` was read.
 
         A mean's value is the mean of the values.
         """
-        weight, bias = self.qkv.weight.chunk(3)[2], self.qkv.bias.chunk(3)[2]
-        values = weight.unflatten(0, (self.num_heads, -1)).transpose(1, 2)
-        return self._finish(x, torch.bmm(pooled, values).transpose(0, 1).flatten(1) + bias)
+        attended = torch.baddbmm(
+            weights.value_bias.unsqueeze(1), pooled, weights.value.transpose(1, 2)
+        )
+        return self._finish(x, attended.transpose(0, 1).flatten(1))
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(self.attention_output(attended))

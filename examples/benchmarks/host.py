@@ -5,7 +5,7 @@ import importlib.util
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -174,9 +174,13 @@ def forget_attention(keep: int | None = None) -> None:
             tuner.configs = sorted(timings, key=timings.__getitem__)[:keep]
 
 
-def compile_in_parallel(processes: int, *, dense_only: bool = False) -> None:
-    """Fill the compiler's cache with all configurations: one by one it takes minutes."""
-    command = [sys.executable, "-m", "examples.benchmarks.host", str(int(dense_only))]
+def compile_in_parallel(processes: int, forms: Sequence[str]) -> None:
+    """Fill the compiler's cache with all configurations: one by one it takes minutes.
+
+    Args:
+        forms: of "dense", "described" (dense, by tensor descriptors) and "weighted".
+    """
+    command = [sys.executable, "-m", "examples.benchmarks.host", ",".join(forms)]
     workers = [
         subprocess.Popen(
             [*command, str(share), str(processes)],
@@ -189,7 +193,7 @@ def compile_in_parallel(processes: int, *, dense_only: bool = False) -> None:
         worker.wait()
 
 
-def _compile_share(dense_only: bool, share: int, of: int) -> None:
+def _compile_share(forms: Sequence[str], share: int, of: int) -> None:
     stack = HSTUStack(
         embedding_dim=512, num_layers=1, num_heads=4, head_dim=128, norm_length=1024
     ).to("cuda", torch.bfloat16)
@@ -204,9 +208,11 @@ def _compile_share(dense_only: bool, share: int, of: int) -> None:
         offsets = torch.arange(0, rows + 1, 1024, device="cuda")
         ones = torch.ones(rows, device="cuda")
         form = {"max_length": 1024, "num_targets": torch.ones_like(offsets[1:])}
-        host.dense(x, offsets, **form).sum().backward()
-        if not dense_only:
+        if "dense" in forms:
+            host.dense(x, offsets, **form).sum().backward()
+        if "described" in forms:
             described.dense(x, offsets, **form).sum().backward()
+        if "weighted" in forms:
             host.weighted(x, ones, offsets, max_length=1024).sum().backward()
     torch.cuda.synchronize()
 
@@ -234,4 +240,4 @@ def stand_in() -> None:
 
 
 if __name__ == "__main__":
-    _compile_share(sys.argv[1] == "1", int(sys.argv[2]), int(sys.argv[3]))
+    _compile_share(sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,54 +1,74 @@
-"""SEM forward and backward against the dense step over the same tokens."""
+"""SEM forward and backward: alone against the dense step, and what it adds to a step of ours."""
+
+import itertools
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from examples.benchmarks import host
 from examples.benchmarks.registry import measure_ceilings, print_table
 from examples.benchmarks.stack import WIDTH, Batch, new_stack, step_times
+from hpgr_plugin.pgsa.triton.stack import HSTUStack
 from hpgr_plugin.sem import SessionEnhancementModule
-
-TOKENS = 131072
 
 
 def run(*, quick: bool) -> None:
     measure_ceilings()
     rows = []
-    for length in (4096,) if quick else (1024, 4096, 16384):
-        batch, stack = Batch(TOKENS, length), new_stack(length)
+    lengths = (4096,) if quick else (1024, 4096, 16384)
+    for length, tokens in itertools.product(lengths, (131072, 1048576)):
+        batch, stack = Batch(tokens, length), new_stack(length)
         whole = batch.whole()
-        inputs = [whole, *stack.parameters()]
-        last = batch.offsets[1:] - 1
-        if host.is_there():
-            host.stand_in()
-            dense_host = host.HostStack(stack)
-            host.prepare_tuning()
-            host.forget_attention()
-            dense = step_times(
-                lambda b=batch, d=dense_host, x=whole, rows=last: d.dense(
-                    x, b.offsets, max_length=b.length, num_targets=b.num_targets
-                )[rows],
-                [whole, *dense_host.parameters()], batch.grad,
-            )  # fmt: skip
-        else:
-            dense = step_times(
-                lambda b=batch, s=stack, x=whole, rows=last: s.all_rows(
-                    x, b.offsets, max_length=b.length
-                )[rows],
-                inputs, batch.grad,
-            )  # fmt: skip
+        ours = _dense_ms(stack, batch, whole)
+        theirs = _host_ms(stack, batch, whole) if host.is_there() else float("nan")
         for session in (5, 20, 100):
             # A session ends after each event with probability 1 / session.
             gaps = torch.where(torch.rand(len(whole), device="cuda") < 1 / session, 7200, 60)
             times = gaps.cumsum(0)
             module = SessionEnhancementModule(embedding_dim=WIDTH, num_heads=4).cuda().bfloat16()
-            sem = step_times(
-                lambda m=module, x=whole, o=batch.offsets, t=times: m(x, o, t),
-                [whole, *module.parameters()], torch.randn_like(whole),
-            )  # fmt: skip
+            enhance = partial(module, whole, batch.offsets, times)
+            inputs = [whole, *module.parameters()]
+            alone = step_times(enhance, inputs, torch.randn_like(whole))
+            step = _dense_ms(stack, batch, whole, module, times)
             rows.append(
                 {
-                    "n": length, "events a session": session, "SEM f+b ms": sem[1],
-                    "dense f+b ms": dense[1], "SEM / dense": sem[1] / dense[1], "GiB": sem[2],
+                    "tokens": tokens, "n": length, "events a session": session,
+                    "SEM f+b ms": alone[1], "GiB": alone[2], "dense host f+b ms": theirs,
+                    "SEM / host": alone[1] / theirs, "dense ours f+b ms": ours,
+                    "with SEM": step, "adds / host": (step - ours) / theirs,
                 }
             )  # fmt: skip
     print_table(rows)
+
+
+def _dense_ms(
+    stack: HSTUStack,
+    batch: Batch,
+    whole: Tensor,
+    module: SessionEnhancementModule | None = None,
+    times: Tensor | None = None,
+) -> float:
+    """Forward and backward of our dense stack, of what SEM makes of the tokens if it is given."""
+    last = batch.offsets[1:] - 1
+
+    def forward() -> Tensor:
+        x = whole if module is None else module(whole, batch.offsets, times)
+        return stack.all_rows(x, batch.offsets, max_length=batch.length)[last]
+
+    parameters = [] if module is None else module.parameters()
+    return step_times(forward, [whole, *stack.parameters(), *parameters], batch.grad)[1]
+
+
+def _host_ms(stack: HSTUStack, batch: Batch, whole: Tensor) -> float:
+    host.stand_in()
+    dense, last = host.HostStack(stack), batch.offsets[1:] - 1
+    host.prepare_tuning()
+    # Tuned at the smaller batch; the larger chooses among the best of those.
+    host.forget_attention(keep=3 if len(whole) > 2**17 else None)
+
+    def forward() -> Tensor:
+        form = {"max_length": batch.length, "num_targets": batch.num_targets}
+        return dense.dense(whole, batch.offsets, **form)[last]
+
+    return step_times(forward, [whole, *dense.parameters()], batch.grad)[1]

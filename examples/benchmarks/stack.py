@@ -69,7 +69,7 @@ def run(*, quick: bool) -> None:
     ceilings = measure_ceilings()
     if host.is_there():
         host.stand_in()
-        host.compile_in_parallel(12, dense_only=quick)
+        host.compile_in_parallel(12, ("dense",) if quick else ("dense", "weighted"))
     lengths = (1024, 4096, 16384) if quick else (512, 1024, 2048, 4096, 8192, 16384)
     settings = SETTINGS[1:] if quick else SETTINGS
     rows = []
@@ -169,17 +169,6 @@ def _measure(
         )  # fmt: skip
         base = times[:2]
         add("dense host", times, tokens, **dense_floor)
-        if not quick:
-            described = host.HostStack(stack, descriptors=True)
-            host.forget_attention(keep=3 if tokens > 2**17 else None)
-            times = step_times(
-                lambda: described.dense(
-                    whole, batch.offsets, max_length=batch.length, num_targets=batch.num_targets
-                )[last],
-                [whole, *described.parameters()], batch.grad,
-            )  # fmt: skip
-            add("dense host, descriptors (wrong rows)", times, tokens, **dense_floor)
-            host.forget_attention(keep=3)
     times = step_times(
         lambda: stack.all_rows(whole, batch.offsets, max_length=batch.length)[last],
         [whole, *stack.parameters()], batch.grad,

@@ -292,7 +292,7 @@ def _select(
         MATRIX=matrix,
         REACH=triton.next_power_of_2(2 * radius + 1),
         NEWEST=triton.next_power_of_2(max(1, recent)),
-        num_warps=4,
+        num_warps=1 if num_users * max_candidates > _FEW_PROGRAMS else 4,
         **constants,
     )
     return Selection(index, weights, offsets, longest)
@@ -382,7 +382,7 @@ def _score(
         GROUP=group,
         TIMED=timed,
         num_warps=4,
-        num_stages=3,
+        num_stages=4,
     )
 
 
