@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-NAMES = ("kernels", "plan", "stack", "candidates", "growth", "sem", "mim", "cpu")
+NAMES = ("kernels", "plan", "stack", "rivals", "candidates", "growth", "sem", "mim", "cpu")
 
 
 class Ceilings(NamedTuple):

@@ -69,8 +69,8 @@ def run(*, quick: bool) -> None:
     ceilings = measure_ceilings()
     if host.is_there():
         host.stand_in()
-        host.compile_in_parallel(12, ("dense",) if quick else ("dense", "weighted"))
-    lengths = (1024, 4096, 16384) if quick else (512, 1024, 2048, 4096, 8192, 16384)
+        host.compile_in_parallel(12, ("dense",))
+    lengths = (1024, 4096, 16384) if quick else (1024, 4096, 16384, 2048, 8192, 512)
     settings = SETTINGS[1:] if quick else SETTINGS
     rows = []
     for length in lengths:
@@ -80,12 +80,13 @@ def run(*, quick: bool) -> None:
             batch = Batch(tokens, length)
             if tokens == 131072:
                 _check(stack, dense_host, batch)
-            rows += _measure(stack, dense_host, batch, settings, ceilings, quick=quick)
-            print_table(rows[-len(settings) - 3 :])
+            measured = _measure(stack, dense_host, batch, settings, ceilings)
+            print_table(measured)
+            rows += measured
             del batch
             torch.cuda.empty_cache()
     print("\nAll of them:")
-    print_table(rows)
+    print_table(sorted(rows, key=lambda row: (row["n"], row["tokens"])))  # type: ignore[arg-type,return-value]
 
 
 def step_times(
@@ -124,123 +125,97 @@ def pgsa_step(
     return step, "graph"
 
 
+def row_of(
+    batch: Batch,
+    name: str,
+    times: tuple[float, float, float],
+    kept: int,
+    floor: dict[str, float],
+    base: tuple[float, ...],
+    ceilings: Ceilings,
+) -> dict[str, object]:
+    """A line of the table.
+
+    Args:
+        times: of `step_times`.
+        floor: `flops` and `num_bytes` of a forward and backward.
+        base: forward and both of what it is compared with.
+    """
+    forward, full, peak = times
+    floor_ms = ceilings.floor_ms(**floor)
+    return {
+        "tokens": batch.users * batch.length, "n": batch.length, "stack": name, "kept": kept,
+        "f ms": forward, "f+b ms": full, "f x": base[0] / forward, "f+b x": base[1] / full,
+        "TFLOP/s": floor["flops"] / full / 1e9, "floor ms": floor_ms, "/ floor": full / floor_ms,
+        "GiB": peak,
+    }  # fmt: skip
+
+
+def dense_floor(batch: Batch) -> dict[str, float]:
+    tokens = batch.users * batch.length
+    flops = 3 * linear_flops(tokens, LAYERS) + 3.5 * attention_flops(tokens * batch.length, LAYERS)
+    return {"flops": flops, "num_bytes": 4.0 * tokens * WIDTH}
+
+
+def pgsa_floor(batch: Batch, chosen: Selection) -> dict[str, float]:
+    """Embeddings read, kept rows read, the gradient of all rows written; the kept rows' layers."""
+    kept = int(chosen.offsets[-1])
+    squares = float(chosen.offsets.diff().double().square().sum())
+    flops = (
+        3 * linear_flops(kept, LAYERS - 1)
+        + 3.5 * attention_flops(squares, LAYERS - 1)
+        + 3 * 2 * 2 * kept * WIDTH * HEADS * HEAD_DIM
+    )
+    return {"flops": flops, "num_bytes": 2.0 * WIDTH * (2 * batch.users * batch.length + kept)}
+
+
+def name_of(setting: tuple[int, float, int]) -> str:
+    return "K={} sigma={:g} recent={}".format(*setting)
+
+
+def host_times(
+    dense_host: "host.HostStack", batch: Batch, whole: Tensor
+) -> tuple[float, float, float]:
+    """The host's dense stack, tuned already."""
+    last = batch.offsets[1:] - 1
+    form = {"max_length": batch.length, "num_targets": batch.num_targets}
+    return step_times(
+        lambda: dense_host.dense(whole, batch.offsets, **form)[last],
+        [whole, *dense_host.parameters()],
+        batch.grad,
+    )
+
+
 def _measure(
     stack: HSTUStack,
     dense_host: "host.HostStack | None",
     batch: Batch,
     settings: tuple[tuple[int, float, int], ...],
     ceilings: Ceilings,
-    *,
-    quick: bool,
 ) -> list[dict[str, object]]:
-    tokens = batch.users * batch.length
     ours = [batch.history, batch.candidates, *stack.parameters()]
-    last = batch.offsets[1:] - 1
-    base: tuple[float, float] | None = None
-    rows: list[dict[str, object]] = []
-
-    def add(name: str, times: tuple[float, float, float], kept: float, **more: object) -> None:
-        forward, full, peak = times
-        row: dict[str, object] = {"tokens": tokens, "n": batch.length, "stack": name}
-        row |= {"kept": kept, "f ms": forward, "f+b ms": full}
-        if base is not None:
-            row |= {"f x": base[0] / forward, "f+b x": base[1] / full}
-        flops, num_bytes = more.pop("flops"), more.pop("num_bytes")
-        floor = ceilings.floor_ms(num_bytes=num_bytes, flops=flops)
-        row |= {"TFLOP/s": flops / full / 1e9, "floor ms": floor, "/ floor": full / floor}
-        rows.append(row | {"GiB": peak, **more})
-
+    tokens, last = batch.users * batch.length, batch.offsets[1:] - 1
     whole = batch.whole()
-    dense_floor = {
-        "flops": 3 * linear_flops(tokens, LAYERS)
-        + 3.5 * attention_flops(tokens * batch.length, LAYERS),
-        "num_bytes": 4.0 * tokens * WIDTH,
-    }
+    timed = []
     if dense_host is not None:
         # The kernels are tuned at the smaller batch; the larger chooses among the best of those.
         host.prepare_tuning()
         host.forget_attention(keep=3 if tokens > 2**17 else None)
-        inputs = [whole, *dense_host.parameters()]
-        times = step_times(
-            lambda: dense_host.dense(
-                whole, batch.offsets, max_length=batch.length, num_targets=batch.num_targets
-            )[last],
-            inputs, batch.grad,
-        )  # fmt: skip
-        base = times[:2]
-        add("dense host", times, tokens, **dense_floor)
+        times = host_times(dense_host, batch, whole)
+        timed.append(("dense host", times, tokens, dense_floor(batch)))
     times = step_times(
         lambda: stack.all_rows(whole, batch.offsets, max_length=batch.length)[last],
         [whole, *stack.parameters()], batch.grad,
     )  # fmt: skip
-    base = base or times[:2]
-    add("dense ours", times, tokens, **dense_floor)
-    if dense_host is not None and not quick:
-        for alpha in (1.6, 1.8):
-            times, kept, floor = _stochastic_length(dense_host, batch, alpha, whole)
-            add(f"stochastic length {alpha}, host", times, kept, **floor)
+    timed.append(("dense ours", times, tokens, dense_floor(batch)))
     for setting in settings:
-        name = "K={} sigma={:g} recent={}".format(*setting)
         chosen = batch.select(setting)
-        kept = int(chosen.offsets[-1])
-        squares = float(chosen.offsets.diff().double().square().sum())
-        floor = {
-            "flops": 3 * linear_flops(kept, LAYERS - 1)
-            + 3.5 * attention_flops(squares, LAYERS - 1)
-            + 3 * 2 * 2 * kept * WIDTH * HEADS * HEAD_DIM,
-            # Embeddings read, kept rows read, the gradient of all rows written.
-            "num_bytes": 2.0 * WIDTH * (2 * tokens + kept),
-        }
-        if dense_host is not None and not quick:
-            add(f"{name}, host's kernels",
-                step_times(_pgsa_on_host(dense_host, batch, setting),
-                           [batch.history, batch.candidates, *dense_host.parameters()],
-                           batch.grad), kept, **floor)  # fmt: skip
         step, how = pgsa_step(stack, batch, setting)
-        add(f"{name}, {how}", step_times(step, ours, batch.grad), kept, **floor)
-    return rows
-
-
-def _pgsa_on_host(
-    dense_host: "host.HostStack", batch: Batch, setting: tuple[int, float, int]
-) -> Callable[[], Tensor]:
-    def step() -> Tensor:
-        chosen = batch.select(setting)
-        kept = int(chosen.offsets[-1])
-        rows = gather_rows(batch.history, batch.candidates, chosen, kept, disjoint=True)
-        output = dense_host.weighted(
-            rows, chosen.weights[:kept], chosen.offsets, max_length=chosen.max_length
-        )
-        return output[chosen.offsets[1:] - 1]
-
-    return step
-
-
-def _stochastic_length(
-    dense_host: "host.HostStack", batch: Batch, alpha: float, whole: Tensor
-) -> tuple[tuple[float, float, float], int, dict[str, float]]:
-    """The most recent N^(alpha/2) of a long history, but whole with probability N^(alpha - 2)."""
-    n = batch.length
-    short = int(n ** (alpha / 2))
-    expected = n ** (alpha - 2)
-    whole_users = torch.arange(batch.users, device="cuda") < round(expected * batch.users)
-    lengths = torch.where(whole_users, n, short)
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    total = int(offsets[-1])
-    users = torch.repeat_interleave(lengths, output_size=total)
-    place = torch.arange(total, device="cuda") - offsets[:-1][users]
-    index = batch.offsets[1:][users] - lengths[users] + place
-
-    def step() -> Tensor:
-        rows = whole.index_select(0, index)
-        output = dense_host.dense(rows, offsets, max_length=n, num_targets=batch.num_targets)
-        return output[offsets[1:] - 1]
-
-    times = step_times(step, [whole, *dense_host.parameters()], batch.grad)
-    squares = float(lengths.double().square().sum())
-    flops = 3 * linear_flops(total, LAYERS) + 3.5 * attention_flops(squares, LAYERS)
-    floor = {"flops": flops, "num_bytes": 2.0 * WIDTH * (total + batch.users * n)}
-    return times, total, floor
+        times = step_times(step, ours, batch.grad)
+        kept, floor = int(chosen.offsets[-1]), pgsa_floor(batch, chosen)
+        timed.append((f"{name_of(setting)}, {how}", times, kept, floor))
+    base = timed[0][1]
+    return [row_of(batch, *row, base, ceilings) for row in timed]
 
 
 def linear_flops(rows: float, layers: int) -> float:
