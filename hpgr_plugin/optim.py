@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import gin
-import torch
 from torch import nn
 
 
@@ -59,28 +57,6 @@ def parameter_groups(
         for name, group in groups.items()
         if group
     ]
-
-
-@gin.configurable(module="hpgr")
-def build_adamw(
-    module: nn.Module,
-    *,
-    inherited: Collection[str] = (),
-    lr: float = 1e-3,
-    inherited_lr_ratio: float = 0.1,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`."""
-    groups = parameter_groups(
-        module,
-        inherited=inherited,
-        lr=lr,
-        inherited_lr_ratio=inherited_lr_ratio,
-        weight_decay=weight_decay,
-    )
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
 
 
 def _covers(inherited: str, name: str) -> bool:

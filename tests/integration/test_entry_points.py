@@ -28,8 +28,9 @@ def test_two_processes_train_one_model(command_line: CommandLine, tmp_path: Path
     together = json.loads((tmp_path / "results.json").read_text())
     alone = run(["-m", "hpgr_plugin.evaluate", *flags])
     assert alone.returncode == 0, alone.stderr
-    figures = json.loads((tmp_path / "results.json").read_text())["figures"]
+    figures = json.loads((tmp_path / "evaluation.json").read_text())["figures"]
     assert figures["auc"] == pytest.approx(together["figures"]["auc"], abs=1e-6)
+    assert json.loads((tmp_path / "results.json").read_text()) == together
     assert "FinetuneSettings.epochs = 3" in together["operative_config"]
     assert together["seeds"] == [0]
     assert "torch" in together["environment"]["versions"]

@@ -32,6 +32,8 @@ def run(
 ) -> None:
     """Do what ``mode`` says and write ``output_dir/results.json``.
 
+    An evaluation writes ``evaluation.json``: the training's own results stay.
+
     Args:
         mode: ``"pretrain"``, ``"finetune"``, ``"evaluate"`` or ``"ablation"``.
         output_dir: everything the run writes goes here.
@@ -55,8 +57,9 @@ def run(
         else:
             figures = _single(mode, data, seeds[0], directory, process, resume)
         if process.is_main:
-            write_results(directory / "results.json", figures, seeds=list(seeds))
-            LOG.info("wrote %s", directory / "results.json")
+            path = directory / ("evaluation.json" if mode == "evaluate" else "results.json")
+            write_results(path, figures, seeds=list(seeds))
+            LOG.info("wrote %s", path)
 
 
 def _single(
