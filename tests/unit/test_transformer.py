@@ -108,6 +108,13 @@ def test_buckets_are_bounded_in_rows():
     assert sum(rows for rows, _, _ in buckets) == MAX_BUCKET_ROWS + 8
 
 
+def test_few_slots_are_one_bucket_however_padded():
+    apart = plan_buckets([9, 1], [1, 5])
+    assert apart == [(1, 9, 9), (5, 5, 1)]
+    assert plan_buckets([9, 1], [1, 5], small_slots=53) == apart
+    assert plan_buckets([9, 1], [1, 5], small_slots=54) == [(6, 14, 9)]
+
+
 def test_no_tokens_at_all():
     encoder = JaggedEncoder(embedding_dim=8, num_heads=2, num_layers=1)
     out = encoder(torch.zeros(0, 8), segment_layout(torch.tensor([0, 0])))
