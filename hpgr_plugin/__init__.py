@@ -14,7 +14,7 @@ _HOME = {
     "AttentionHook": "hpgr_plugin.pgsa.hooks",
     "MaskedItemModel": "hpgr_plugin.mim",
     "PreferenceGuidedSparseAttention": "hpgr_plugin.pgsa.hooks",
-    "PreferencePlan": "hpgr_plugin.pgsa.plan",
+    "PreferencePlan": "hpgr_plugin.pgsa.preferences",
     "SessionEnhancementModule": "hpgr_plugin.sem",
     "StochasticLength": "hpgr_plugin.pgsa.hooks",
     "TimeAwarePositionalEncoder": "hpgr_plugin.positions",

@@ -15,7 +15,7 @@ The identity is for M outside the activation (`apply="post"`). With it inside (`
 SiLU(M_j s) is no scaling of the values, but M_j = 0 still gives SiLU(0) = 0: dropping stays
 exact, the kernel just has to multiply the scores.
 
-    plan.py     which tokens a candidate keeps, and their weights
+    plan.py     which tokens a candidate keeps, and their weights: a PreferencePlan (preferences.py)
     compact.py  the short sequences of the "sequence" scope
     hooks.py    what fills the attention_hook slot
     naive.py    the ground truth of all of it
@@ -23,7 +23,8 @@ exact, the kernel just has to multiply the scores.
 
 from hpgr_plugin.pgsa.compact import CompactSequences, compact_sequences, gather_tokens
 from hpgr_plugin.pgsa.hooks import AttentionHook, PreferenceGuidedSparseAttention, StochasticLength
-from hpgr_plugin.pgsa.plan import PreferencePlan, plan_preferences
+from hpgr_plugin.pgsa.plan import plan_preferences
+from hpgr_plugin.pgsa.preferences import PreferencePlan
 
 __all__ = [
     "AttentionHook",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpgr_plugin.jagged import ranges, segment_ids
-from hpgr_plugin.pgsa.plan import PreferencePlan
+from hpgr_plugin.pgsa.preferences import PreferencePlan
 
 
 class CompactSequences(NamedTuple):

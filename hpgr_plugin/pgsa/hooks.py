@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hpgr_plugin.jagged import jagged_to_padded_dense, segment_ids
-from hpgr_plugin.pgsa.plan import PreferencePlan, check_plan_settings, plan_preferences
+from hpgr_plugin.pgsa.plan import check_plan_settings, plan_preferences
+from hpgr_plugin.pgsa.preferences import PreferencePlan
 
 Scope = Literal["sequence", "candidate", "user"]
 ApplyForm = Literal["post", "pre"]

@@ -1,12 +1,12 @@
 """Which history tokens a candidate keeps, and with what weight: the plan of PGSA (Eq. 5)."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hpgr_plugin.jagged import complete_cumsum, ranges, segment_ids
+from hpgr_plugin.pgsa.preferences import PreferencePlan, gaussian_kernel
 from hpgr_plugin.pgsa.triton.ops import plan_with_kernels
 
 # Candidates are planned in chunks of about this many numbers, so that memory stays bounded:
@@ -16,20 +16,6 @@ _CHUNK_ELEMENTS_CPU = 2**20
 _CHUNK_ELEMENTS_ACCELERATOR = 2**26
 # What one padded (candidate, item) cell costs beside its embedding, in numbers.
 _CELL_ELEMENTS = 16
-
-
-class PreferencePlan(NamedTuple):
-    """A CSR matrix, rows (candidates, or users) by history tokens.
-
-    Attributes:
-        index: `[P]` int64, rows of the flat history kept for each row, ascending in a row.
-        weights: `[P]` float32 (float64 where the embeddings are float64), M_j in [eps, 1].
-        offsets: `[R + 1]` int64; row r owns `index[offsets[r]:offsets[r + 1]]`.
-    """
-
-    index: Tensor  # type: ignore[assignment]  # a tuple has an index method too
-    weights: Tensor
-    offsets: Tensor
 
 
 @torch.no_grad()
@@ -126,18 +112,6 @@ def plan_preferences(
         return PreferencePlan(index, kernel.new_empty(0), starts.new_zeros(1))
     index, weights, counts = (torch.cat(column) for column in zip(*parts, strict=True))
     return PreferencePlan(index, weights, complete_cumsum(counts))
-
-
-def gaussian_kernel(sigma: float, eps: float, longest: int) -> Tensor:
-    """M by distance: `exp(-d^2 / (2 sigma^2))` for d = 0, 1, ... while it is at least eps.
-
-    Returns:
-        `[radius + 1]` float64, radius < max(1, longest).
-    """
-    radius = min(max(0, longest - 1), math.ceil(sigma * math.sqrt(-2.0 * math.log(eps))))
-    distance = torch.arange(radius + 1, dtype=torch.float64)
-    kernel = torch.exp(-distance.square() / (2.0 * sigma**2))
-    return kernel[kernel >= eps]
 
 
 def check_plan_settings(*, top_k: int, sigma: float, eps: float, recent: int) -> None:

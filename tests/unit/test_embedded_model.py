@@ -14,7 +14,7 @@ from hpgr_plugin.pgsa.hooks import (
     PreferenceGuidedSparseAttention,
     StochasticLength,
 )
-from hpgr_plugin.pgsa.plan import PreferencePlan
+from hpgr_plugin.pgsa.preferences import PreferencePlan
 from hpgr_plugin.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.sem import SessionEnhancementModule
 

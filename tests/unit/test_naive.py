@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from hpgr_plugin.pgsa import naive
-from hpgr_plugin.pgsa.plan import PreferencePlan
+from hpgr_plugin.pgsa.preferences import PreferencePlan
 
 LENGTHS = [4, 0, 7, 1]
 

@@ -7,7 +7,7 @@ import torch
 
 from hpgr_plugin.pgsa import naive, plan_preferences
 from hpgr_plugin.pgsa import plan as plan_module
-from hpgr_plugin.pgsa.plan import gaussian_kernel
+from hpgr_plugin.pgsa.preferences import gaussian_kernel
 
 SETTINGS = [
     {"top_k": 3},

@@ -13,7 +13,8 @@ from hpgr_plugin.hosts.dlrm_v3.layout import compact_rows, sequence_layout
 from hpgr_plugin.hosts.dlrm_v3.modules import Request
 from hpgr_plugin.pgsa import naive
 from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention
-from hpgr_plugin.pgsa.plan import PreferencePlan, plan_preferences
+from hpgr_plugin.pgsa.plan import plan_preferences
+from hpgr_plugin.pgsa.preferences import PreferencePlan
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("float64_operators")]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hpgr_plugin.hosts.contract import accepts
 from hpgr_plugin.hosts.dlrm_v3.layout import SequenceLayout, candidate_weights
 from hpgr_plugin.jagged import dense_to_jagged, jagged_to_padded_dense
-from hpgr_plugin.pgsa.plan import PreferencePlan
+from hpgr_plugin.pgsa.preferences import PreferencePlan
 
 # Until 2026 the host had one flag for what goes into its output projection, since then three.
 _OUTPUT_FLAGS: dict[str, Any] = (

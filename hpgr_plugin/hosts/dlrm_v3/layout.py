@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpgr_plugin.jagged import complete_cumsum, ranges, segment_ids, segment_positions
-from hpgr_plugin.pgsa.plan import PreferencePlan
+from hpgr_plugin.pgsa.preferences import PreferencePlan
 
 
 class SequenceLayout(NamedTuple):

@@ -22,7 +22,7 @@ from hpgr_plugin.hosts.dlrm_v3.layout import (
 from hpgr_plugin.hosts.seams import host_has_seam
 from hpgr_plugin.jagged import complete_cumsum
 from hpgr_plugin.pgsa.hooks import Scope
-from hpgr_plugin.pgsa.plan import PreferencePlan
+from hpgr_plugin.pgsa.preferences import PreferencePlan
 
 
 class SessionPreprocessor(InputPreprocessor):

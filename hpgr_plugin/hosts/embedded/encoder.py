@@ -11,7 +11,7 @@ from hpgr_plugin.hosts.embedded.mtgr import MTGRLayer
 from hpgr_plugin.hosts.embedded.padded import PaddedTokens, pad
 from hpgr_plugin.hosts.embedded.tokens import TokenSequence
 from hpgr_plugin.jagged import ranges
-from hpgr_plugin.pgsa.plan import PreferencePlan
+from hpgr_plugin.pgsa.preferences import PreferencePlan
 from hpgr_plugin.transformer import plan_buckets
 
 LAYERS: dict[str, type[nn.Module]] = {"hstu": HSTULayer, "mtgr": MTGRLayer}

@@ -23,7 +23,7 @@ from hpgr_plugin.hosts.embedded.tokens import (
 )
 from hpgr_plugin.jagged import ranges, segment_ids, segment_positions
 from hpgr_plugin.pgsa.hooks import AttentionHook, PreferenceGuidedSparseAttention
-from hpgr_plugin.pgsa.plan import PreferencePlan
+from hpgr_plugin.pgsa.preferences import PreferencePlan
 from hpgr_plugin.positions import TimeAwarePositionalEncoder, count_earlier
 from hpgr_plugin.sem import SessionEnhancementModule
 

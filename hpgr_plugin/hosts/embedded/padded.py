@@ -11,7 +11,7 @@ from hpgr_plugin.hosts.embedded.attention import visibility
 from hpgr_plugin.hosts.embedded.bias import RelativeBias
 from hpgr_plugin.hosts.embedded.tokens import NEVER_SEEN, Domain, TokenSequence
 from hpgr_plugin.jagged import jagged_to_padded_dense, ranges, segment_ids
-from hpgr_plugin.pgsa.plan import PreferencePlan
+from hpgr_plugin.pgsa.preferences import PreferencePlan
 
 
 @dataclass

@@ -16,7 +16,7 @@ from hpgr_plugin.jagged import dense_to_jagged, jagged_to_padded_dense
 from hpgr_plugin.kernels import triton_is_installed, warn_once
 
 if TYPE_CHECKING:
-    from hpgr_plugin.pgsa.plan import PreferencePlan
+    from hpgr_plugin.pgsa.preferences import PreferencePlan
 
 _KERNELS = ("auto", "torch", "triton")
 _WEIGHTS_APPLY = ("post", "pre")

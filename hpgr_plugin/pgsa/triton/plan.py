@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hpgr_plugin.pgsa.plan import PreferencePlan, gaussian_kernel
+from hpgr_plugin.pgsa.preferences import PreferencePlan, gaussian_kernel
 from hpgr_plugin.pgsa.triton.plan_kernels import (
     score_many_kernel,
     score_one_kernel,
