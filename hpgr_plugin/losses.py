@@ -43,6 +43,7 @@ def mean_cross_entropy(
     Runs over chunks of positions. A chunk's logits become their own gradient in place while they
     are there, so a step costs three products, none of them twice; without gradients, one. Products
     are taken in the autocast dtype where autocast is on, exponentials and sums in float32 at least.
+    The gradients, `[M, D]` and `[V, D]`, wait for the backward.
 
     Args:
         hidden: `[M, D]`; no positions cost nothing.

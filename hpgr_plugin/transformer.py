@@ -358,6 +358,7 @@ class JaggedEncoder(nn.Module):
 
     @property
     def first_layer(self) -> EncoderLayer:
+        """The layer that reads the tokens themselves."""
         return cast(EncoderLayer, self.layers[0])
 
     def first_tokens(self, x: Tensor, layout: SegmentLayout) -> Tensor:
