@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hpgr_plugin.kernels import dot_precision
+
 LARGEST_EMBEDDING = 1024
 LARGEST_EMBEDDING_FLOAT32 = 256  # of products in float32, which take more registers
 LARGEST_HEADS = 16
@@ -180,11 +182,7 @@ def _product_dtype(tokens: Tensor) -> torch.dtype:
 
 
 def _constants(tokens: Tensor, num_heads: int) -> dict[str, Any]:
-    kind, precision = _product_dtype(tokens), "ieee"
-    if kind == torch.float32 and tokens.is_cuda:
-        full = torch.get_float32_matmul_precision() == "highest"
-        precision = "tf32x3" if full else "tf32"
-    size = tokens.shape[1]
+    kind, size = _product_dtype(tokens), tokens.shape[1]
     return {
         "EPS": _EPS,
         "H": num_heads,
@@ -193,7 +191,7 @@ def _constants(tokens: Tensor, num_heads: int) -> dict[str, Any]:
         "WIDE": max(16, triton.next_power_of_2(size)),
         "TOKENS": _TOKENS,
         "KIND": _KINDS[kind],
-        "PRECISION": precision,
+        "PRECISION": dot_precision(kind, tokens.device),
         "num_warps": 4 if size <= 128 else 8,
         "num_stages": 1,
     }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from examples.benchmarks import host
 from examples.benchmarks.registry import measure_ceilings, print_table
-from examples.benchmarks.stack import WIDTH, Batch, new_stack, step_times
+from examples.benchmarks.stack import WIDTH, Batch, host_times, new_stack, step_times
 from hpgr_plugin.pgsa.triton.stack import HSTUStack
 from hpgr_plugin.sem import SessionEnhancementModule
 
@@ -62,13 +62,8 @@ def _dense_ms(
 
 def _host_ms(stack: HSTUStack, batch: Batch, whole: Tensor) -> float:
     host.stand_in()
-    dense, last = host.HostStack(stack), batch.offsets[1:] - 1
+    dense = host.HostStack(stack)
     host.prepare_tuning()
     # Tuned at the smaller batch; the larger chooses among the best of those.
     host.forget_attention(keep=3 if len(whole) > 2**17 else None)
-
-    def forward() -> Tensor:
-        form = {"max_length": batch.length, "num_targets": batch.num_targets}
-        return dense.dense(whole, batch.offsets, **form)[last]
-
-    return step_times(forward, [whole, *dense.parameters()], batch.grad)[1]
+    return host_times(dense, batch, whole)[1]

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hpgr_plugin.kernels import dot_precision
 from hpgr_plugin.pgsa.triton.attention_kernels import (
     backward_columns_kernel,
     backward_rows_kernel,
@@ -273,10 +274,6 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _constants(q: Tensor, k: Tensor, v: Tensor, shape: Shape, blocks: Blocks) -> dict[str, Any]:
-    precision = "ieee"
-    if q.dtype == torch.float32 and q.is_cuda:
-        full = torch.get_float32_matmul_precision() == "highest"
-        precision = "tf32x3" if full else "tf32"
     return {
         "H": q.shape[1],
         "D": q.shape[2],
@@ -288,7 +285,7 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, shape: Shape, blocks: Blocks) ->
         "MATRIX": shape.matrix is not None,
         "TARGETS": shape.num_targets is not None,
         "APPROXIMATE": q.is_cuda and q.dtype != torch.float32,
-        "PRECISION": precision,
+        "PRECISION": dot_precision(q.dtype, q.device),
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
     }
