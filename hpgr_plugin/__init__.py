@@ -11,19 +11,19 @@ from typing import Any
 from hpgr_plugin.version import __version__
 
 _HOME = {
-    "AttentionHook": "hpgr_plugin.pgsa.hooks",
-    "MaskedItemModel": "hpgr_plugin.mim",
-    "PreferenceGuidedSparseAttention": "hpgr_plugin.pgsa.hooks",
-    "PreferencePlan": "hpgr_plugin.pgsa.preferences",
-    "SessionEnhancementModule": "hpgr_plugin.sem",
-    "StochasticLength": "hpgr_plugin.pgsa.hooks",
-    "TimeAwarePositionalEncoder": "hpgr_plugin.positions",
-    "load_handoff": "hpgr_plugin.handoff",
-    "parameter_groups": "hpgr_plugin.optim",
-    "partition_sessions": "hpgr_plugin.sessions",
-    "plan_preferences": "hpgr_plugin.pgsa.plan",
-    "save_handoff": "hpgr_plugin.handoff",
-    "time_aware_index": "hpgr_plugin.positions",
+    "AttentionHook": "hpgr_plugin.components.attention_hooks",
+    "MaskedItemModel": "hpgr_plugin.components.mim",
+    "PreferenceGuidedSparseAttention": "hpgr_plugin.components.attention_hooks",
+    "PreferencePlan": "hpgr_plugin.ops.preference_plan.plan",
+    "SessionEnhancementModule": "hpgr_plugin.components.sem",
+    "StochasticLength": "hpgr_plugin.components.attention_hooks",
+    "TimeAwarePositionalEncoder": "hpgr_plugin.components.positions",
+    "load_handoff": "hpgr_plugin.transfer.handoff",
+    "parameter_groups": "hpgr_plugin.transfer.learning_rates",
+    "partition_sessions": "hpgr_plugin.components.sessions",
+    "plan_preferences": "hpgr_plugin.ops.preference_plan.torch",
+    "save_handoff": "hpgr_plugin.transfer.handoff",
+    "time_aware_index": "hpgr_plugin.components.positions",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -20,8 +20,8 @@ flags.DEFINE_multi_string("gin_bindings", [], "bindings that go over those of th
 def user_errors() -> tuple[type[Exception], ...]:
     """What a wrong config, path or file raises; anything else is a bug and keeps its traceback."""
     from hpgr_plugin.data.errors import DataError
-    from hpgr_plugin.handoff import HandoffError
-    from hpgr_plugin.hosts.embedded.checkpoint import CheckpointError
+    from hpgr_plugin.hosts.embedded.train.checkpoint import CheckpointError
+    from hpgr_plugin.transfer.handoff import HandoffError
 
     return (ValueError, TypeError, OSError, ImportError, DataError, HandoffError, CheckpointError)
 
@@ -33,7 +33,7 @@ def load_configs(config_files: list[str], bindings: list[str]) -> None:
         ValueError: an unknown configurable or parameter.
         OSError: no such file.
     """
-    import hpgr_plugin.configurables  # noqa: F401  (registers every component with gin)
+    import hpgr_plugin.config.registry  # noqa: F401  (registers every component with gin)
 
     gin.parse_config_files_and_bindings(config_files, bindings)
 

@@ -22,9 +22,9 @@ from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.data.batches import RequestLoader
 from hpgr_plugin.data.prepare import prepare_data
 from hpgr_plugin.data.prepared import PreparedData
-from hpgr_plugin.hosts.embedded.ablation import RowSettings
-from hpgr_plugin.hosts.embedded.distributed import process_group, seed_everything
-from hpgr_plugin.hosts.embedded.stages import build_ranker
+from hpgr_plugin.hosts.embedded.report.ablation import RowSettings
+from hpgr_plugin.hosts.embedded.train.distributed import process_group, seed_everything
+from hpgr_plugin.hosts.embedded.train.stages import build_ranker
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""The candidate scope: 1, 10 and 64 candidates that share one dense history, n tokens in all."""
+"""The candidate layout: 1, 10 and 64 candidates that share one dense history, n tokens in all."""
 
 import torch
 
 from examples.benchmarks import host
 from examples.benchmarks.registry import check, measure_ceilings, print_table
 from examples.benchmarks.stack import HEADS, LAYERS, WIDTH, new_stack, step_times
-from hpgr_plugin.pgsa.triton.plan import weight_matrix
+from hpgr_plugin.ops.preference_plan.triton import weight_matrix
 
 SETTING = {"top_k": 50, "sigma": 2.0, "eps": 1e-3, "recent": 0}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from examples.benchmarks.registry import time_ms
-from hpgr_plugin.pgsa.triton.stack import HSTUStack
+from hpgr_plugin.components.hstu_stack import HSTUStack
 
 _PACKAGE = "generative_recommenders"
 _ALL_CONFIGURATIONS: dict[str, list[Any]] = {}

@@ -15,7 +15,7 @@ from examples.benchmarks.registry import (
     print_table,
     time_ms,
 )
-from hpgr_plugin.pgsa.triton.ops import hstu_attention, padded_hstu_attention
+from hpgr_plugin.ops.hstu_attention.torch import hstu_attention, padded_hstu_attention
 
 HEADS, HEAD_DIM, TOKENS = 4, 128, 131072
 
@@ -104,7 +104,7 @@ def check_form(name: str) -> None:
     if "weighted" in name:
         form["column_weights"] = torch.rand(total, device="cuda")
     if name == "weighted before SiLU":
-        form["apply"] = "pre"
+        form["mask_position"] = "pre"
     if name == "targets":
         form["num_targets"] = torch.tensor([0, 1, 100, 1, 3, 16], device="cuda")
     if name == "last rows":

@@ -27,7 +27,7 @@ from examples.benchmarks.stack import (
     row_of,
     step_times,
 )
-from hpgr_plugin.pgsa.triton.gather import gather_rows
+from hpgr_plugin.ops.compact.triton import gather_rows
 
 _ALIGNED = 16
 

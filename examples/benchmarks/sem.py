@@ -9,8 +9,8 @@ from torch import Tensor
 from examples.benchmarks import host
 from examples.benchmarks.registry import measure_ceilings, print_table
 from examples.benchmarks.stack import WIDTH, Batch, host_times, new_stack, step_times
-from hpgr_plugin.pgsa.triton.stack import HSTUStack
-from hpgr_plugin.sem import SessionEnhancementModule
+from hpgr_plugin.components.hstu_stack import HSTUStack
+from hpgr_plugin.components.sem import SessionEnhancementModule
 
 
 def run(*, quick: bool) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hpgr_plugin.jagged import complete_cumsum, ranges
-from hpgr_plugin.sessions import partition_sessions
-from hpgr_plugin.transformer import segment_layout
+from hpgr_plugin.components.sessions import partition_sessions
+from hpgr_plugin.components.transformer import segment_layout
+from hpgr_plugin.ops.jagged import complete_cumsum, ranges
 
 
 def read_times(path: Path) -> list[Tensor]:

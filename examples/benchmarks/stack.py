@@ -18,9 +18,9 @@ from examples.benchmarks.registry import (
     print_table,
     time_ms,
 )
-from hpgr_plugin.pgsa.triton.gather import gather_rows
-from hpgr_plugin.pgsa.triton.plan import Selection, select
-from hpgr_plugin.pgsa.triton.stack import HSTUStack, graphed
+from hpgr_plugin.components.hstu_stack import HSTUStack, graphed
+from hpgr_plugin.ops.compact.triton import gather_rows
+from hpgr_plugin.ops.preference_plan.triton import Selection, select
 
 WIDTH, LAYERS, HEADS, HEAD_DIM = 512, 5, 4, 128
 SETTINGS = ((50, 2.0, 0), (32, 2.0, 0), (8, 1.0, 32))

@@ -51,7 +51,7 @@ def float64_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from torch import Tensor
 
-    from hpgr_plugin import jagged
+    from hpgr_plugin.ops import jagged
 
     fbgemm = torch.ops.fbgemm
     to_padded, to_jagged = fbgemm.jagged_to_padded_dense, fbgemm.dense_to_jagged

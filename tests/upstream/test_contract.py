@@ -8,7 +8,7 @@ import pytest
 
 from hpgr_plugin.hosts import contract
 from hpgr_plugin.hosts.contract import HostContractError, Requirement
-from hpgr_plugin.hosts.dlrm_v3_contract import REQUIREMENTS
+from hpgr_plugin.hosts.dlrm_v3_requirements import REQUIREMENTS
 
 pytestmark = pytest.mark.upstream
 

@@ -87,7 +87,7 @@ def test_make_model_builds_the_slots_and_the_host_again_after_detach() -> None:
 def test_names_inside_the_host_are_its_own_after_building(monkeypatch: pytest.MonkeyPatch) -> None:
     from generative_recommenders.modules import dlrm_hstu as module
 
-    from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention
+    from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
 
     before = (module.STULayer, module.HSTUTransducer)
     build(dlrm_v3.DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention())
@@ -132,7 +132,7 @@ def test_an_unknown_slot_is_an_error_that_names_it() -> None:
 
 
 def test_models_built_before_detach_go_on_working() -> None:
-    from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention
+    from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
 
     model = build(dlrm_v3.DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention(top_k=2))
     data = batch([5, 3], [1, 2])

@@ -7,9 +7,9 @@ import torch
 from small_ranker import WIDTH, build
 from torch import Tensor
 
+from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
 from hpgr_plugin.hosts.dlrm_v3.modules import Request
-from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention, StochasticLength
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("float64_operators")]
 
@@ -44,9 +44,11 @@ def prefill(stack: Any, x: Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize("apply", ["post", "pre"])
-def test_candidate_scope_gives_the_same_with_and_without_the_cache(apply: str) -> None:
-    hook = PreferenceGuidedSparseAttention(top_k=2, sigma=1.0, scope="candidate", apply=apply)
+@pytest.mark.parametrize("mask_position", ["post", "pre"])
+def test_candidate_scope_gives_the_same_with_and_without_the_cache(mask_position: str) -> None:
+    hook = PreferenceGuidedSparseAttention(
+        top_k=2, sigma=1.0, layout="shared_history", mask_position=mask_position
+    )
     model = build(DlrmHSTU, dtype=torch.float64, attention_hook=hook).eval()
     transducer, stack = model._hstu_transducer, model._hstu_transducer._stu_module
     seq_lengths = LENGTHS + CONTEXTUAL + DELTA
@@ -61,7 +63,7 @@ def test_candidate_scope_gives_the_same_with_and_without_the_cache(apply: str) -
     plan = hook.plan(
         **raw, history_offsets=offsets_of(LENGTHS), candidate_offsets=offsets_of(NUM_TARGETS)
     )
-    with transducer.requested(Request(plan, "candidate", apply == "pre")):
+    with transducer.requested(Request(plan, "candidate", mask_position == "pre")):
         full = transducer._hstu_compute(
             int(seq_lengths.max()),
             seq_lengths,
@@ -79,7 +81,7 @@ def test_candidate_scope_gives_the_same_with_and_without_the_cache(apply: str) -
 
 def test_candidate_scope_without_a_plan_is_an_error() -> None:
     model = build(
-        DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention(scope="candidate")
+        DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention(layout="shared_history")
     ).eval()
     stack = model._hstu_transducer._stu_module
     prefill(stack, torch.randn(int((LENGTHS + CONTEXTUAL).sum()), WIDTH))
@@ -90,9 +92,9 @@ def test_candidate_scope_without_a_plan_is_an_error() -> None:
 def test_sequence_scope_refuses_the_cache() -> None:
     model = build(DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention()).eval()
     stack = model._hstu_transducer._stu_module
-    with pytest.raises(RuntimeError, match='scope "sequence"'):
+    with pytest.raises(RuntimeError, match='layout "per_candidate"'):
         prefill(stack, torch.randn(int((LENGTHS + CONTEXTUAL).sum()), WIDTH))
-    with pytest.raises(RuntimeError, match='scope "sequence"'):
+    with pytest.raises(RuntimeError, match='layout "per_candidate"'):
         stack.cached_forward(torch.randn(len(LENGTHS) * DELTA, WIDTH), NUM_TARGETS)
     nothing = torch.zeros(0, 4)
     with (

@@ -15,10 +15,10 @@ from small_ranker import TABLE_DIM, batch, build, in_dtype, small_config, step
 from torch import Tensor
 from triton.runtime.autotuner import Autotuner
 
+from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
-from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention, StochasticLength
-from hpgr_plugin.positions import TimeAwarePositionalEncoder
-from hpgr_plugin.sem import SessionEnhancementModule
 
 pytestmark = [
     pytest.mark.upstream,
@@ -62,9 +62,9 @@ def slots(kind: str) -> dict[str, Any]:
     hooks = {
         "sequence": lambda: PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, recent=8),
         "candidate": lambda: PreferenceGuidedSparseAttention(
-            top_k=8, sigma=1.0, recent=8, scope="candidate"
+            top_k=8, sigma=1.0, recent=8, layout="shared_history"
         ),
-        "pre": lambda: PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, apply="pre"),
+        "pre": lambda: PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, mask_position="pre"),
         "stochastic": lambda: StochasticLength(alpha=1.6),
         "none": lambda: None,
     }
@@ -162,7 +162,7 @@ def test_empty_slots_are_the_host_to_the_last_bit() -> None:
 
 
 def test_cached_inference_agrees_on_the_device() -> None:
-    hook = PreferenceGuidedSparseAttention(top_k=4, sigma=1.0, scope="candidate")
+    hook = PreferenceGuidedSparseAttention(top_k=4, sigma=1.0, layout="shared_history")
     model = build(
         DlrmHSTU,
         config=config(),

@@ -7,17 +7,17 @@ import torch
 from generative_recommenders.common import HammerKernel
 from small_ranker import TABLE_DIM, WIDTH, batch, small_config, small_tables
 
+from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
-from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention, StochasticLength
-from hpgr_plugin.positions import TimeAwarePositionalEncoder
-from hpgr_plugin.sem import SessionEnhancementModule
 
 pytestmark = pytest.mark.upstream
 
 LENGTHS, CANDIDATES = [7, 1, 0, 12], [2, 1, 3, 2]
 HOOKS = {
     "sequence": lambda: PreferenceGuidedSparseAttention(top_k=3),
-    "candidate": lambda: PreferenceGuidedSparseAttention(top_k=3, scope="candidate"),
+    "shared_history": lambda: PreferenceGuidedSparseAttention(top_k=3, layout="shared_history"),
     "stochastic": lambda: StochasticLength(alpha=1.5),
     "none": lambda: None,
 }

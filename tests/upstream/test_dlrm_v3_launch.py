@@ -91,7 +91,7 @@ def test_the_configurations_build_their_models(name: str) -> None:
     )
     model, config, tables = train.make_model()
     assert isinstance(model, dlrm_v3.DlrmHSTU)
-    assert model.attention_hook.scope == "sequence"
+    assert model.attention_hook.layout == "per_candidate"
     assert model.sem.embedding_dim == config.hstu_embedding_table_dim
     assert {table.embedding_dim for table in tables.values()} == {model.sem.embedding_dim}
 

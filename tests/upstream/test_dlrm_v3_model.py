@@ -20,20 +20,20 @@ from small_ranker import (
     step,
 )
 
+from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.hosts import dlrm_v3
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
-from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention, StochasticLength
-from hpgr_plugin.positions import TimeAwarePositionalEncoder
-from hpgr_plugin.sem import SessionEnhancementModule
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("float64_operators")]
 
 LENGTHS, CANDIDATES = [7, 1, 0, 12], [2, 1, 3, 2]
 
 
-def everything(scope: str = "sequence", **settings: Any) -> PreferenceGuidedSparseAttention:
+def everything(layout: str = "per_candidate", **settings: Any) -> PreferenceGuidedSparseAttention:
     """A hook that keeps the whole history with weight 1."""
-    return PreferenceGuidedSparseAttention(top_k=10_000, scope=scope, **settings)
+    return PreferenceGuidedSparseAttention(top_k=10_000, layout=layout, **settings)
 
 
 def with_weights_of(model: Any, other: Any) -> Any:
@@ -66,21 +66,25 @@ def test_empty_slots_are_the_host_to_the_last_bit(dropout: float) -> None:
     assert_same(results[0], results[1], rtol=0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("scope", ["sequence", "candidate"])
-@pytest.mark.parametrize("apply", ["post", "pre"])
-def test_a_plan_that_keeps_everything_changes_nothing(scope: str, apply: str) -> None:
+@pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
+@pytest.mark.parametrize("mask_position", ["post", "pre"])
+def test_a_plan_that_keeps_everything_changes_nothing(layout: str, mask_position: str) -> None:
     data = batch(LENGTHS, CANDIDATES)
     dense = build(DlrmHSTU, dtype=torch.float64)
-    hooked = build(DlrmHSTU, dtype=torch.float64, attention_hook=everything(scope, apply=apply))
+    hooked = build(
+        DlrmHSTU,
+        dtype=torch.float64,
+        attention_hook=everything(layout, mask_position=mask_position),
+    )
     # The host rounds its layer norms to float32.
     assert_same(
         step(hooked, data), step(with_weights_of(dense, hooked), data), rtol=1e-5, atol=1e-6
     )
 
 
-@pytest.mark.parametrize("scope", ["sequence", "candidate"])
-def test_dropped_history_gets_no_gradient_and_contextual_tokens_do(scope: str) -> None:
-    hook = PreferenceGuidedSparseAttention(top_k=1, sigma=0.1, scope=scope)
+@pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
+def test_dropped_history_gets_no_gradient_and_contextual_tokens_do(layout: str) -> None:
+    hook = PreferenceGuidedSparseAttention(top_k=1, sigma=0.1, layout=layout)
     model = build(DlrmHSTU, attention_hook=hook)
     uih, offered = batch([12], [1])
     _, gradients = step(model, (uih, offered))
@@ -88,7 +92,7 @@ def test_dropped_history_gets_no_gradient_and_contextual_tokens_do(scope: str) -
     rows = gradients["_embedding_collection.embeddings.item_table.weight"].abs().sum(1)
     touched = int((rows[items.unique()] > 0).sum())
     kept = 1 + int(offered["candidate_item"].values()[0] in items)
-    if scope == "sequence":
+    if layout == "per_candidate":
         assert touched <= kept
     else:  # the kept row has seen the rows before it
         assert touched >= 1
@@ -96,9 +100,9 @@ def test_dropped_history_gets_no_gradient_and_contextual_tokens_do(scope: str) -
     assert gradients["_embedding_collection.embeddings.country_table.weight"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("scope", ["sequence", "candidate"])
-def test_candidates_do_not_depend_on_each_other_or_on_the_batch(scope: str) -> None:
-    hook = PreferenceGuidedSparseAttention(top_k=3, sigma=1.0, recent=1, scope=scope)
+@pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
+def test_candidates_do_not_depend_on_each_other_or_on_the_batch(layout: str) -> None:
+    hook = PreferenceGuidedSparseAttention(top_k=3, sigma=1.0, recent=1, layout=layout)
     # One length for all: the host divides by the longest sequence of the batch.
     model = build(DlrmHSTU, dtype=torch.float64, attention_hook=hook).eval()
     together = batch([9, 9], [2, 2])
@@ -133,15 +137,15 @@ def test_the_future_of_a_candidate_is_hidden_from_it(hook: Callable[[], Any]) ->
     torch.testing.assert_close(before, after, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("scope", ["sequence", "candidate"])
-def test_without_hide_future_a_candidate_sees_the_whole_history(scope: str) -> None:
+@pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
+def test_without_hide_future_a_candidate_sees_the_whole_history(layout: str) -> None:
     data = batch(LENGTHS, CANDIDATES, later=False)
     hooked = build(
-        DlrmHSTU, dtype=torch.float64, attention_hook=everything(scope), hide_future=False
+        DlrmHSTU, dtype=torch.float64, attention_hook=everything(layout), hide_future=False
     )
     host = with_weights_of(build(HostDlrmHSTU, dtype=torch.float64), hooked)
     torch.testing.assert_close(hooked(*data)[3], host(*data)[3], rtol=1e-5, atol=1e-6)
-    hidden = build(DlrmHSTU, dtype=torch.float64, attention_hook=everything(scope))
+    hidden = build(DlrmHSTU, dtype=torch.float64, attention_hook=everything(layout))
     assert not torch.allclose(hidden(*data)[3], host(*data)[3], rtol=1e-4)
 
 

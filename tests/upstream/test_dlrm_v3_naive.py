@@ -8,13 +8,13 @@ from generative_recommenders.ops.hstu_attention import hstu_mha
 from small_ranker import WIDTH, build, small_config
 from torch import Tensor
 
+from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
-from hpgr_plugin.hosts.dlrm_v3.layout import compact_rows, sequence_layout
 from hpgr_plugin.hosts.dlrm_v3.modules import Request
-from hpgr_plugin.pgsa import naive
-from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention
-from hpgr_plugin.pgsa.plan import plan_preferences
-from hpgr_plugin.pgsa.preferences import PreferencePlan
+from hpgr_plugin.ops.compact.parts import compact_rows, sequence_parts
+from hpgr_plugin.ops.hstu_attention import naive as naive_attention
+from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+from hpgr_plugin.ops.preference_plan.torch import plan_preferences
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("float64_operators")]
 
@@ -60,8 +60,8 @@ def make_case(
     return Case(x, seq_lengths, candidates, torch.zeros(total, dtype=torch.int64), plan)
 
 
-def make_model(scope: str, apply: str, **config: Any) -> Any:
-    hook = PreferenceGuidedSparseAttention(scope=scope, apply=apply)
+def make_model(layout: str, mask_position: str, **config: Any) -> Any:
+    hook = PreferenceGuidedSparseAttention(layout=layout, mask_position=mask_position)
     model = build(DlrmHSTU, dtype=torch.float64, attention_hook=hook, config=small_config(**config))
     assert model._hstu_transducer.contextual_seq_len == CONTEXTUAL
     return model
@@ -70,7 +70,7 @@ def make_model(scope: str, apply: str, **config: Any) -> Any:
 def computed(model: Any, case: Case) -> Tensor:
     """Candidate rows of the stack, through the adapter."""
     hook = model.attention_hook
-    request = Request(case.plan, hook.scope, hook.apply_form == "pre")
+    request = Request(case.plan, hook.layout, hook.mask_position == "pre")
     transducer = model._hstu_transducer
     with transducer.requested(request):
         rows = transducer._hstu_compute(
@@ -108,27 +108,27 @@ def expected(model: Any, case: Case) -> Tensor:
                 [case.x[offsets[b] : first + history], case.x[first + history + k].unsqueeze(0)]
             )
             for layer in layers:
-                x = _naive_layer(layer, x, mask, hook.scope, hook.apply_form)
+                x = _naive_layer(layer, x, mask, hook.layout, hook.mask_position)
             outputs.append(x[-1:])
             candidate += 1
         history_start += history
     return torch.cat(outputs)
 
 
-def _naive_layer(layer: Any, x: Tensor, mask: Tensor, scope: str, apply: str) -> Tensor:
+def _naive_layer(layer: Any, x: Tensor, mask: Tensor, layout: str, mask_position: str) -> Tensor:
     u, q, k, v = layer._project(x)
     pair = torch.ones(len(x), len(x), dtype=torch.float64)
     pair[-1] = mask
-    attention = naive.hstu_attention(
+    attention = naive_attention.hstu_attention(
         q,
         k,
         v,
         torch.tensor([0, len(x)]),
         alpha=layer._attn_alpha,
         norm_length=MAX_SEQ_LEN,
-        column_weights=mask if scope == "sequence" else None,
-        pair_weights=[pair] if scope == "candidate" else None,
-        apply=apply,
+        column_weights=mask if layout == "per_candidate" else None,
+        pair_weights=[pair] if layout == "shared_history" else None,
+        mask_position=mask_position,
     )
     return layer._output(attention, u, x)
 
@@ -140,11 +140,11 @@ def gradients(output: Tensor, model: Any, case: Case) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [case.x, *parameters], materialize_grads=True))
 
 
-@pytest.mark.parametrize("apply", ["post", "pre"])
-@pytest.mark.parametrize("scope", ["sequence", "candidate"])
+@pytest.mark.parametrize("mask_position", ["post", "pre"])
+@pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_stack_is_the_naive_stack(shape: Any, scope: str, apply: str) -> None:
-    case, model = make_case(shape, recent=1), make_model(scope, apply)
+def test_stack_is_the_naive_stack(shape: Any, layout: str, mask_position: str) -> None:
+    case, model = make_case(shape, recent=1), make_model(layout, mask_position)
     mine, theirs = computed(model, case), expected(model, case)
     # Layer norms of the host run in float32, whatever goes in: an ulp of that is 6e-8.
     torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
@@ -154,17 +154,17 @@ def test_stack_is_the_naive_stack(shape: Any, scope: str, apply: str) -> None:
         torch.testing.assert_close(ours, naives, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scope", ["sequence", "candidate"])
+@pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
 @pytest.mark.parametrize(
     ("settings", "config"),
     [({"ties": True}, {}), ({"top_k": 0, "recent": 2}, {}), ({}, {"hstu_group_norm": True})],
     ids=["all-ties", "recent-only", "group-norm"],
 )
 def test_stack_is_the_naive_stack_with_other_settings(
-    scope: str, settings: dict[str, Any], config: dict[str, Any]
+    layout: str, settings: dict[str, Any], config: dict[str, Any]
 ) -> None:
     case = make_case(([9, 4], [2, 2]), **settings)
-    model = make_model(scope, "post", **config)
+    model = make_model(layout, "post", **config)
     torch.testing.assert_close(computed(model, case), expected(model, case), rtol=1e-6, atol=1e-6)
 
 
@@ -172,10 +172,10 @@ def test_stack_is_the_naive_stack_with_other_settings(
 def test_attention_on_gathered_rows_is_naive_to_float64(shape: Any) -> None:
     """The identity itself, no layer norm in the way: scaled values on the host's kernel."""
     case = make_case(shape, recent=1)
-    layout = sequence_layout(
+    parts = sequence_parts(
         case.offsets(), case.num_targets, contextual_len=CONTEXTUAL, total_rows=len(case.x)
     )
-    rows = compact_rows(layout, case.plan, per_user=False)
+    rows = compact_rows(parts, case.plan, per_user=False)
     full = [
         torch.randn(len(case.x), 2, d, dtype=torch.float64, requires_grad=True) for d in (4, 4, 3)
     ]
@@ -213,7 +213,7 @@ def _naive_rows(full: list[Tensor], case: Case) -> Tensor:
             weights[case.plan.index[kept] - history_start + CONTEXTUAL] = case.plan.weights[kept]
             rows = [*range(offsets[b], first + history), first + history + k]
             outputs.append(
-                naive.hstu_attention(
+                naive_attention.hstu_attention(
                     *(part[rows] for part in full),
                     torch.tensor([0, len(rows)]),
                     alpha=0.3,

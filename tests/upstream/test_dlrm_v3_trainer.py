@@ -23,11 +23,11 @@ from small_ranker import (
 )
 from torch import distributed as dist
 
-from hpgr_plugin.handoff import HandoffError, save_handoff
+from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
+from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.hosts import dlrm_v3
 from hpgr_plugin.hosts.dlrm_v3.launch import topology_of
-from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention
-from hpgr_plugin.sem import SessionEnhancementModule
+from hpgr_plugin.transfer.handoff import HandoffError, save_handoff
 
 pytestmark = pytest.mark.upstream
 

@@ -16,16 +16,16 @@ from generative_recommenders.research.trainer import train as host_train
 from small_retrieval import DIM, MAX_LENGTH, NUM_ITEMS, WIDTH, batch, build, run
 from torch import Tensor, nn
 
-from hpgr_plugin.handoff import HandoffError, save_handoff
+from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.hosts import research
 from hpgr_plugin.hosts.contract import HostContractError
-from hpgr_plugin.hosts.research.attachment import replaced_names
+from hpgr_plugin.hosts.research.attach import replaced_names
 from hpgr_plugin.hosts.research.learning_rates import host_parameter_groups
 from hpgr_plugin.hosts.research.pretrained import host_item_digest
 from hpgr_plugin.hosts.seams import host_has_seam
-from hpgr_plugin.pgsa.hooks import PreferenceGuidedSparseAttention, StochasticLength
-from hpgr_plugin.positions import TimeAwarePositionalEncoder
-from hpgr_plugin.sem import SessionEnhancementModule
+from hpgr_plugin.transfer.handoff import HandoffError, save_handoff
 
 pytestmark = pytest.mark.upstream
 
@@ -347,7 +347,7 @@ def test_groups_of_the_user_s_own_are_kept() -> None:
 def test_a_moved_host_is_named_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(encoder_utils, "sasrec_encoder")
     for name in [name for name in sys.modules if name.startswith("hpgr_plugin.hosts.research")]:
-        if name != "hpgr_plugin.hosts.research_contract":
+        if name != "hpgr_plugin.hosts.research_requirements":
             monkeypatch.delitem(sys.modules, name)
     with pytest.raises(HostContractError, match=r"encoder_utils\.sasrec_encoder: not there"):
         importlib.import_module("hpgr_plugin.hosts.research")

@@ -9,13 +9,13 @@ import torch
 from generative_recommenders.research.trainer import train as host_train
 from torch import Tensor, multiprocessing
 
-from hpgr_plugin.handoff import load_handoff
 from hpgr_plugin.hosts import research
 from hpgr_plugin.hosts.contract import host_version
 from hpgr_plugin.hosts.research.cpu import ranks_are_the_cpu
 from hpgr_plugin.hosts.research.launch import train_worker
 from hpgr_plugin.hosts.research.pretrain import histories_of_rows
 from hpgr_plugin.hosts.research.pretrained import host_item_digest
+from hpgr_plugin.transfer.handoff import load_handoff
 
 pytestmark = [
     pytest.mark.upstream,

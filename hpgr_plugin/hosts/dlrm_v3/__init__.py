@@ -14,14 +14,14 @@ with any .gin file, on CPU or CUDA.
 """
 
 from hpgr_plugin.hosts import contract
-from hpgr_plugin.hosts.dlrm_v3_contract import REQUIREMENTS
+from hpgr_plugin.hosts.dlrm_v3_requirements import REQUIREMENTS
 
 contract.require(__name__, REQUIREMENTS)
 
-from hpgr_plugin import positions, sem  # noqa: E402  # to register the slots' tenants with gin
+from hpgr_plugin.components import attention_hooks as hooks  # noqa: E402
+from hpgr_plugin.components import positions, sem  # noqa: E402  # to register the slots' tenants with gin
 from hpgr_plugin.hosts.dlrm_v3.attach import attach, detach, replaced_names  # noqa: E402
 from hpgr_plugin.hosts.dlrm_v3.model import DlrmHSTU  # noqa: E402
-from hpgr_plugin.pgsa import hooks  # noqa: E402
 
 __all__ = ["DlrmHSTU", "attach", "detach", "hooks", "positions", "replaced_names", "sem"]
 

@@ -10,9 +10,9 @@ from generative_recommenders.ops.hstu_compute import hstu_compute_output, hstu_c
 from torch import Tensor
 
 from hpgr_plugin.hosts.contract import accepts
-from hpgr_plugin.hosts.dlrm_v3.layout import SequenceLayout, candidate_weights
-from hpgr_plugin.jagged import dense_to_jagged, jagged_to_padded_dense
-from hpgr_plugin.pgsa.preferences import PreferencePlan
+from hpgr_plugin.ops.compact.parts import SequenceParts, candidate_weights
+from hpgr_plugin.ops.jagged import dense_to_jagged, jagged_to_padded_dense
+from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
 
 # Until 2026 the host had one flag for what goes into its output projection, since then three.
 _OUTPUT_FLAGS: dict[str, Any] = (
@@ -28,12 +28,12 @@ class CandidateRows:
     """Weights of the candidates' attention rows, over the columns of their own sequence.
 
     Args:
-        layout: of the sequences; in cached inference, of the full ones (cached and new).
+        parts: of the sequences; in cached inference, of the full ones (cached and new).
         plan: one row per candidate.
         before_activation: SiLU(M s) instead of SiLU(s) M.
     """
 
-    layout: SequenceLayout
+    parts: SequenceParts
     plan: PreferencePlan
     before_activation: bool = False
     _weights: Tensor | None = field(default=None, repr=False)
@@ -52,7 +52,7 @@ class CandidateRows:
             `[C, H, dv]`.
         """
         weights = self._mask(max_seq_len).unsqueeze(1)
-        offsets, candidates = self.layout.seq_offsets, self.layout.candidate_offsets
+        offsets, candidates = self.parts.seq_offsets, self.parts.candidate_offsets
         most = weights.shape[2]
         dense_q = jagged_to_padded_dense(q, candidates, most).transpose(1, 2)
         dense_k = jagged_to_padded_dense(k, offsets, max_seq_len).transpose(1, 2)
@@ -63,12 +63,12 @@ class CandidateRows:
         else:
             attention = F.silu(scores) * weights / max_seq_len
         dense = (attention.to(dense_v.dtype) @ dense_v).transpose(1, 2)
-        return dense_to_jagged(dense, candidates, self.layout.num_candidates)
+        return dense_to_jagged(dense, candidates, self.parts.num_candidates)
 
     def _mask(self, max_seq_len: int) -> Tensor:
         # The same for every layer of a step.
         if self._weights is None or self._weights.shape[2] != max_seq_len:
-            self._weights = candidate_weights(self.layout, self.plan, max_seq_len)
+            self._weights = candidate_weights(self.parts, self.plan, max_seq_len)
         return self._weights
 
 
@@ -101,8 +101,8 @@ class PreferenceSTULayer(STULayer):
     """
 
     step: StepAttention | None = None
-    # The scope of the hook that owns this layer: what cached inference may do.
-    scope: str | None = None
+    # The layout of the hook that owns this layer: what cached inference may do.
+    layout: str | None = None
 
     def forward(
         self,
@@ -158,7 +158,7 @@ class PreferenceSTULayer(STULayer):
         ).view(-1, self._num_heads, self._hidden_dim)
         candidates = self.step.candidates
         if candidates is not None:
-            rows = candidates.layout.candidate_rows()
+            rows = candidates.parts.candidate_rows()
             own = candidates.attend(
                 q.index_select(0, rows), k, v, max_seq_len=max_seq_len, alpha=self._attn_alpha
             )
@@ -175,16 +175,16 @@ class PreferenceSTULayer(STULayer):
         """Candidate rows over cached keys and values, weighted by the plan of the request.
 
         Raises:
-            RuntimeError: the hook has scope "sequence", or no plan was made for the request.
+            RuntimeError: the hook has layout "per_candidate", or no plan was made for the request.
         """
         self._refuse_sequence_scope()
-        if self.scope != "candidate":
+        if self.layout != "shared_history":
             return super().cached_forward(
                 delta_x, num_targets, max_kv_caching_len, kv_caching_lengths
             )
         if self.step is None or self.step.candidates is None:
             raise RuntimeError(
-                'cached_forward with an attention_hook of scope "candidate" needs a plan for '
+                'cached_forward with an attention_hook of layout "shared_history" needs a plan for '
                 "these candidates: call it inside `with model.cached_preferences(...)`"
             )
         u, q, k, v = self._project(delta_x)
@@ -209,11 +209,11 @@ class PreferenceSTULayer(STULayer):
         return self._output(attention, u, delta_x)
 
     def _refuse_sequence_scope(self) -> None:
-        if self.scope == "sequence":
+        if self.layout == "per_candidate":
             raise RuntimeError(
-                'no cached inference with an attention_hook of scope "sequence": there every '
+                'no cached inference with an attention_hook of layout "per_candidate": there every '
                 "candidate has its own history rows, so keys and values cannot be shared. Use "
-                'scope="candidate", or run without the cache'
+                'layout="shared_history", or run without the cache'
             )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

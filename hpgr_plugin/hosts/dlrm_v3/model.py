@@ -8,9 +8,9 @@ import gin
 from generative_recommenders.modules import dlrm_hstu as host
 from torch import Tensor, nn
 
-from hpgr_plugin.handoff import load_sem_state
+from hpgr_plugin.components.attention_hooks import AttentionHook, PreferenceGuidedSparseAttention
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
-from hpgr_plugin.hosts.dlrm_v3.layout import SequenceLayout, sequence_layout
 from hpgr_plugin.hosts.dlrm_v3.modules import (
     PreferenceTransducer,
     Request,
@@ -19,9 +19,9 @@ from hpgr_plugin.hosts.dlrm_v3.modules import (
 )
 from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained, mark_inherited
 from hpgr_plugin.hosts.seams import host_has_seam
-from hpgr_plugin.jagged import complete_cumsum
-from hpgr_plugin.pgsa.hooks import AttentionHook, PreferenceGuidedSparseAttention
-from hpgr_plugin.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.ops.compact.parts import SequenceParts, sequence_parts
+from hpgr_plugin.ops.jagged import complete_cumsum
+from hpgr_plugin.transfer.handoff import load_sem_state
 
 _HISTORY_IDS = "hpgr_history_ids"
 _CANDIDATE_IDS = "hpgr_candidate_ids"
@@ -145,19 +145,19 @@ class DlrmHSTU(host.DlrmHSTU):
             **ids: `history_ids` and `candidate_ids` for a hook with table="frozen".
 
         Raises:
-            RuntimeError: the hook's scope is not "candidate".
+            RuntimeError: the hook's layout is not "shared_history".
         """
         hook = self.attention_hook
-        if hook is None or hook.scope != "candidate":
-            scope = None if hook is None else hook.scope
+        if hook is None or hook.layout != "shared_history":
+            layout = None if hook is None else hook.layout
             raise RuntimeError(
-                'cached_preferences needs an attention_hook of scope "candidate", got '
-                f"{'no hook' if hook is None else f'scope {scope!r}'}"
+                'cached_preferences needs an attention_hook of layout "shared_history", got '
+                f"{'no hook' if hook is None else f'layout {layout!r}'}"
             )
         contextual_seq_len = self._hstu_transducer.contextual_seq_len
         if cached_lengths is None:
             cached_lengths = history_lengths + contextual_seq_len
-        layout = SequenceLayout(
+        parts = SequenceParts(
             seq_offsets=complete_cumsum((cached_lengths + num_candidates).long()),
             history_offsets=complete_cumsum(history_lengths.long()),
             candidate_offsets=complete_cumsum(num_candidates.long()),
@@ -168,14 +168,14 @@ class DlrmHSTU(host.DlrmHSTU):
         plan = hook.plan(
             history_embeddings=history_embeddings,
             candidate_embeddings=candidate_embeddings,
-            history_offsets=layout.history_offsets,
-            candidate_offsets=layout.candidate_offsets,
+            history_offsets=parts.history_offsets,
+            candidate_offsets=parts.candidate_offsets,
             history_timestamps=history_timestamps,
             candidate_timestamps=candidate_timestamps,
             **ids,
         )
         assert plan is not None
-        rows = CandidateRows(layout, plan, hook.apply_form == "pre")
+        rows = CandidateRows(parts, plan, hook.mask_position == "pre")
         with self._hstu_transducer.attending(StepAttention(candidates=rows)):
             yield
 
@@ -219,10 +219,10 @@ class DlrmHSTU(host.DlrmHSTU):
     ) -> Request:
         hook = self.attention_hook
         if hook is None:
-            return Request(plan=None, scope="candidate", hide_future=self._hide_future)
+            return Request(plan=None, layout="shared_history", hide_future=self._hide_future)
         config = self._hstu_configs
         items = seq_embeddings[config.uih_post_id_feature_name]
-        layout = sequence_layout(
+        parts = sequence_parts(
             complete_cumsum(items.lengths),
             num_candidates,
             contextual_len=0,
@@ -232,18 +232,18 @@ class DlrmHSTU(host.DlrmHSTU):
         times = payload_features[config.uih_action_time_feature_name]
         query_times = payload_features[config.candidates_querytime_feature_name]
         # Times hide the future from candidates; a plan of users may weigh by age with them.
-        has_times = self._hide_future or hook.scope == "user"
+        has_times = self._hide_future or hook.layout == "per_user"
         plan = hook.plan(
-            history_embeddings=embeddings[layout.history_rows()],
-            candidate_embeddings=embeddings[layout.candidate_rows()],
-            history_offsets=layout.history_offsets,
-            candidate_offsets=layout.candidate_offsets,
+            history_embeddings=embeddings[parts.history_rows()],
+            candidate_embeddings=embeddings[parts.candidate_rows()],
+            history_offsets=parts.history_offsets,
+            candidate_offsets=parts.candidate_offsets,
             history_timestamps=times if has_times else None,
             candidate_timestamps=query_times if has_times else None,
             history_ids=payload_features.get(_HISTORY_IDS),
             candidate_ids=payload_features.get(_CANDIDATE_IDS),
         )
-        return Request(plan, hook.scope, hook.apply_form == "pre", self._hide_future)
+        return Request(plan, hook.layout, hook.mask_position == "pre", self._hide_future)
 
     def _contextual_seq_len(self) -> int:
         """Tokens in front of every history."""
@@ -253,7 +253,7 @@ class DlrmHSTU(host.DlrmHSTU):
         self.attention_hook = hook
         for layer in self._hstu_transducer.modules():
             if hook is not None and isinstance(layer, PreferenceSTULayer):
-                layer.scope = hook.scope
+                layer.layout = hook.layout
 
     def _fill_positional_encoder(
         self, encoder: TimeAwarePositionalEncoder, is_inference: bool

@@ -11,18 +11,18 @@ from generative_recommenders.modules.hstu_transducer import HSTUTransducer
 from generative_recommenders.modules.preprocessors import InputPreprocessor
 from torch import Tensor, nn
 
+from hpgr_plugin.components.attention_hooks import Layout
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
-from hpgr_plugin.hosts.dlrm_v3.layout import (
+from hpgr_plugin.hosts.seams import host_has_seam
+from hpgr_plugin.ops.compact.parts import (
     CompactRows,
-    SequenceLayout,
+    SequenceParts,
     compact_rows,
-    sequence_layout,
+    sequence_parts,
     visible_plan,
 )
-from hpgr_plugin.hosts.seams import host_has_seam
-from hpgr_plugin.jagged import complete_cumsum
-from hpgr_plugin.pgsa.hooks import Scope
-from hpgr_plugin.pgsa.preferences import PreferencePlan
+from hpgr_plugin.ops.jagged import complete_cumsum
+from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
 
 
 class SessionPreprocessor(InputPreprocessor):
@@ -55,15 +55,15 @@ class SessionPreprocessor(InputPreprocessor):
         seq_payloads: dict[str, Tensor],
     ) -> Any:
         """See the host's preprocessors; sequences come in as `[history | candidates]`."""
-        layout = sequence_layout(
+        parts = sequence_parts(
             complete_cumsum(seq_lengths),
             num_targets,
             contextual_len=0,
             total_rows=len(seq_embeddings),
         )
-        rows = layout.history_rows()
+        rows = parts.history_rows()
         enhanced = self.sem(
-            seq_embeddings.index_select(0, rows), layout.history_offsets, seq_timestamps[rows]
+            seq_embeddings.index_select(0, rows), parts.history_offsets, seq_timestamps[rows]
         )
         return self._preprocessor(
             max_uih_len=max_uih_len,
@@ -114,20 +114,20 @@ class TimeAwareHSTUPositionalEncoder(HammerModule):
     ) -> Tensor:
         """`[L, D]` -> `[L, D]`; timestamps `[L]` in seconds, num_targets `[B]` candidates."""
         contextual_len, embedding_dim = self.contextual_weight.shape
-        layout = sequence_layout(
+        parts = sequence_parts(
             seq_offsets,
             torch.zeros_like(seq_lengths) if num_targets is None else num_targets,
             contextual_len=contextual_len,
             total_rows=len(seq_embeddings),
         )
         scaled = seq_embeddings * embedding_dim**0.5
-        history_rows, candidate_rows = layout.history_rows(), layout.candidate_rows()
+        history_rows, candidate_rows = parts.history_rows(), parts.candidate_rows()
         history, candidates = self.encoder(
             scaled.index_select(0, history_rows),
-            layout.history_offsets,
+            parts.history_offsets,
             seq_timestamps[history_rows],
             scaled.index_select(0, candidate_rows),
-            layout.candidate_offsets,
+            parts.candidate_offsets,
             seq_timestamps[candidate_rows],
         )
         encoded = scaled.index_copy(0, history_rows, history.to(scaled.dtype))
@@ -135,7 +135,7 @@ class TimeAwareHSTUPositionalEncoder(HammerModule):
         if contextual_len == 0:
             return encoded
         places = torch.arange(contextual_len, device=seq_offsets.device)
-        rows = (layout.seq_offsets[:-1].unsqueeze(1) + places).flatten()
+        rows = (parts.seq_offsets[:-1].unsqueeze(1) + places).flatten()
         added = self.contextual_weight.repeat(len(seq_lengths), 1)
         return encoded.index_add(0, rows, added.to(scaled.dtype))
 
@@ -144,15 +144,15 @@ class Request(NamedTuple):
     """What the attention of one forward pass should do.
 
     Attributes:
-        plan: rows are candidates (scope "sequence", "candidate") or users ("user"); None: all.
-        scope: of the plan.
+        plan: rows are candidates, or users (layout "per_user"); None: all.
+        layout: of the plan.
         before_activation: SiLU(M s) instead of SiLU(s) M.
         hide_future: without a plan of candidates, whether a candidate is kept from history
             tokens at or after its own time (a plan of candidates has that done already).
     """
 
     plan: PreferencePlan | None
-    scope: Scope
+    layout: Layout
     before_activation: bool = False
     hide_future: bool = True
 
@@ -160,10 +160,10 @@ class Request(NamedTuple):
 class PreferenceTransducer(HSTUTransducer):
     """The host's transducer, unless a `Request` is pending.
 
-    Preprocessing, positions and postprocessing are the host's. In between, scopes "sequence" and
-    "user" gather the planned rows into short sequences, run the host's layers on them and put the
-    candidates' rows back where the host expects them; scope "candidate" leaves the history rows
-    as they are and weighs the candidates' own.
+    Preprocessing, positions and postprocessing are the host's. In between, layouts
+    "per_candidate" and "per_user" gather the planned rows into short sequences, run the host's
+    layers on them and put the candidates' rows back where the host expects them; layout
+    "shared_history" leaves the history rows as they are and weighs the candidates' own.
     """
 
     contextual_seq_len: int = 0
@@ -204,15 +204,15 @@ class PreferenceTransducer(HSTUTransducer):
             return super()._hstu_compute(
                 max_seq_len, seq_lengths, seq_offsets, seq_timestamps, seq_embeddings, num_targets
             )
-        layout = sequence_layout(
+        parts = sequence_parts(
             seq_offsets,
             num_targets,
             contextual_len=self.contextual_seq_len,
             total_rows=len(seq_embeddings),
         )
-        plan, scope = self._request.plan, self._request.scope
-        if plan is None or scope == "candidate":
-            step = StepAttention(candidates=self._candidate_rows(layout, seq_timestamps, plan))
+        plan, layout = self._request.plan, self._request.layout
+        if plan is None or layout == "shared_history":
+            step = StepAttention(candidates=self._candidate_rows(parts, seq_timestamps, plan))
             with self.attending(step):
                 return super()._hstu_compute(
                     max_seq_len,
@@ -222,12 +222,12 @@ class PreferenceTransducer(HSTUTransducer):
                     seq_embeddings,
                     num_targets,
                 )
-        rows = compact_rows(layout, plan, per_user=scope == "user")
-        return self._compute_compact(layout, rows, max_seq_len, seq_timestamps, seq_embeddings)
+        rows = compact_rows(parts, plan, per_user=layout == "per_user")
+        return self._compute_compact(parts, rows, max_seq_len, seq_timestamps, seq_embeddings)
 
     def _compute_compact(
         self,
-        layout: SequenceLayout,
+        parts: SequenceParts,
         rows: CompactRows,
         max_seq_len: int,
         seq_timestamps: Tensor,
@@ -235,10 +235,10 @@ class PreferenceTransducer(HSTUTransducer):
     ) -> Tensor:
         assert self._request is not None
         offsets = complete_cumsum(rows.lengths)
-        short = sequence_layout(
+        short = sequence_parts(
             offsets,
             rows.num_targets,
-            contextual_len=layout.contextual_len,
+            contextual_len=parts.contextual_len,
             total_rows=rows.index.numel(),
         )
         # The host divides by the longest sequence: it must stay that of the full batch.
@@ -248,7 +248,7 @@ class PreferenceTransducer(HSTUTransducer):
             value_scale=torch.full_like(rows.weights, norm) if before else rows.weights * norm,
             key_scale=rows.weights if before else None,
             candidates=self._candidate_rows(short, seq_timestamps[rows.index], None)
-            if self._request.scope == "user"
+            if self._request.layout == "per_user"
             else None,
         )
         # Not index_select: embedding's backward adds up the many copies of a history row in
@@ -257,7 +257,7 @@ class PreferenceTransducer(HSTUTransducer):
         encoded = self._run_layers(step, rows, offsets, embeddings)
         candidates = encoded.index_select(0, short.candidate_rows())
         return torch.zeros_like(seq_embeddings, dtype=encoded.dtype).index_copy(
-            0, layout.candidate_rows(), candidates
+            0, parts.candidate_rows(), candidates
         )
 
     def _run_layers(
@@ -276,14 +276,14 @@ class PreferenceTransducer(HSTUTransducer):
             return self._stu_module(**arguments)
 
     def _candidate_rows(
-        self, layout: SequenceLayout, timestamps: Tensor, plan: PreferencePlan | None
+        self, parts: SequenceParts, timestamps: Tensor, plan: PreferencePlan | None
     ) -> CandidateRows | None:
         """Weights of the candidates' rows; without a plan, only what keeps the future out."""
         assert self._request is not None
         if plan is None and self._request.hide_future:
             plan = visible_plan(
-                timestamps[layout.history_rows()], timestamps[layout.candidate_rows()], layout
+                timestamps[parts.history_rows()], timestamps[parts.candidate_rows()], parts
             )
         if plan is None:
             return None
-        return CandidateRows(layout, plan, self._request.before_activation)
+        return CandidateRows(parts, plan, self._request.before_activation)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.handoff import Handoff, HandoffError, load_handoff, read_header
+from hpgr_plugin.transfer.handoff import Handoff, HandoffError, load_handoff, read_header
 
 # An attribute of the parameter: it stays where names change, and a patched host reads it too.
 _LR_SCALE = "lr_scale"

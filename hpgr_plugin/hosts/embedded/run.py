@@ -10,12 +10,12 @@ from typing import Any
 
 import gin
 
+from hpgr_plugin.config.scopes import check_scopes
 from hpgr_plugin.data.prepare import PreparedData, prepare_data
-from hpgr_plugin.hosts.embedded.ablation import run_ablation
-from hpgr_plugin.hosts.embedded.distributed import Process, process_group
-from hpgr_plugin.hosts.embedded.stages import evaluate, finetune, pretrain
-from hpgr_plugin.results import write_results
-from hpgr_plugin.scopes import check_scopes
+from hpgr_plugin.hosts.embedded.report.ablation import run_ablation
+from hpgr_plugin.hosts.embedded.report.results import write_results
+from hpgr_plugin.hosts.embedded.train.distributed import Process, process_group
+from hpgr_plugin.hosts.embedded.train.stages import evaluate, finetune, pretrain
 
 LOG = logging.getLogger(__name__)
 MODES = ("pretrain", "finetune", "evaluate", "ablation")

@@ -9,15 +9,15 @@ Importing this attaches the slots, or raises `HostContractError` with what the h
 """
 
 from hpgr_plugin.hosts.contract import require
-from hpgr_plugin.hosts.research_contract import REQUIREMENTS
+from hpgr_plugin.hosts.research_requirements import REQUIREMENTS
 
 require("hpgr_plugin.hosts.research", REQUIREMENTS)
 
-from hpgr_plugin import mim  # noqa: E402, F401  (registers MaskedItemModel with gin)
-from hpgr_plugin.hosts.research.attachment import attach, attached, detach, replaced_names  # noqa: E402
-from hpgr_plugin.hosts.research.preprocessor import HierarchicalInputPreprocessor  # noqa: E402
+from hpgr_plugin.components import mim  # noqa: E402, F401  (registers MaskedItemModel with gin)
+from hpgr_plugin.hosts.research.attach import attach, attached, detach, replaced_names  # noqa: E402
+from hpgr_plugin.hosts.research.model import fill_slots  # noqa: E402
+from hpgr_plugin.hosts.research.modules import HierarchicalInputPreprocessor  # noqa: E402
 from hpgr_plugin.hosts.research.pretrain import pretrain  # noqa: E402
-from hpgr_plugin.hosts.research.slots import fill_slots  # noqa: E402
 
 __all__ = [
     "REQUIREMENTS",

@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from hpgr_plugin.optim import parameter_groups
+from hpgr_plugin.transfer.learning_rates import parameter_groups
 
 LR_SCALE = "lr_scale"
 _RATIO = "_hpgr_research_lr_ratio"

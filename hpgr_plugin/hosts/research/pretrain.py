@@ -11,10 +11,10 @@ from generative_recommenders.research.data.reco_dataset import get_reco_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hpgr_plugin.handoff import save_handoff
+from hpgr_plugin.components.mim import MaskedItemModel
 from hpgr_plugin.hosts.research.pretrained import host_item_digest
-from hpgr_plugin.jagged import complete_cumsum
-from hpgr_plugin.mim import MaskedItemModel
+from hpgr_plugin.ops.jagged import complete_cumsum
+from hpgr_plugin.transfer.handoff import save_handoff
 
 logger = logging.getLogger(__name__)
 

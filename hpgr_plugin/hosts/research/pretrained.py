@@ -7,9 +7,9 @@ import hashlib
 import torch
 from torch import nn
 
-from hpgr_plugin.handoff import Handoff, load_handoff, load_sem_state
+from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.hosts.research.learning_rates import mark_inherited
-from hpgr_plugin.sem import SessionEnhancementModule
+from hpgr_plugin.transfer.handoff import Handoff, load_handoff, load_sem_state
 
 
 def host_item_digest(num_items: int) -> str:

@@ -1,0 +1,213 @@
+"""A stack of HSTU layers read by its candidates alone, dense or over what PGSA keeps.
+
+Nothing here waits for the device: lengths are bounds, and what a selection does not use of its
+room is rows of zeros that no sequence owns. So a step of one shape can be captured as a graph
+(`graphed`), which is what small batches need: their launches take longer than their work.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpgr_plugin.ops.compact.triton import gather_rows
+from hpgr_plugin.ops.hstu_attention.triton import Shape
+from hpgr_plugin.ops.hstu_layer.triton import (
+    LayerWeights,
+    candidate_layer,
+    hstu_last_layer,
+    hstu_layer,
+)
+from hpgr_plugin.ops.preference_plan.triton import Selection
+
+
+class HSTUStack(nn.Module):
+    """Layers in the host's layout; activations have the dtype of the parameters.
+
+    Args:
+        embedding_dim: D.
+        num_layers: L.
+        num_heads: H.
+        head_dim: size of a head of q, k, v and u.
+        norm_length: n of 1 / n, the longest full sequence.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        norm_length: int,
+    ) -> None:
+        super().__init__()
+        hidden = num_heads * head_dim
+        self.embedding_dim = embedding_dim
+        self.num_heads, self.norm_length = num_heads, float(norm_length)
+        self.alpha = head_dim**-0.5
+        self.layers = nn.ModuleList()
+        for _ in range(num_layers):
+            layer = nn.ParameterDict(
+                {
+                    "norm_weight": torch.ones(embedding_dim),
+                    "norm_bias": torch.zeros(embedding_dim),
+                    "projection_weight": nn.init.xavier_uniform_(
+                        torch.empty(embedding_dim, 4 * hidden)
+                    ),
+                    "projection_bias": torch.zeros(4 * hidden),
+                    "output_norm_weight": torch.ones(hidden),
+                    "output_norm_bias": torch.zeros(hidden),
+                    "output_weight": nn.init.xavier_uniform_(
+                        torch.empty(3 * hidden, embedding_dim)
+                    ),
+                }
+            )
+            self.layers.append(layer)
+
+    def forward(
+        self,
+        rows: Tensor,
+        column_weights: Tensor | None,
+        offsets: Tensor,
+        *,
+        max_length: int,
+        exact: bool,
+    ) -> Tensor:
+        """Sequences `[R, D]`, each ending in its one candidate, to candidates `[C, D]`.
+
+        Args:
+            column_weights: `[R]` float32, or None for a dense stack.
+            offsets: `[C + 1]`.
+            max_length: an upper bound of the lengths.
+            exact: the last sequence ends where the rows end.
+        """
+        shape = self._shape(offsets, column_weights, max_length, exact)
+        *inner, last = self._weights()
+        for weights in inner:
+            rows = hstu_layer(rows, weights, shape, num_heads=self.num_heads)
+        one_each = torch.arange(len(offsets), device=offsets.device)
+        asking = shape._replace(query_offsets=one_each, max_query_length=1)
+        return hstu_last_layer(rows, offsets[1:] - 1, last, asking, num_heads=self.num_heads)
+
+    def all_rows(self, rows: Tensor, offsets: Tensor, *, max_length: int) -> Tensor:
+        """The plain dense stack: `[T, D]` to `[T, D]`."""
+        shape = self._shape(offsets, None, max_length, True)
+        for weights in self._weights():
+            rows = hstu_layer(rows, weights, shape, num_heads=self.num_heads)
+        return rows
+
+    def sequence_scope(
+        self,
+        history: Tensor,
+        candidates: Tensor,
+        selection: Selection,
+        *,
+        exact: bool,
+        disjoint: bool = False,
+    ) -> Tensor:
+        """Candidates `[C, D]` over what was selected for each.
+
+        Args:
+            history: `[T, D]`, encoded.
+            candidates: `[C, D]`, encoded.
+            selection: made with its candidates.
+            exact: wait for the number of kept rows instead of computing on all the room.
+            disjoint: one candidate a user, so no history row is selected twice.
+        """
+        num_rows = len(selection.index)
+        if exact:
+            num_rows = int(selection.offsets[-1])
+        rows = gather_rows(history, candidates, selection, num_rows, disjoint=disjoint)
+        weights = selection.weights[:num_rows]
+        return self(rows, weights, selection.offsets, max_length=selection.max_length, exact=exact)
+
+    def candidate_scope(
+        self,
+        history: Tensor,
+        candidates: Tensor,
+        history_offsets: Tensor,
+        candidate_offsets: Tensor,
+        weight_matrix: Tensor,
+        *,
+        max_candidates: int,
+    ) -> Tensor:
+        """Candidates `[C, D]` over a dense history that all of a user's share.
+
+        Args:
+            weight_matrix: M `[C, max_history]`.
+        """
+        shape = self._shape(history_offsets, None, weight_matrix.shape[1], True)
+        reading = shape._replace(
+            query_offsets=candidate_offsets,
+            matrix=weight_matrix,
+            max_query_length=max_candidates,
+            cross=True,
+        )
+        layers = self._weights()
+        for place, weights in enumerate(layers):
+            history, candidates = candidate_layer(
+                history,
+                candidates,
+                weights,
+                shape,
+                reading,
+                num_heads=self.num_heads,
+                last=place == len(layers) - 1,
+            )
+        return candidates
+
+    def _shape(
+        self, offsets: Tensor, column_weights: Tensor | None, max_length: int, exact: bool
+    ) -> Shape:
+        return Shape(
+            offsets=offsets,
+            query_offsets=None,
+            column_weights=column_weights,
+            num_targets=None,
+            max_length=max_length,
+            max_query_length=max_length,
+            alpha=self.alpha,
+            norm_length=self.norm_length,
+            exact=exact,
+        )
+
+    def _weights(self) -> list[LayerWeights]:
+        return [LayerWeights(**dict(layer.named_parameters())) for layer in self.layers]
+
+
+class _FixedShape(nn.Module):
+    def __init__(self, stack: HSTUStack, max_length: int) -> None:
+        super().__init__()
+        self.stack, self.max_length = stack, max_length
+
+    def forward(self, rows: Tensor, column_weights: Tensor, offsets: Tensor) -> Tensor:
+        output: Tensor = self.stack(
+            rows, column_weights, offsets, max_length=self.max_length, exact=False
+        )
+        return output
+
+
+def graphed(stack: HSTUStack, num_rows: int, num_candidates: int, max_length: int) -> Any:
+    """`stack(rows, column_weights, offsets)` captured, forward and backward, for one shape.
+
+    Args:
+        num_rows: R of the rows it will be called with, padded with zero rows.
+        num_candidates: C.
+        max_length: an upper bound of the lengths.
+
+    Returns:
+        A callable `(rows [R, D], column_weights [R], offsets [C + 1]) -> [C, D]`.
+    """
+    parameter = next(stack.parameters())
+    device = parameter.device
+    rows = torch.randn(
+        num_rows, stack.embedding_dim, dtype=parameter.dtype, device=device, requires_grad=True
+    )
+    column_weights = torch.ones(num_rows, device=device)
+    offsets = torch.arange(num_candidates + 1, device=device) * min(
+        max_length, num_rows // max(1, num_candidates)
+    )
+    return torch.cuda.make_graphed_callables(
+        _FixedShape(stack, max_length), (rows, column_weights, offsets)
+    )

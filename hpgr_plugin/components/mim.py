@@ -1,0 +1,316 @@
+"""Masked item modelling, Eq. 3: the pre-training of stage 1."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import gin
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.components.sessions import Sessions, partition_sessions
+from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder, segment_layout
+from hpgr_plugin.ops.item_softmax.torch import MeanLoss, mean_cross_entropy, sampled_cross_entropy
+from hpgr_plugin.ops.jagged import segment_ids, segment_positions
+
+Masking = Literal["item", "session", "mixed"]
+
+
+class MaskedItemOutput(NamedTuple):
+    """What one batch of masked item modelling gives.
+
+    Attributes:
+        loss: scalar, mean over the masked items; zero when there are none.
+        num_masked: how many items were masked, so scored.
+        accuracy: scalar without gradient, the share of them whose item scored highest (among the
+            sampled items, where the softmax is sampled).
+    """
+
+    loss: Tensor
+    num_masked: int
+    accuracy: Tensor
+
+
+class Corruption(NamedTuple):
+    """A history with some items masked.
+
+    Attributes:
+        items: int64 `[T]`, masked items partly replaced by random ones.
+        masked: bool `[T]`, the items to predict.
+        hidden: bool `[T]`, those of them that the mask vector stands for.
+    """
+
+    items: Tensor
+    masked: Tensor
+    hidden: Tensor
+
+
+def choose_masked(
+    offsets: Tensor,
+    sessions: Sessions,
+    *,
+    mask_ratio: float,
+    masking: Masking,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Choose the items to predict, bool `[T]`.
+
+    A user of n items has a budget of `mask_ratio * n`, rounded at random, at least 1 and at most
+    n - 1; a user with a single item is left whole and takes no part in the loss.
+
+    Args:
+        offsets: `[B + 1]`.
+        sessions: of the same histories.
+        mask_ratio: in (0, 1).
+        masking: "item", independent items, as many as the budget; "session", whole sessions in
+            random order, as many as come nearest the budget, and where the first one drawn is over
+            twice the budget, that many items inside it; "mixed", one of the two for each user.
+        generator: of any device.
+    """
+    total = sessions.session_index.numel()
+    offsets = offsets.long()
+    device = offsets.device
+    lengths = offsets.diff()
+    user = segment_ids(offsets, total)
+    session_user = segment_ids(sessions.user_offsets, sessions.session_offsets.numel() - 1)
+    budget = (mask_ratio * lengths + _rand(lengths.numel(), device, generator)).long()
+    budget = torch.minimum(budget.clamp(min=1), (lengths - 1).clamp(min=0))
+    by_session = torch.full_like(budget, masking == "session", dtype=torch.bool)
+    if masking == "mixed":
+        by_session = _rand(lengths.numel(), device, generator) < 0.5
+
+    # Sessions in random order inside each user, and the user's tokens that come before each.
+    drawn = (session_user + _rand(session_user.numel(), device, generator)).argsort()
+    size = sessions.session_offsets.diff()[drawn]
+    drawn_user = session_user[drawn]
+    before = size.cumsum(0) - size - offsets[drawn_user]
+    whole = (before + size / 2 <= budget[drawn_user]) & (before + size < lengths[drawn_user])
+    whole &= by_session[drawn_user]
+    masked = torch.empty_like(whole).index_copy(0, drawn, whole)[sessions.session_index]
+    drawn_first = torch.empty_like(whole).index_copy(0, drawn, before == 0)[sessions.session_index]
+
+    # Who got no whole session: the first items in random order, those of the first session ahead.
+    has_whole = torch.zeros_like(by_session)
+    has_whole[drawn_user[whole]] = True
+    later = by_session[user] & ~drawn_first
+    tokens = (2 * user + later + _rand(total, device, generator)).argsort()
+    rank = torch.arange(total, device=device) - offsets[user]
+    single = (rank < budget[user]) & ~has_whole[user]  # `user` stays as it is under this sort
+    return masked | torch.empty_like(single).index_copy(0, tokens, single)
+
+
+@gin.configurable(module="hpgr")
+class MaskedItemModel(nn.Module):
+    """A bidirectional encoder that predicts masked items, with a softmax tied to the item table.
+
+    Eq. 3: `L = - sum_{i masked} log P(h_i | unmasked)`, here as a mean. What stage 2 inherits is
+    `item_table` and `sem`.
+
+    Of the masked items 80% are replaced by a learned mask vector (kept beside the item table,
+    whose rows are the items alone), 10% by a random item, 10% stay.
+
+    Args:
+        num_items: V, 2 or more.
+        embedding_dim: D, a multiple of `num_heads`.
+        num_heads, num_layers, dropout: of the encoder.
+        max_sequence_length: the longest history, in items.
+        sem: session enhancement of the same `embedding_dim`, or None.
+        mask_before_sem: True masks the input of SEM. False is the order of the paper's figure: SEM
+            then sees the items to be predicted, and its context gives them away.
+        mask_ratio, masking: see `choose_masked`.
+        mask_vector_share, random_item_share: of the masked items; the rest stay.
+        gap_seconds: of the sessions to mask, seconds; None takes SEM's, or 1800 without SEM.
+        output_bias: a learned bias for each item in the softmax.
+        full_softmax_max_items: up to so many items the softmax is over all of them; beyond, it is
+            sampled with log-Q correction.
+        num_sampled: negatives of a sampled softmax, shared by the batch.
+        item_counts: `[V]`, how often each item occurs: negatives are then drawn in proportion to
+            count + 1, and uniformly without.
+
+    Raises:
+        ValueError: an argument out of its range, or a SEM of another size.
+    """
+
+    log_proposal: Tensor
+    cumulative_proposal: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_items: int,
+        embedding_dim: int,
+        num_heads: int = 4,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        max_sequence_length: int = 512,
+        sem: SessionEnhancementModule | None = None,
+        mask_before_sem: bool = True,
+        mask_ratio: float = 0.2,
+        masking: Masking = "mixed",
+        mask_vector_share: float = 0.8,
+        random_item_share: float = 0.1,
+        gap_seconds: int | None = None,
+        output_bias: bool = False,
+        full_softmax_max_items: int = 200_000,
+        num_sampled: int = 8192,
+        item_counts: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if num_items < 2:
+            raise ValueError(f"num_items must be 2 or more, got {num_items}")
+        if max_sequence_length < 1:
+            raise ValueError(f"max_sequence_length must be 1 or more, got {max_sequence_length}")
+        if num_sampled < 1:
+            raise ValueError(f"num_sampled must be 1 or more, got {num_sampled}")
+        if not 0.0 < mask_ratio < 1.0:
+            raise ValueError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")
+        if masking not in ("item", "session", "mixed"):
+            raise ValueError(f'masking must be "item", "session" or "mixed", got {masking!r}')
+        shares = (mask_vector_share, random_item_share)
+        if min(shares) < 0.0 or sum(shares) > 1.0 + 1e-9:
+            raise ValueError(
+                "mask_vector_share and random_item_share must be 0 or more and at most 1 "
+                f"together, got {mask_vector_share} and {random_item_share}"
+            )
+        if sem is not None and sem.embedding_dim != embedding_dim:
+            raise ValueError(
+                f"sem must have embedding_dim {embedding_dim}, got {sem.embedding_dim}"
+            )
+        if item_counts is not None and item_counts.shape != (num_items,):
+            raise ValueError(f"item_counts must be [{num_items}], got {list(item_counts.shape)}")
+        self.num_items = num_items
+        self.max_sequence_length = max_sequence_length
+        self.mask_before_sem = mask_before_sem
+        self.mask_ratio = mask_ratio
+        self.masking: Masking = masking
+        self.mask_vector_share = mask_vector_share
+        self.random_item_share = random_item_share
+        sem_gap = 1800 if sem is None else sem.gap_seconds
+        self.gap_seconds = sem_gap if gap_seconds is None else gap_seconds
+        self.num_sampled = num_sampled if num_items > full_softmax_max_items else None
+
+        self.item_table = nn.Embedding(num_items, embedding_dim)
+        self.mask_vector = nn.Parameter(torch.empty(embedding_dim))
+        self.position = nn.Parameter(torch.empty(max_sequence_length, embedding_dim))
+        for weight in (self.item_table.weight, self.mask_vector, self.position):
+            nn.init.normal_(weight, std=INIT_STD)
+        self.sem = sem
+        self.encoder = JaggedEncoder(
+            embedding_dim=embedding_dim,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            dropout=dropout,
+            final_norm=True,
+        )
+        self.output_bias = nn.Parameter(torch.zeros(num_items)) if output_bias else None
+        if self.num_sampled is not None:
+            counts = torch.zeros(num_items) if item_counts is None else item_counts
+            proposal = (counts.double() + 1.0) / (counts.double() + 1.0).sum()
+            self.register_buffer("log_proposal", proposal.log(), persistent=False)
+            self.register_buffer("cumulative_proposal", proposal.cumsum(0), persistent=False)
+
+    def forward(
+        self,
+        items: Tensor,
+        offsets: Tensor,
+        timestamps: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> MaskedItemOutput:
+        """Mask, encode and score B histories.
+
+        Args:
+            items: int64 `[T]`, in `[0, V)`, in order of time inside every user.
+            offsets: `[B + 1]`; a user may have no items.
+            timestamps: int64 `[T]`, seconds.
+            generator: of all randomness but dropout; the same state gives the same masks.
+
+        Raises:
+            ValueError: a history longer than `max_sequence_length`, or from `partition_sessions`.
+        """
+        corruption = self.corrupt(items, offsets, timestamps, generator=generator)
+        places = corruption.masked.nonzero().squeeze(1)
+        encoded = self.encode(items, corruption, offsets, timestamps, read=places)
+        scored = self._score(encoded, items[places], generator)
+        return MaskedItemOutput(
+            loss=scored.loss,
+            num_masked=places.numel(),
+            accuracy=scored.hits / max(1, places.numel()),
+        )
+
+    @torch.no_grad()
+    def corrupt(
+        self,
+        items: Tensor,
+        offsets: Tensor,
+        timestamps: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Corruption:
+        """Choose the items to predict and what stands in their place."""
+        masked = choose_masked(
+            offsets,
+            partition_sessions(timestamps, offsets, self.gap_seconds),
+            mask_ratio=self.mask_ratio,
+            masking=self.masking,
+            generator=generator,
+        )
+        draw = _rand(items.numel(), items.device, generator)
+        hidden = masked & (draw < self.mask_vector_share)
+        replaced = masked & ~hidden & (draw < self.mask_vector_share + self.random_item_share)
+        random_items = (_rand(items.numel(), items.device, generator) * self.num_items).long()
+        return Corruption(torch.where(replaced, random_items, items), masked, hidden)
+
+    def encode(
+        self,
+        items: Tensor,
+        corruption: Corruption,
+        offsets: Tensor,
+        timestamps: Tensor,
+        *,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """The encoder's output for every token `[T, D]`, or for the tokens `read` `[R]` alone."""
+        lengths = offsets.diff()
+        if (lengths > self.max_sequence_length).any():
+            row = int(lengths.argmax())
+            raise ValueError(
+                f"a history must have at most max_sequence_length = {self.max_sequence_length} "
+                f"items, user row {row} has {int(lengths[row])}"
+            )
+        if self.mask_before_sem:
+            x = self._hide(self.item_table(corruption.items), corruption)
+            x = x if self.sem is None else self.sem(x, offsets, timestamps)
+        else:
+            x = self.item_table(items)
+            x = x if self.sem is None else self.sem(x, offsets, timestamps)
+            replaced = (corruption.items != items).unsqueeze(1)
+            x = torch.where(replaced, self.item_table(corruption.items), x)
+            x = self._hide(x, corruption)
+        total = items.numel()
+        from_end = lengths[segment_ids(offsets, total)] - 1 - segment_positions(offsets, total)
+        x = x + F.embedding(from_end, self.position)
+        encoded: Tensor = self.encoder(x, segment_layout(offsets), read)
+        return encoded
+
+    def _hide(self, x: Tensor, corruption: Corruption) -> Tensor:
+        return torch.where(corruption.hidden.unsqueeze(1), self.mask_vector, x)
+
+    def _score(
+        self, hidden: Tensor, targets: Tensor, generator: torch.Generator | None
+    ) -> MeanLoss:
+        table, bias = self.item_table.weight, self.output_bias
+        if self.num_sampled is None:
+            return mean_cross_entropy(hidden, table, targets, bias)
+        draw = _rand(self.num_sampled, hidden.device, generator)
+        negatives = torch.searchsorted(self.cumulative_proposal, draw).clamp(max=self.num_items - 1)
+        scored = sampled_cross_entropy(hidden, table, targets, negatives, self.log_proposal, bias)
+        return MeanLoss(scored.losses.sum() / max(1, len(targets)), scored.hits.sum())
+
+
+def _rand(size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Uniform float64 `[size]`, drawn where the generator lives."""
+    where = device if generator is None else generator.device
+    return torch.rand(size, dtype=torch.float64, device=where, generator=generator).to(device)

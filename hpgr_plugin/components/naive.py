@@ -1,0 +1,45 @@
+"""Small components as loops that read like the formulas: the reference for their tests."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def time_aware_index(
+    history_timestamps: Tensor,
+    history_offsets: Tensor,
+    candidate_timestamps: Tensor,
+    candidate_offsets: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 4: each candidate inserted alone into its user's history, numbered 1..N+1.
+
+    Returns:
+        `history_index [sum over candidates of N_b]` and `candidate_index [C]`, int64.
+    """
+    history_index: list[int] = []
+    candidate_index: list[int] = []
+    for b in range(len(history_offsets) - 1):
+        times = history_timestamps[int(history_offsets[b]) : int(history_offsets[b + 1])].tolist()
+        for c in range(int(candidate_offsets[b]), int(candidate_offsets[b + 1])):
+            place = 1 + sum(time < int(candidate_timestamps[c]) for time in times)
+            numbers = [number for number in range(1, len(times) + 2) if number != place]
+            history_index += numbers
+            candidate_index.append(place)
+    return (
+        torch.tensor(history_index, dtype=torch.int64),
+        torch.tensor(candidate_index, dtype=torch.int64),
+    )
+
+
+def stochastic_length(length: int, max_history: int, alpha: float) -> tuple[int, float]:
+    """HSTU's Eq. 4: how many items a shortened history keeps, and how often it stays whole.
+
+    Returns:
+        `(kept, probability)`: a history longer than kept = floor(N_c^(alpha / 2)) stays whole
+        with probability min(1, N_c^alpha / n^2); a history up to that length always does.
+    """
+    kept = math.floor(round(max_history ** (alpha / 2.0), 9))  # 64^(2/3) is 15.999... in floats
+    if length <= kept:
+        return kept, 1.0
+    return kept, min(1.0, max_history**alpha / length**2)

@@ -1,0 +1,194 @@
+"""Index arithmetic between the host's sequences and the rows of a plan. No host code in here.
+
+The host lays one sequence out per user, `[contextual | history | candidates]`, the contextual
+prefix being equally long for everybody. All functions speak in rows of that flat tensor.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids, segment_positions
+from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+
+
+class SequenceParts(NamedTuple):
+    """Where the parts of B sequences `[contextual | history | candidates]` lie.
+
+    Attributes:
+        seq_offsets: `[B + 1]` of the sequences.
+        history_offsets: `[B + 1]` of the histories alone.
+        candidate_offsets: `[B + 1]` of the candidates alone.
+        contextual_len: tokens in front of every history.
+        num_history, num_candidates: totals T and C.
+    """
+
+    seq_offsets: Tensor
+    history_offsets: Tensor
+    candidate_offsets: Tensor
+    contextual_len: int
+    num_history: int
+    num_candidates: int
+
+    def history_rows(self) -> Tensor:
+        """Sequence row of every history token, `[T]` int64."""
+        return ranges(self.seq_offsets[:-1] + self.contextual_len, self.history_offsets.diff())
+
+    def candidate_rows(self) -> Tensor:
+        """Sequence row of every candidate, `[C]` int64."""
+        return ranges(self._candidate_starts(), self.candidate_offsets.diff())
+
+    def candidate_users(self) -> Tensor:
+        """The user of every candidate, `[C]` int64."""
+        return segment_ids(self.candidate_offsets, self.num_candidates)
+
+    def candidate_columns(self) -> Tensor:
+        """The place of every candidate inside its own sequence, `[C]` int64."""
+        users = self.candidate_users()
+        return self.candidate_rows() - self.seq_offsets.long()[users]
+
+    def _candidate_starts(self) -> Tensor:
+        return self.seq_offsets[1:] - self.candidate_offsets.diff()
+
+
+def sequence_parts(
+    seq_offsets: Tensor, num_targets: Tensor, *, contextual_len: int, total_rows: int
+) -> SequenceParts:
+    """The parts of host sequences, no wait for the device beyond one total.
+
+    Args:
+        seq_offsets: `[B + 1]`.
+        num_targets: `[B]` candidates at the end of each sequence.
+        contextual_len: tokens at the front of each sequence.
+        total_rows: rows of the flat tensor.
+    """
+    candidate_offsets = complete_cumsum(num_targets.long())
+    num_candidates = int(candidate_offsets[-1].item())
+    history_lengths = seq_offsets.diff() - num_targets - contextual_len
+    num_users = num_targets.numel()
+    return SequenceParts(
+        seq_offsets=seq_offsets.long(),
+        history_offsets=complete_cumsum(history_lengths.long()),
+        candidate_offsets=candidate_offsets,
+        contextual_len=contextual_len,
+        num_history=total_rows - num_candidates - contextual_len * num_users,
+        num_candidates=num_candidates,
+    )
+
+
+class CompactRows(NamedTuple):
+    """Short sequences gathered out of the host's, one for each row of a plan.
+
+    Attributes:
+        index: `[L']` int64, the host row that each short row is a copy of.
+        weights: `[L']` M_j of each short row; contextual tokens and candidates have 1.
+        lengths: `[R]` of the short sequences.
+        num_targets: `[R]` candidates at the end of each.
+        max_len: the longest of them.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a tuple has an index method too
+    weights: Tensor
+    lengths: Tensor
+    num_targets: Tensor
+    max_len: int
+
+
+def compact_rows(parts: SequenceParts, plan: PreferencePlan, *, per_user: bool) -> CompactRows:
+    """One sequence `[contextual | planned history | candidates]` for each row of the plan.
+
+    Args:
+        parts: of the host's sequences.
+        plan: rows are candidates, or users if `per_user`.
+        per_user: whether all candidates of a user share one short sequence.
+    """
+    device = parts.seq_offsets.device
+    if per_user:
+        users = torch.arange(parts.seq_offsets.numel() - 1, device=device)
+        targets = parts.candidate_offsets.diff()
+        target_starts = parts.seq_offsets[1:] - targets
+    else:
+        users = parts.candidate_users()
+        targets = torch.ones_like(users)
+        target_starts = parts.candidate_rows()
+    kept = plan.offsets.diff()
+    lengths = kept + parts.contextual_len + targets
+    offsets = complete_cumsum(lengths)
+
+    contextual = torch.full_like(lengths, parts.contextual_len)
+    sources = torch.cat(
+        [
+            ranges(parts.seq_offsets[users], contextual),
+            parts.history_rows()[plan.index],
+            ranges(target_starts, targets),
+        ]
+    )
+    places = torch.cat(
+        [
+            ranges(offsets[:-1], contextual),
+            ranges(offsets[:-1] + parts.contextual_len, kept),
+            ranges(offsets[1:] - targets, targets),
+        ]
+    )
+    num_contextual = parts.contextual_len * users.numel()
+    weights = plan.weights.new_ones(sources.numel())
+    weights[num_contextual : num_contextual + plan.weights.numel()] = plan.weights
+    return CompactRows(
+        index=torch.empty_like(sources).index_copy_(0, places, sources),
+        weights=torch.empty_like(weights).index_copy_(0, places, weights),
+        lengths=lengths,
+        num_targets=targets,
+        max_len=int(lengths.max().item()) if lengths.numel() else 1,
+    )
+
+
+def visible_plan(
+    history_timestamps: Tensor, candidate_timestamps: Tensor, parts: SequenceParts
+) -> PreferencePlan | None:
+    """Every history token before each candidate, with weight 1.
+
+    Args:
+        history_timestamps: `[T]`.
+        candidate_timestamps: `[C]`.
+        parts: of the sequences they come from.
+
+    Returns:
+        One row per candidate, or None if no candidate has a token at or after its own time.
+    """
+    users = parts.candidate_users()
+    lengths = parts.history_offsets.diff()[users]
+    index = ranges(parts.history_offsets[:-1][users], lengths)
+    rows = segment_ids(complete_cumsum(lengths), index.numel())
+    visible = history_timestamps[index] < candidate_timestamps[rows]
+    if bool(visible.all()):
+        return None
+    index, rows = index[visible], rows[visible]
+    counts = torch.bincount(rows, minlength=parts.num_candidates)
+    weights = torch.ones(index.numel(), device=index.device)
+    return PreferencePlan(index, weights, complete_cumsum(counts))
+
+
+def candidate_weights(parts: SequenceParts, plan: PreferencePlan, max_len: int) -> Tensor:
+    """The rows of the attention mask that belong to candidates, `[B, c, max_len]`.
+
+    The contextual prefix and the candidate's own column weigh 1, planned history tokens M_j, all
+    other columns (dropped history, other candidates) 0. c is the largest number of candidates.
+
+    Args:
+        parts: of the sequences.
+        plan: one row per candidate.
+        max_len: columns, the longest sequence.
+    """
+    users = parts.candidate_users()
+    places = segment_positions(parts.candidate_offsets, parts.num_candidates)
+    num_users = parts.seq_offsets.numel() - 1
+    most = int(parts.candidate_offsets.diff().max().item()) if num_users else 0
+    weights = plan.weights.new_zeros(num_users, most, max_len)
+    weights[:, :, : parts.contextual_len] = 1.0
+    rows = segment_ids(plan.offsets, plan.index.numel())
+    starts = parts.history_offsets[:-1][users]
+    columns = plan.index - starts[rows] + parts.contextual_len
+    weights[users[rows], places[rows], columns] = plan.weights
+    weights[users, places, parts.candidate_columns()] = 1.0
+    return weights

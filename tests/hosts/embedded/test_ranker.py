@@ -1,0 +1,281 @@
+"""The embedded host's ranker: who sees whom, both PGSA scopes, slots."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hpgr_plugin.components.attention_hooks import (
+    AttentionHook,
+    PreferenceGuidedSparseAttention,
+    StochasticLength,
+)
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.data.batch import Batch
+from hpgr_plugin.hosts.embedded.model.bias import RelativeBias, _TableLookup
+from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker, SlotError
+from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+
+NUM_ITEMS, NUM_ACTIONS, MAX_HISTORY = 40, 5, 16
+
+
+def make_batch(
+    histories: list[int], candidates: list[int], *, seed: int = 0, features: bool = False
+) -> Batch:
+    """Random requests with ties in time; candidates lie among the last history items."""
+    rng = torch.Generator().manual_seed(seed)
+    times, candidate_times = [], []
+    for length, count in zip(histories, candidates, strict=True):
+        history = torch.randint(0, 4000, (length,), generator=rng).sort().values * 3
+        times.append(history)
+        start = int(history[length // 2]) if length else 0
+        candidate_times.append(
+            start + torch.randint(0, 9000, (count,), generator=rng).sort().values
+        )
+    total, wanted = sum(histories), sum(candidates)
+    users = torch.arange(len(histories))
+    return Batch(
+        history_items=torch.randint(0, NUM_ITEMS, (total,), generator=rng),
+        history_timestamps=torch.cat(times),
+        history_actions=torch.randint(0, NUM_ACTIONS, (total,), generator=rng),
+        history_offsets=torch.tensor([0, *histories]).cumsum(0),
+        candidate_items=torch.randint(0, NUM_ITEMS, (wanted,), generator=rng),
+        candidate_timestamps=torch.cat(candidate_times),
+        candidate_labels=torch.randint(0, 2, (wanted,), generator=rng).float(),
+        candidate_offsets=torch.tensor([0, *candidates]).cumsum(0),
+        users=users,
+        user_features={"age": users % 3, "job": users % 2} if features else {},
+    )
+
+
+def make_model(**overrides: object) -> HSTURanker:
+    torch.manual_seed(0)
+    settings: dict = {
+        "num_items": NUM_ITEMS,
+        "num_actions": NUM_ACTIONS,
+        "vocabulary_digest": "d",
+        "embedding_dim": 8,
+        "num_layers": 3,
+        "num_heads": 2,
+        "max_history": MAX_HISTORY,
+        "dropout": 0.0,
+    }
+    model = HSTURanker(**{**settings, **overrides}).double().eval()
+    with (
+        torch.no_grad()
+    ):  # tables large enough, and a bias that is not zero, for differences to show
+        for name, parameter in model.named_parameters():
+            if "table" in name or "bias" in name or "gate" in name:
+                parameter.normal_()
+    return model
+
+
+BATCH = {"histories": [5, 0, 1, 16, 9], "candidates": [3, 2, 1, 4, 2]}
+HOOKS = {
+    "dense": lambda: None,
+    "sequence": lambda: PreferenceGuidedSparseAttention(top_k=3, sigma=1.0, recent=2),
+    "shared_history": lambda: PreferenceGuidedSparseAttention(
+        top_k=3, sigma=1.0, layout="shared_history"
+    ),
+}
+
+
+@pytest.mark.parametrize("layer", ["hstu", "mtgr"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_candidates_do_not_see_each_other(layer: str, hook: str) -> None:
+    model = make_model(layer=layer, attention_hook=HOOKS[hook]())
+    batch = make_batch(**BATCH)
+    before = model(batch)
+    items = batch.candidate_items.clone()
+    items[0] = (items[0] + 1) % NUM_ITEMS
+    after = model(replace(batch, candidate_items=items))
+    assert after[0] != before[0]
+    torch.testing.assert_close(after[1:], before[1:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", ["hstu", "mtgr"])
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("with_sem", [False, True])
+def test_the_future_is_hidden(layer: str, hook: str, with_sem: bool) -> None:
+    sem = SessionEnhancementModule(embedding_dim=8, num_heads=2, causal=True) if with_sem else None
+    model = make_model(layer=layer, attention_hook=HOOKS[hook](), sem=sem)
+    batch = make_batch(**BATCH)
+    before = model(batch)
+    for row in range(len(batch.history_items)):
+        user = int(torch.searchsorted(batch.history_offsets, row, right=True)) - 1
+        owner = torch.repeat_interleave(batch.users, batch.candidate_offsets.diff())
+        hidden = (owner == user) & (batch.candidate_timestamps <= batch.history_timestamps[row])
+        items, actions = batch.history_items.clone(), batch.history_actions.clone()
+        items[row] = (items[row] + 7) % NUM_ITEMS
+        actions[row] = (actions[row] + 1) % NUM_ACTIONS
+        after = model(replace(batch, history_items=items, history_actions=actions))
+        untouched = hidden | (owner != user)
+        torch.testing.assert_close(after[untouched], before[untouched], rtol=0, atol=1e-12)
+
+
+def test_a_visible_item_matters() -> None:
+    model = make_model()
+    batch = make_batch([6], [1])
+    batch.candidate_timestamps[:] = batch.history_timestamps[-1] + 1
+    items = batch.history_items.clone()
+    items[0] = (items[0] + 1) % NUM_ITEMS
+    assert model(batch)[0] != model(replace(batch, history_items=items))[0]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_many_candidates_score_as_each_alone(hook: str) -> None:
+    model = make_model(attention_hook=HOOKS[hook](), user_feature_sizes={"age": 3, "job": 2})
+    batch = make_batch([16], [4], features=True)
+    together = model(batch)
+    for c in range(4):
+        alone = replace(
+            batch,
+            candidate_items=batch.candidate_items[c : c + 1],
+            candidate_timestamps=batch.candidate_timestamps[c : c + 1],
+            candidate_offsets=torch.tensor([0, 1]),
+        )
+        torch.testing.assert_close(model(alone)[0], together[c], rtol=0, atol=1e-12)
+
+
+class WholeHistory(AttentionHook):
+    """PGSA's weights on every visible row, zeros kept: the dense masked stack."""
+
+    def __init__(self, sparse: PreferenceGuidedSparseAttention) -> None:
+        super().__init__()
+        self.sparse = sparse
+        self.layout = sparse.layout
+        self.mask_position = sparse.mask_position
+
+    def plan(self, **inputs: Tensor) -> PreferencePlan:
+        kept = self.sparse.plan(**inputs)
+        everything = PreferenceGuidedSparseAttention(top_k=0, recent=10_000).plan(**inputs)
+        weights = torch.zeros(len(everything.index), dtype=torch.float64)
+        for row in range(len(kept.offsets) - 1):
+            wanted = kept.index[kept.offsets[row] : kept.offsets[row + 1]]
+            start, stop = everything.offsets[row], everything.offsets[row + 1]
+            place = start + torch.searchsorted(everything.index[start:stop], wanted)
+            weights[place] = kept.weights[kept.offsets[row] : kept.offsets[row + 1]].double()
+        return everything._replace(weights=weights)
+
+
+@pytest.mark.parametrize("mask_position", ["post", "pre"])
+@pytest.mark.parametrize("seed", range(3))
+def test_shortened_sequences_equal_the_dense_masked_stack(mask_position: str, seed: int) -> None:
+    """Forward and every gradient, all layers, with relative bias and actions."""
+    batch = make_batch([16, 0, 1, 12, 9], [3, 2, 1, 4, 2], seed=seed)
+    results = []
+    for dense in (False, True):
+        hook = PreferenceGuidedSparseAttention(
+            top_k=3, sigma=0.6, recent=2, mask_position=mask_position
+        )
+        positions = TimeAwarePositionalEncoder(embedding_dim=8, max_positions=MAX_HISTORY + 1)
+        model = make_model(
+            attention_hook=WholeHistory(hook) if dense else hook, positional_encoder=positions
+        )
+        logits = model(batch)
+        logits.pow(2).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((logits, gradients))
+    (short, short_gradients), (full, full_gradients) = results
+    torch.testing.assert_close(short, full, rtol=0, atol=1e-10)
+    assert short_gradients.keys() == full_gradients.keys()
+    for name, gradient in full_gradients.items():
+        torch.testing.assert_close(short_gradients[name], gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_candidate_scope_with_every_item_an_anchor_is_the_dense_model() -> None:
+    batch = make_batch(**BATCH)
+    hook = PreferenceGuidedSparseAttention(top_k=MAX_HISTORY, layout="shared_history")
+    torch.testing.assert_close(make_model(attention_hook=hook)(batch), make_model()(batch))
+
+
+def test_stochastic_length_is_for_training_only() -> None:
+    model = make_model(attention_hook=StochasticLength(alpha=1.2, max_history=MAX_HISTORY))
+    batch = make_batch([16, 16, 16], [1, 1, 1])
+    torch.testing.assert_close(model(batch), make_model()(batch))
+    model.train()
+    assert not torch.allclose(model(batch), make_model()(batch))
+
+
+def test_context_and_item_features_are_read() -> None:
+    batch = make_batch(**BATCH, features=True)
+    model = make_model(
+        user_feature_sizes={"age": 3, "job": 2},
+        item_feature_codes={"genre": torch.arange(NUM_ITEMS) % 4},
+    )
+    before = model(batch)
+    changed = {"age": (batch.user_features["age"] + 1) % 3, "job": batch.user_features["job"]}
+    assert not torch.allclose(model(replace(batch, user_features=changed)), before)
+    with torch.no_grad():
+        model.item_features.tables["genre"].weight.add_(torch.randn(8, dtype=torch.float64))
+    assert not torch.allclose(model(batch), before)
+
+
+def test_mtgr_static_history_is_fully_connected() -> None:
+    """An early token's output depends on a later static one, unlike in HSTU's causal stack."""
+    batch = make_batch([6], [1])
+    batch.candidate_timestamps[:] = batch.history_timestamps[-1] + 1
+    difference = {}
+    for layer in ("hstu", "mtgr"):
+        model = make_model(layer=layer, num_layers=2)
+        seen: list[Tensor] = []
+        model.encoder.layers[0].register_forward_hook(lambda *a, seen=seen: seen.append(a[2]))
+        items = batch.history_items.clone()
+        items[5] = (items[5] + 1) % NUM_ITEMS
+        model(batch)
+        model(replace(batch, history_items=items))
+        difference[layer] = (seen[0][0, 0] - seen[1][0, 0]).abs().max().item()
+    assert difference["hstu"] == 0.0
+    assert difference["mtgr"] > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("slot", "kind"),
+    [
+        ("sem", "SessionEnhancementModule"),
+        ("positional_encoder", "TimeAwarePositionalEncoder"),
+        ("attention_hook", "AttentionHook"),
+    ],
+)
+def test_a_slot_with_the_wrong_kind_of_thing(slot: str, kind: str) -> None:
+    with pytest.raises(SlotError, match=rf"hpgr.HSTURanker.{slot} takes .*{kind}.*got Linear"):
+        make_model(**{slot: nn.Linear(2, 2)})
+
+
+def test_bias_lookup_has_the_gradient_of_indexing() -> None:
+    torch.manual_seed(0)
+    index = torch.randint(0, 7, (3, 5, 4))
+    upstream = torch.randn(3, 5, 4, dtype=torch.float64)
+    gradients = []
+    for lookup in (_TableLookup.apply, lambda table, index: table[index]):
+        table = torch.randn(7, dtype=torch.float64, generator=None).zero_().requires_grad_()
+        (lookup(table, index) * upstream).sum().backward()
+        gradients.append(table.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_bias_buckets_survive_shortening() -> None:
+    """The bucket of two tokens is the same whether those between them are there or not."""
+    bias = RelativeBias(num_layers=1)
+    positions, times = torch.arange(50).unsqueeze(0), (torch.arange(50) ** 3).unsqueeze(0)
+    whole = bias.buckets(positions, times, positions, times)
+    kept = torch.tensor([0, 3, 17, 48, 49])
+    short = bias.buckets(positions[:, kept], times[:, kept], positions[:, kept], times[:, kept])
+    assert torch.equal(short[0], whole[0][kept][:, kept])
+    assert whole.max() < bias.position_table.shape[1] * bias.time_buckets
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_the_future_is_shown_on_demand(hook: str) -> None:
+    """`hide_future=False`: a later item changes an earlier candidate's score."""
+    positions = TimeAwarePositionalEncoder(
+        embedding_dim=8, max_positions=MAX_HISTORY + 1, hide_future=False
+    )
+    model = make_model(attention_hook=HOOKS[hook](), positional_encoder=positions)
+    batch = make_batch([6], [1])
+    batch.candidate_timestamps[:] = batch.history_timestamps[2]
+    items = batch.history_items.clone()
+    items[5] = (items[5] + 1) % NUM_ITEMS
+    assert model(batch)[0] != model(replace(batch, history_items=items))[0]

@@ -1,0 +1,167 @@
+"""The kernels' layers and stacks against the same formulas in plain torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton_device import DEVICE
+
+from hpgr_plugin.components.hstu_stack import HSTUStack
+from hpgr_plugin.ops.compact.triton import gather_rows
+from hpgr_plugin.ops.hstu_attention import naive as naive_attention
+from hpgr_plugin.ops.hstu_attention.triton import Shape
+from hpgr_plugin.ops.hstu_layer.triton import LayerWeights, candidate_layer
+from hpgr_plugin.ops.preference_plan.triton import select, weight_matrix
+
+WIDTH, HEADS, HEAD_DIM = 24, 2, 16
+EPS = 1e-6
+
+
+def offsets_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=DEVICE)
+
+
+def new_stack(num_layers: int = 2, norm_length: int = 3) -> HSTUStack:
+    stack = HSTUStack(
+        embedding_dim=WIDTH,
+        num_layers=num_layers,
+        num_heads=HEADS,
+        head_dim=HEAD_DIM,
+        norm_length=norm_length,
+    )
+    for parameter in stack.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return stack.to(DEVICE)
+
+
+def projections(x: Tensor, weights: LayerWeights) -> tuple[Tensor, ...]:
+    normed = F.layer_norm(x, x.shape[1:], weights.norm_weight, weights.norm_bias, EPS)
+    projected = normed @ weights.projection_weight + weights.projection_bias
+    return projected.view(len(x), 4, HEADS, HEAD_DIM).unbind(1)
+
+
+def output(x: Tensor, u: Tensor, attended: Tensor, weights: LayerWeights) -> Tensor:
+    u, attended = F.silu(u.flatten(1)), attended.flatten(1)
+    normed = F.layer_norm(
+        attended, attended.shape[1:], weights.output_norm_weight, weights.output_norm_bias, EPS
+    )
+    return x + torch.cat([u, attended, u * normed], 1) @ weights.output_weight
+
+
+def reference_layer(x: Tensor, weights: LayerWeights, shape: Shape, **mask: object) -> Tensor:
+    u, v, q, k = projections(x, weights)
+    attended = naive_attention.hstu_attention(
+        q, k, v, shape.offsets, alpha=shape.alpha, norm_length=shape.norm_length, **mask
+    )
+    padding = attended.new_zeros(len(x) - len(attended), *attended.shape[1:])
+    return output(x, u, torch.cat([attended, padding]), weights)
+
+
+def assert_same_step(ours: Tensor, reference: Tensor, inputs: list[Tensor]) -> None:
+    grad = torch.randn_like(ours)
+    torch.testing.assert_close(ours, reference, rtol=2e-4, atol=2e-4)
+    pairs = zip(
+        torch.autograd.grad(ours, inputs, grad),
+        torch.autograd.grad(reference, inputs, grad),
+        strict=True,
+    )
+    for got, wanted in pairs:
+        scale = float(wanted.abs().max()) or 1.0
+        torch.testing.assert_close(got / scale, wanted / scale, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("spare_rows", [0, 5])
+def test_a_stack_equals_its_layers_in_torch(spare_rows: int) -> None:
+    torch.manual_seed(0)
+    stack, offsets = new_stack(), offsets_of([1, 9, 20])
+    total = int(offsets[-1])
+    x = torch.randn(total + spare_rows, WIDTH, device=DEVICE)
+    x[total:] = 0.0
+    x.requires_grad_()
+    weights = torch.rand(total + spare_rows, device=DEVICE)
+
+    ours = stack(x, weights, offsets, max_length=20, exact=spare_rows == 0)
+
+    shape = stack._shape(offsets, None, 20, True)
+    reference = x
+    for layer in stack._weights():
+        reference = reference_layer(reference, layer, shape, column_weights=weights[:total])
+    assert_same_step(ours, reference[offsets[1:] - 1], [x, *stack.parameters()])
+
+
+def test_the_candidate_scope_equals_one_long_masked_sequence() -> None:
+    torch.manual_seed(0)
+    stack = new_stack(num_layers=2)
+    history_lengths, candidate_counts = [0, 5, 30], [1, 3, 2]
+    history_offsets, candidate_offsets = offsets_of(history_lengths), offsets_of(candidate_counts)
+    history = torch.randn(35, WIDTH, device=DEVICE, requires_grad=True)
+    candidates = torch.randn(6, WIDTH, device=DEVICE, requires_grad=True)
+    matrix = torch.rand(6, 30, device=DEVICE)
+
+    ours = stack.candidate_scope(
+        history, candidates, history_offsets, candidate_offsets, matrix, max_candidates=3
+    )
+
+    order, offsets, masks = [], [0], []
+    for b, (length, count) in enumerate(zip(history_lengths, candidate_counts, strict=True)):
+        start, first = int(history_offsets[b]), int(candidate_offsets[b])
+        order += list(range(start, start + length)) + list(range(35 + first, 35 + first + count))
+        offsets.append(len(order))
+        mask = torch.ones(length + count, length + count, device=DEVICE)
+        mask[length:, :length] = matrix[first : first + count, :length]
+        masks.append(mask)
+    shape = stack._shape(torch.tensor(offsets, device=DEVICE), None, 33, True)
+    rows = torch.cat([history, candidates])[order]
+    targets = torch.tensor(candidate_counts, device=DEVICE)
+    for layer in stack._weights():
+        rows = reference_layer(rows, layer, shape, pair_weights=masks, num_targets=targets)
+    reference = rows[[place for place, row in enumerate(order) if row >= 35]]
+    assert_same_step(ours, reference, [history, candidates, *stack.parameters()])
+
+
+def test_the_last_candidate_layer_hands_the_history_on() -> None:
+    stack = new_stack(num_layers=1)
+    history, candidates = (torch.randn(n, WIDTH, device=DEVICE) for n in (4, 1))
+    shape = stack._shape(offsets_of([4]), None, 4, True)
+    reading = shape._replace(query_offsets=offsets_of([1]), max_query_length=1, cross=True)
+    (layer,) = stack._weights()
+    kept, _ = candidate_layer(
+        history, candidates, layer, shape, reading, num_heads=HEADS, last=True
+    )
+    assert kept is history
+
+
+@pytest.mark.parametrize("disjoint", [True, False])
+def test_gathered_rows_follow_the_selection_and_carry_gradients(disjoint: bool) -> None:
+    torch.manual_seed(0)
+    history_offsets = offsets_of([0, 4, 40])
+    candidate_offsets = offsets_of([1, 1, 1] if disjoint else [0, 3, 4])
+    count = int(candidate_offsets[-1])
+    history = torch.randn(44, WIDTH, device=DEVICE, requires_grad=True)
+    candidates = torch.randn(count, WIDTH, device=DEVICE, requires_grad=True)
+    bounds = {"max_history": 40, "max_candidates": 1 if disjoint else 4}
+    settings = {"top_k": 2, "sigma": 1.0, "eps": 1e-3, "recent": 3}
+    selection = select(
+        history.detach(), candidates.detach(), history_offsets, candidate_offsets,
+        **settings, **bounds, with_candidates=True,
+    )  # fmt: skip
+    used, room = int(selection.offsets[-1]), len(selection.index)
+    assert used <= room
+
+    rows = gather_rows(history, candidates, selection, room, disjoint=disjoint)
+
+    reference = torch.cat([history, candidates])[selection.index[:used]]
+    torch.testing.assert_close(rows[:used], reference, rtol=0, atol=0)
+    assert not rows[used:].any()
+    assert_same_step(rows[:used], reference, [history, candidates])
+
+    matrix = weight_matrix(
+        history.detach(), candidates.detach(), history_offsets, candidate_offsets,
+        **settings, **bounds,
+    )  # fmt: skip
+    for c in range(count):
+        first, last = int(selection.offsets[c]), int(selection.offsets[c + 1]) - 1
+        user = int((candidate_offsets[1:] <= c).sum())
+        places = selection.index[first:last] - history_offsets[user]
+        torch.testing.assert_close(matrix[c, places], selection.weights[first:last])
+        assert int((matrix[c] > 0).sum()) == last - first

@@ -1,0 +1,124 @@
+"""The selection kernels against the plan in torch: the same rows, also where scores tie."""
+
+import pytest
+import torch
+from torch import Tensor
+from triton_device import DEVICE
+
+from hpgr_plugin.ops.preference_plan import torch as torch_plan
+from hpgr_plugin.ops.preference_plan import triton as plan
+
+
+def offsets_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=DEVICE)
+
+
+def whole_numbers(rows: int, size: int) -> Tensor:
+    """Scores of whole numbers are exact in any order of summation, and tie often."""
+    return torch.randint(-1, 2, (rows, size), device=DEVICE).float()
+
+
+def assert_same_plan(
+    history: Tensor,
+    candidates: Tensor,
+    lengths: list[int],
+    counts: list[int],
+    times: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    **settings: float,
+) -> None:
+    arguments = history, candidates, offsets_of(lengths), offsets_of(counts)
+    times_of = {"history_timestamps": times[0], "candidate_timestamps": times[1]}
+    wanted = torch_plan.plan_preferences(*arguments, **settings, **times_of)
+    bounds = {"max_history": max(lengths), "max_candidates": max(counts)}
+    got = plan.plan_preferences(*arguments, **settings, **times_of, **bounds)
+    assert torch.equal(got.offsets, wanted.offsets)
+    assert torch.equal(got.index, wanted.index)
+    torch.testing.assert_close(got.weights, wanted.weights)
+
+    with_candidates = plan.select(
+        *arguments, **{"eps": 1e-3, **settings}, **times_of, **bounds, with_candidates=True
+    )
+    index = with_candidates.index[: int(with_candidates.offsets[-1])].long()
+    last = with_candidates.offsets[1:] - 1
+    assert torch.equal(index[index < len(history)], wanted.index)
+    assert index[last].tolist() == list(range(len(history), len(history) + len(candidates)))
+    assert int(with_candidates.offsets.diff().max()) <= with_candidates.max_length
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1, 1], [2, 0, 3, 1, 17], [0, 1, 0, 1, 1]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 4, "sigma": 1.0, "recent": 0},
+        {"top_k": 3, "sigma": 0.2, "recent": 5},
+        {"top_k": 50, "sigma": 2.0, "recent": 2},
+        {"top_k": 0, "sigma": 2.0, "recent": 4},
+    ],
+)
+def test_plans_are_those_of_torch(counts: list[int], settings: dict[str, float]) -> None:
+    lengths = [0, 1, 5, 33, 70]
+    history, candidates = whole_numbers(109, 6), whole_numbers(sum(counts), 6)
+    assert_same_plan(history, candidates, lengths, counts, **settings)
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [3, 2]])
+def test_the_future_is_hidden(counts: list[int]) -> None:
+    lengths = [90, 12]
+    times = torch.cat([torch.randint(0, 20, (n,)).sort().values for n in lengths]).to(DEVICE)
+    now = torch.randint(0, 22, (sum(counts),), device=DEVICE)
+    assert_same_plan(
+        whole_numbers(102, 20), whole_numbers(sum(counts), 20), lengths, counts, (times, now),
+        top_k=5, sigma=1.0, recent=3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [2, 1]])
+def test_long_histories_of_many_groups(counts: list[int]) -> None:
+    lengths = [40_000, 700]
+    history = torch.randint(-9, 10, (sum(lengths), 4), device=DEVICE).float()
+    candidates = torch.randint(-9, 10, (sum(counts), 4), device=DEVICE).float()
+    assert_same_plan(history, candidates, lengths, counts, top_k=6, sigma=1.0, recent=4)
+
+
+def test_equal_scores_go_to_the_most_recent() -> None:
+    assert_same_plan(
+        torch.ones(170, 8, device=DEVICE), torch.ones(2, 8, device=DEVICE), [150, 20], [1, 1],
+        top_k=7, sigma=0.2, recent=0,
+    )  # fmt: skip
+
+
+def test_long_histories_are_searched_in_groups() -> None:
+    history = torch.randint(-9, 10, (700, 16), device=DEVICE).float()
+    candidates = torch.randint(-9, 10, (2, 16), device=DEVICE).float()
+    assert_same_plan(history, candidates, [600, 100], [1, 1], top_k=9, sigma=1.0, recent=2)
+
+
+def test_zero_and_minus_zero_tie() -> None:
+    history = torch.zeros(20, 16, device=DEVICE)
+    history[::2, 0] = -1e-30  # times 1e-30 below the smallest number: minus zero
+    candidate = torch.full((1, 16), 1e-30, device=DEVICE)
+    assert_same_plan(history, candidate, [20], [1], top_k=3, sigma=0.2, recent=0)
+
+
+def test_rows_of_a_wider_tensor_are_read_where_they_lie() -> None:
+    history, candidates = whole_numbers(30, 40)[:, 8:24], whole_numbers(2, 40)[:, 8:24]
+    assert_same_plan(history, candidates, [10, 20], [1, 1], top_k=3, sigma=1.0, recent=1)
+
+
+def test_no_candidates_keep_nothing() -> None:
+    empty = plan.plan_preferences(
+        whole_numbers(5, 4), whole_numbers(0, 4), offsets_of([5]), offsets_of([0]),
+        max_history=5, max_candidates=0,
+    )  # fmt: skip
+    assert len(empty.index) == 0
+    assert empty.offsets.tolist() == [0]
+
+
+def test_what_the_kernels_do_not_know_is_said() -> None:
+    settings = {"top_k": 50, "sigma": 2.0, "eps": 1e-3}
+    assert plan.why_not(torch.ones(1, 1), max_history=2**18, **settings) is None
+    assert "history of" in str(plan.why_not(torch.ones(1, 1), max_history=2**19, **settings))
+    doubles = torch.ones(1, 1, dtype=torch.float64)
+    assert "float64" in str(plan.why_not(doubles, max_history=9, **settings))
+    wide = {"top_k": 1000, "sigma": 100.0, "eps": 1e-3}
+    assert "top_k=1000" in str(plan.why_not(torch.ones(1, 1), max_history=5000, **wide))
