@@ -96,7 +96,7 @@ class TestPreferenceGuidedSparseAttention:
             ({"eps": 2.0}, "eps must be"),
             ({"recent": -1}, "recent must be"),
             ({"top_k": 0}, "top_k and recent are both 0"),
-            ({"layout": "per_user"}, "layout must be one of per_candidate, shared_history, got 'per_user'"),
+            ({"layout": "per_user"}, "layout must be one of per_candidate, shared_history, got"),
             ({"mask_position": "both"}, "mask_position must be one of post, pre, got 'both'"),
             ({"table": "cold"}, "table must be one of live, frozen, got 'cold'"),
         ],
