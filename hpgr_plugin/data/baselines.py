@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpgr_plugin.data.prepared import PreparedData
+from hpgr_plugin.data.log import TRAIN, PreparedData
 from hpgr_plugin.data.requests import RequestSettings, build_requests
-from hpgr_plugin.data.split import TRAIN
 
 
 class Scored(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 _T = TypeVar("_T", bound="_OnDevice")
@@ -82,3 +83,8 @@ class SequenceBatch(_OnDevice):
     timestamps: torch.Tensor
     offsets: torch.Tensor
     users: torch.Tensor
+
+
+def tensor(values: np.ndarray, dtype: type = np.int64) -> torch.Tensor:
+    """A tensor of its own, also where the values lie in a read-only file."""
+    return torch.from_numpy(np.array(values, dtype=dtype))

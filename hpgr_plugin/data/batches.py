@@ -10,10 +10,9 @@ from typing import TypeVar
 import gin
 import numpy as np
 
-from hpgr_plugin.data.batch import Batch
-from hpgr_plugin.data.gather import gather_batch
-from hpgr_plugin.data.prepared import PreparedData
-from hpgr_plugin.data.requests import RequestSettings, build_requests
+from hpgr_plugin.data.batch import Batch, tensor
+from hpgr_plugin.data.log import PreparedData, concatenated_ranges, offsets_of
+from hpgr_plugin.data.requests import Requests, RequestSettings, build_requests
 
 _Item = TypeVar("_Item")
 # Lengths are sorted inside windows of so many batches: like lengths meet, and still by chance.
@@ -172,3 +171,27 @@ def ahead(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def gather_batch(prepared: PreparedData, requests: Requests) -> Batch:
+    """The batch of these requests, in their order."""
+    log = prepared.log
+    history = prepared.history_rows[
+        concatenated_ranges(requests.history_start, requests.history_count)
+    ]
+    candidates = requests.all_candidate_rows()
+    return Batch(
+        history_items=tensor(log.item[history]),
+        history_timestamps=tensor(log.timestamp[history]),
+        history_actions=tensor(log.action[history]),
+        history_offsets=tensor(offsets_of(requests.history_count)),
+        candidate_items=tensor(log.item[candidates]),
+        candidate_timestamps=tensor(log.timestamp[candidates]),
+        candidate_labels=tensor(log.label[candidates], np.float32),
+        candidate_offsets=tensor(offsets_of(requests.candidate_count)),
+        users=tensor(requests.users),
+        user_features={
+            name: tensor(feature.codes[requests.users])
+            for name, feature in log.user_features.items()
+        },
+    )

@@ -8,15 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.events import EventTable, SideTable
+from hpgr_plugin.data.events import DataError, EventTable, SideTable
 from hpgr_plugin.data.log import (
     CategoricalFeature,
     InteractionLog,
+    offsets_of,
     sessions_per_user,
     vocabulary_digest,
 )
-from hpgr_plugin.data.ranges import offsets_of
 
 
 class BuiltLog(NamedTuple):

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.log import CategoricalFeature, InteractionLog
-from hpgr_plugin.data.prepared import PreparedData
+from hpgr_plugin.data.events import DataError
+from hpgr_plugin.data.log import CategoricalFeature, InteractionLog, PreparedData
 
 # Raise it when the meaning of a stored array changes: old entries are then never found.
 FORMAT = 1

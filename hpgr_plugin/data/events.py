@@ -1,4 +1,4 @@
-"""What a reader hands over: the source's events in columns, ids still as the source has them."""
+"""What a reader returns: the source's events in columns, with the source's ids; and its error."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+
+
+class DataError(ValueError):
+    """A source that cannot be read: names the file, the 1-based data row and the field."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | Path | None = None,
+        row: int | None = None,
+        field: str | None = None,
+    ) -> None:
+        where = [str(file)] if file is not None else []
+        where += [f"row {row}"] if row is not None else []
+        where += [f"field {field!r}"] if field is not None else []
+        super().__init__(f"{', '.join(where)}: {problem}" if where else problem)
+        self.file = file
+        self.row = row
+        self.field = field
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
-"""The interaction log: every event of every user, once, in flat arrays."""
+"""The interaction log: every event of every user, once, in flat arrays; and its split."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
+
+SPLITS = ("train", "validation", "test")
+TRAIN, VALIDATION, TEST = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,61 @@ class InteractionLog:
     def event_users(self) -> np.ndarray:
         """The user of every event, int32 [E]."""
         return np.repeat(np.arange(self.num_users, dtype=np.int32), np.diff(self.user_offsets))
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The log and the part each event plays.
+
+    Attributes:
+        log: every event.
+        split: int8 [E], index into SPLITS.
+        is_history: bool [E]; events that later requests of the user may see.
+        is_candidate: bool [E]; events that are ranked.
+        dropped: file name -> bad rows left out.
+    """
+
+    log: InteractionLog
+    split: np.ndarray
+    is_history: np.ndarray
+    is_candidate: np.ndarray
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def history_rows(self) -> np.ndarray:
+        """Rows of the log that are history, int64 [H]."""
+        return np.flatnonzero(self.is_history)
+
+    @cached_property
+    def history_offsets(self) -> np.ndarray:
+        """User u owns history_rows[history_offsets[u]:history_offsets[u + 1]]; int64 [U + 1]."""
+        return offsets_of(self.is_history)[self.log.user_offsets]
+
+    def summary(self) -> str:
+        """One line: users, items, events and how the candidates are split."""
+        log = self.log
+        counts = np.bincount(self.split[self.is_candidate], minlength=len(SPLITS))
+        parts = ", ".join(f"{n:,} {name}" for n, name in zip(counts, SPLITS, strict=True))
+        positive = log.label[self.is_candidate].mean() if self.is_candidate.any() else 0.0
+        dropped = sum(self.dropped.values())
+        return (
+            f"{log.num_users:,} users, {log.num_items:,} items, {log.num_events:,} events; "
+            f"candidates: {parts}; {positive:.1%} positive"
+            + (f"; {dropped:,} bad rows dropped" if dropped else "")
+        )
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Offsets int64 [R + 1] of segments with these lengths [R]."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0]+1, ... (lengths[0] numbers), then the next: int64 [sum(lengths)]."""
+    offsets = offsets_of(lengths)
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
 
 
 def vocabulary_digest(ids: np.ndarray) -> str:

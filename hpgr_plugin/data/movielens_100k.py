@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpgr_plugin.data.cache import file_digest
-from hpgr_plugin.data.errors import DataError
+from hpgr_plugin.data.events import DataError
 
 WHEEL = "recbole==1.2.1"
 _INSIDE_WHEEL = "recbole/dataset_example/ml-100k"

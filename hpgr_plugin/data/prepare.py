@@ -12,7 +12,7 @@ from hpgr_plugin.data import cache
 from hpgr_plugin.data.build import build_log
 from hpgr_plugin.data.events import Reader
 from hpgr_plugin.data.labels import LabelRule
-from hpgr_plugin.data.prepared import PreparedData
+from hpgr_plugin.data.log import PreparedData
 from hpgr_plugin.data.split import Split
 
 logger = logging.getLogger(__name__)

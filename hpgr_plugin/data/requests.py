@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import gin
 import numpy as np
 
-from hpgr_plugin.data.prepared import PreparedData
-from hpgr_plugin.data.ranges import concatenated_ranges
-from hpgr_plugin.data.split import SPLITS, TRAIN
+from hpgr_plugin.data.log import SPLITS, TRAIN, PreparedData, concatenated_ranges
 
 
 @gin.configurable(module="hpgr")

@@ -7,12 +7,9 @@ from collections.abc import Iterator
 import gin
 import numpy as np
 
-from hpgr_plugin.data.batch import SequenceBatch
+from hpgr_plugin.data.batch import SequenceBatch, tensor
 from hpgr_plugin.data.batches import BatchPlan, ahead
-from hpgr_plugin.data.gather import tensor
-from hpgr_plugin.data.prepared import PreparedData
-from hpgr_plugin.data.ranges import concatenated_ranges, offsets_of
-from hpgr_plugin.data.split import TRAIN
+from hpgr_plugin.data.log import TRAIN, PreparedData, concatenated_ranges, offsets_of
 
 
 @gin.configurable(module="hpgr", denylist=["prepared", "users", "rank", "world_size"])

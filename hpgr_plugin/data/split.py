@@ -14,11 +14,7 @@ from typing import Protocol
 import gin
 import numpy as np
 
-from hpgr_plugin.data.log import InteractionLog
-from hpgr_plugin.data.ranges import offsets_of
-
-SPLITS = ("train", "validation", "test")
-TRAIN, VALIDATION, TEST = 0, 1, 2
+from hpgr_plugin.data.log import InteractionLog, offsets_of
 
 
 class Split(Protocol):

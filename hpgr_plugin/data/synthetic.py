@@ -17,8 +17,7 @@ import gin
 import numpy as np
 import pyarrow as pa
 
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.events import EventTable
+from hpgr_plugin.data.events import DataError, EventTable
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.events import EventTable
-from hpgr_plugin.data.readers.checks import RowChecks
+from hpgr_plugin.data.events import DataError, EventTable, SideTable
+from hpgr_plugin.data.readers.checks import RowChecks, utf8_or_none
+from hpgr_plugin.data.readers.files import existing, read_table
 
 
 @dataclass(frozen=True)
@@ -126,3 +127,20 @@ def _optional(
             for array, part in zip(arrays, parts, strict=True)
         ]
     )
+
+
+def read_side_table(
+    path: str | Path, id_column: str, columns: Sequence[str], **csv_options: Any
+) -> SideTable:
+    """The columns as text by id; a row without an id is an error."""
+    file = existing(path)
+    table, _ = read_table(file, [id_column, *columns], **csv_options)
+    ids = RowChecks(table, file, drop_bad_rows=False).identifiers(id_column)
+    return SideTable(ids, {name: as_text(table[name]) for name in columns})
+
+
+def as_text(column: pa.ChunkedArray) -> pa.Array:
+    """Any column as text; null stays null, and bytes that are not UTF-8 become null."""
+    if pa.types.is_binary(column.type):
+        return pa.array([utf8_or_none(value) for value in column.to_pylist()], pa.string())
+    return column.cast(pa.string()).combine_chunks()

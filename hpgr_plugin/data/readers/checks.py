@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hpgr_plugin.data.errors import DataError
+from hpgr_plugin.data.events import DataError
 
 _UNITS_A_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 # The year 5138: nothing later is seconds, and milliseconds of any date since 1973 are later.

@@ -13,11 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as arrow_parquet
 
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.events import EventTable, location
-from hpgr_plugin.data.readers.assemble import EventColumns, check_events, concatenate
+from hpgr_plugin.data.events import DataError, EventTable, location
+from hpgr_plugin.data.readers.assemble import (
+    EventColumns,
+    check_events,
+    concatenate,
+    read_side_table,
+)
 from hpgr_plugin.data.readers.files import existing, matching, read_parquet
-from hpgr_plugin.data.readers.side import read_side_table
 
 _BEHAVIORS = ("behaviors.parquet", "*/behaviors.parquet", "*behaviors*.parquet")
 _HISTORY = ("history.parquet", "*/history.parquet", "*history*.parquet")

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv as arrow_csv
 import pyarrow.parquet as arrow_parquet
 
-from hpgr_plugin.data.errors import DataError
+from hpgr_plugin.data.events import DataError
 
 
 def existing(path: str | Path) -> Path:

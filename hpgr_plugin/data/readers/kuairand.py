@@ -9,9 +9,13 @@ from pathlib import Path
 import gin
 
 from hpgr_plugin.data.events import EventTable, SideTable, location
-from hpgr_plugin.data.readers.assemble import EventColumns, check_events, concatenate
+from hpgr_plugin.data.readers.assemble import (
+    EventColumns,
+    check_events,
+    concatenate,
+    read_side_table,
+)
 from hpgr_plugin.data.readers.files import existing, matching, read_table
-from hpgr_plugin.data.readers.side import read_side_table
 
 _STANDARD_LOGS = ("log_standard*.csv", "log_standard*.parquet", "log*.parquet", "log*.csv")
 # Some extracts carry the columns of a video in the log itself.

@@ -11,11 +11,9 @@ from typing import Any
 import gin
 import pyarrow as pa
 
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.events import EventTable, SideTable, location
-from hpgr_plugin.data.readers.assemble import EventColumns, check_events
+from hpgr_plugin.data.events import DataError, EventTable, SideTable, location
+from hpgr_plugin.data.readers.assemble import EventColumns, check_events, read_side_table
 from hpgr_plugin.data.readers.files import existing, matching, read_csv
-from hpgr_plugin.data.readers.side import read_side_table
 
 _PATTERNS = ("*.inter", "ratings.dat", "ratings.csv", "u.data")
 _YEAR = re.compile(r"\((\d{4})\)\s*$")

@@ -10,9 +10,13 @@ from typing import Any
 import gin
 
 from hpgr_plugin.data.events import EventTable, SideTable, location
-from hpgr_plugin.data.readers.assemble import EventColumns, check_events, concatenate
+from hpgr_plugin.data.readers.assemble import (
+    EventColumns,
+    check_events,
+    concatenate,
+    read_side_table,
+)
 from hpgr_plugin.data.readers.files import existing, matching, read_table
-from hpgr_plugin.data.readers.side import read_side_table
 
 
 @gin.configurable(module="hpgr")

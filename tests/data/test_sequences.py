@@ -5,8 +5,8 @@ import pytest
 
 from hpgr_plugin.data import LastFractionSplit, PreparedData, SequenceLoader
 from hpgr_plugin.data.labels import label_column
+from hpgr_plugin.data.log import TRAIN
 from hpgr_plugin.data.prepare import prepare_data
-from hpgr_plugin.data.split import TRAIN
 from hpgr_plugin.data.synthetic import SyntheticReader
 
 
