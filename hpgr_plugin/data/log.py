@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +87,7 @@ class PreparedData:
         is_history: bool [E]; events that later requests of the user may see.
         is_candidate: bool [E]; events that are ranked.
         dropped: file name -> bad rows left out.
+        settings: how it was made: reader, label rule, split rule and minimum counts.
     """
 
     log: InteractionLog
@@ -93,6 +95,7 @@ class PreparedData:
     is_history: np.ndarray
     is_candidate: np.ndarray
     dropped: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def history_rows(self) -> np.ndarray:
