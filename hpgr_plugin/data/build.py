@@ -71,7 +71,7 @@ def build_log(
         user_offsets=offsets_of(np.bincount(user, minlength=len(user_ids))),
         item=item.astype(np.int32),
         timestamp=events.timestamp[order],
-        action=action_codes.astype(np.int16),
+        action=action_codes.astype(np.int16 if len(kinds) <= 2**15 else np.int32),
         label=label[order],
         item_ids=item_ids,
         user_ids=user_ids,

@@ -69,7 +69,7 @@ def load(entry: Path) -> PreparedData | None:
                 raise ValueError(f"crc32 is {found:08x}, expected {expected:08x}")
         name = _META
         meta = json.loads((entry / _META).read_text())
-        arrays = {name: _map(entry / f"{name}.npy") for name in meta["arrays"]}
+        arrays: dict[str, Any] = {name: _map(entry / f"{name}.npy") for name in meta["arrays"]}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         problem = f"damaged cache entry ({error}); delete its folder"
         raise DataError(problem, file=entry / name) from error

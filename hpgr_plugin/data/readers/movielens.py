@@ -12,9 +12,10 @@ import gin
 import pyarrow as pa
 
 from hpgr_plugin.data.events import DataError, EventTable, SideTable, location
-from hpgr_plugin.data.readers.assemble import EventColumns, check_events, read_side_table
-from hpgr_plugin.data.readers.files import existing, matching, read_csv
+from hpgr_plugin.data.readers.assemble import EventColumns, read_events, read_side_table
+from hpgr_plugin.data.readers.files import existing, matching
 
+_LIMITS = {"rating": (0.5, 5.0)}
 _PATTERNS = ("*.inter", "ratings.dat", "ratings.csv", "u.data")
 _YEAR = re.compile(r"\((\d{4})\)\s*$")
 _AGE_BRACKETS = (18, 25, 35, 45, 50, 56)
@@ -45,15 +46,8 @@ class MovieLensReader:
         """The ratings, in the order of the file."""
         file = self._ratings()
         columns, options = _layout(file)
-        wanted = columns.with_fields(fields)
-        table, malformed = read_csv(file, wanted, drop_bad_rows=self.drop_bad_rows, **options)
-        events = check_events(
-            table,
-            file,
-            columns,
-            fields=fields,
-            drop_bad_rows=self.drop_bad_rows,
-            malformed=malformed,
+        events = read_events(
+            file, columns, fields, drop_bad_rows=self.drop_bad_rows, limits=_LIMITS, **options
         )
         users, items = _features(file) if self.features else (None, None)
         return replace(events, user_features=users, item_features=items)

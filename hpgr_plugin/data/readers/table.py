@@ -12,11 +12,11 @@ import gin
 from hpgr_plugin.data.events import EventTable, SideTable, location
 from hpgr_plugin.data.readers.assemble import (
     EventColumns,
-    check_events,
     concatenate,
+    read_events,
     read_side_table,
 )
-from hpgr_plugin.data.readers.files import existing, matching, read_table
+from hpgr_plugin.data.readers.files import existing, matching
 
 
 @gin.configurable(module="hpgr")
@@ -71,20 +71,11 @@ class TableReader:
         )
 
     def _read(self, file: Path, fields: Sequence[str]) -> EventTable:
-        columns = EventColumns(self.user, self.item, self.timestamp, self.group, self.candidate)
-        wanted = columns.with_fields(fields)
-        table, malformed = read_table(
-            file, wanted, drop_bad_rows=self.drop_bad_rows, **self._csv_options(file)
+        columns = EventColumns(
+            self.user, self.item, self.timestamp, self.group, self.candidate, self.time_unit
         )
-        return check_events(
-            table,
-            file,
-            columns,
-            fields=fields,
-            time_unit=self.time_unit,
-            drop_bad_rows=self.drop_bad_rows,
-            malformed=malformed,
-        )
+        options = self._csv_options(file)
+        return read_events(file, columns, fields, drop_bad_rows=self.drop_bad_rows, **options)
 
     def _events(self) -> list[Path]:
         return matching(existing(self.path), self.files)
