@@ -8,6 +8,7 @@ file makes them known. Needs pandas and pyarrow (extra `data`).
 from hpgr_plugin.data.baselines import item_mean_scores
 from hpgr_plugin.data.batch import Batch, SequenceBatch
 from hpgr_plugin.data.batches import RequestLoader
+from hpgr_plugin.data.check_splits import check_sequences, check_splits
 from hpgr_plugin.data.events import DataError
 from hpgr_plugin.data.labels import LabelRule, label_column, rating_at_least
 from hpgr_plugin.data.log import CategoricalFeature, InteractionLog, PreparedData
@@ -43,6 +44,8 @@ __all__ = [
     "SyntheticTruth",
     "TableReader",
     "build_requests",
+    "check_sequences",
+    "check_splits",
     "item_mean_scores",
     "label_column",
     "prepare_data",

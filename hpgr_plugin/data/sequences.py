@@ -48,6 +48,7 @@ class SequenceLoader:
                 f"max_length and min_length are 1 or more, got {max_length} and {min_length}"
             )
         self.prepared = prepared
+        self.min_length = min_length
         in_train = prepared.is_history & (prepared.split == TRAIN)
         if users is not None:
             in_train &= users[prepared.log.event_users()]
