@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-import gin
 import torch
 from torch import Tensor, nn
 
@@ -68,7 +67,6 @@ class AttentionHook(nn.Module):
         raise NotImplementedError
 
 
-@gin.configurable(module="hpgr")
 class PreferenceGuidedSparseAttention(AttentionHook):
     """PGSA (Eq. 5): anchors by e_C . e_i, a Gaussian around each, the rest dropped.
 
@@ -173,7 +171,6 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-@gin.configurable(module="hpgr")
 class StochasticLength(AttentionHook):
     """Stochastic length (HSTU, Eq. 4): in training, long histories are sampled down.
 
