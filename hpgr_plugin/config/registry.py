@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,3 +177,6 @@ def _add_search_path() -> None:
     package = Path(__file__).parents[1]
     root = package if (package / "configs").is_dir() else package.parent
     gin.add_config_file_search_path(str(root))
+    # gin logs an error for every file that it finds by a later path; one that it finds nowhere
+    # raises as well.
+    logging.getLogger().addFilter(lambda record: record.module != "resource_reader")
