@@ -1,6 +1,5 @@
 """Time-aware positions (Eq. 4): a candidate stands where its time puts it in the history."""
 
-import gin
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +41,6 @@ def time_aware_index(
     return number + (number > earlier_of_pair), 1 + earlier
 
 
-@gin.configurable(module="hpgr")
 class TimeAwarePositionalEncoder(nn.Module):
     """Adds a learned vector for the time-aware index (Eq. 4) to histories and candidates.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import gin
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +32,6 @@ class _EncodedSessions(NamedTuple):
     user_offsets: Tensor
 
 
-@gin.configurable(module="hpgr")
 class SessionEnhancementModule(nn.Module):
     """Adds what a user's sessions say together to every history token.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import gin
 import numpy as np
 
 from hpgr_plugin.data.batch import SequenceBatch, tensor
@@ -12,7 +11,6 @@ from hpgr_plugin.data.batches import BatchPlan, ahead
 from hpgr_plugin.data.log import TRAIN, PreparedData, concatenated_ranges, offsets_of
 
 
-@gin.configurable(module="hpgr", denylist=["prepared", "users", "rank", "world_size"])
 class SequenceLoader:
     """Batches of user sequences: the history events of the train split, nothing later.
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gin
-
 from hpgr_plugin.data.events import EventTable, SideTable, location
 from hpgr_plugin.data.readers.assemble import (
     EventColumns,
@@ -19,7 +17,6 @@ from hpgr_plugin.data.readers.assemble import (
 from hpgr_plugin.data.readers.files import existing, matching
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class TableReader:
     """Parquet (`.parquet`) or text with a header (anything else), one event a row.
