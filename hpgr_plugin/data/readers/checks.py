@@ -253,7 +253,8 @@ def _ids_of_texts(texts: pa.Array) -> tuple[pa.Array, dict[str, np.ndarray]]:
         ids = _first_cast(trimmed, pa.int64(), pa.uint64())
     else:
         ids, problems = _float_ids(_parsed(trimmed))
-    problems["no id"] = bad = problems.get("no id", missing) | missing
+    problems["no id"] = problems.get("no id", missing) | missing
+    bad = np.any(list(problems.values()), axis=0)
     again = np.zeros(len(ids), dtype=bool)
     again[~bad] = ids.filter(pa.array(~bad)).to_pandas().duplicated()
     problems["an id that other rows write differently"] = again
