@@ -1,4 +1,4 @@
-"""What a host receives: jagged tensors of requests (ranking) or of sequences (pre-training)."""
+"""The batches that hosts take: jagged tensors of requests (ranking) or sequences (pre-training)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class _OnDevice:
 class Batch(_OnDevice):
     """B requests: a history and some candidates each. T history items, C candidates in all.
 
-    A history holds what happened strictly before the request's last (or first) candidate; a
-    host must still hide, for each candidate, the history items with t_i >= t_C.
+    A history holds events strictly before the request's last (or first) candidate; a host must
+    still hide, for each candidate, the history items with t_i >= t_C.
 
     Attributes:
         history_items: [T] int64, 0..num_items-1, oldest first.
@@ -86,5 +86,5 @@ class SequenceBatch(_OnDevice):
 
 
 def tensor(values: np.ndarray, dtype: type = np.int64) -> torch.Tensor:
-    """A tensor of its own, also where the values lie in a read-only file."""
+    """A writable tensor of a copy of the values, which may be a read-only memory map."""
     return torch.from_numpy(np.array(values, dtype=dtype))

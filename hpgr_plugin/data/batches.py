@@ -133,7 +133,7 @@ class RequestLoader(Loader[Batch]):
         prepared: the data.
         split: "train" (shuffled by epoch) | "validation" | "test" (every request once over
             all ranks, those of similar length together).
-        settings: how candidates are put together into requests.
+        settings: how candidates are grouped into requests.
         batch_tokens: most tokens of a batch, history and candidates together.
         max_batch_requests: most requests of a batch. None: no limit.
         seed, rank, world_size, prefetch: see Loader.

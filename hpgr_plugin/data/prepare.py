@@ -29,11 +29,11 @@ def prepare_data(
     session_gap_seconds: int = 1800,
     cache_dir: str | None = "cache",
 ) -> PreparedData:
-    """Reads, labels, codes, sorts and splits a log; the second time it comes from the cache.
+    """Reads, labels, codes, sorts and splits a log, or takes it from the cache.
 
     Args:
         reader: where the events come from, such as @hpgr.MovieLensReader().
-        label: which of them are positives, such as @hpgr.rating_at_least().
+        label: which events are positives, such as @hpgr.rating_at_least().
         split: such as @hpgr.LastFractionSplit().
         action: the field whose values become the actions of the history. None: the label.
         history_events: "all" | "positives": which events later requests may see.

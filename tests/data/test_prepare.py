@@ -235,7 +235,7 @@ class FixedReader:
         )
 
 
-def test_item_mean_uses_training_labels_alone() -> None:
+def test_item_mean_uses_only_training_labels() -> None:
     data = prepare_data(
         reader=FixedReader(),
         label=label_column(),

@@ -1,4 +1,4 @@
-"""Sequences for masked item modelling: training history alone, every event once."""
+"""Sequences for masked item modelling: only training history, every event once."""
 
 import numpy as np
 import pytest

@@ -20,7 +20,7 @@ _NUMBER = r"^[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _MISSING = r"^(?i:nan|null|none|n/a|na)$"
 _TRUTHS = {"true": 1, "True": 1, "TRUE": 1, "false": 0, "False": 0, "FALSE": 0}
 _LONGEST_ID = 1024
-# Below two to this power a float is the only one of its whole number.
+# Below two to this power, every whole number is a float of its own.
 _EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}
 
 
@@ -155,7 +155,7 @@ class RowChecks:
         return column.cast(kind).combine_chunks()
 
     def _text_ids(self, field: str, column: pa.Array) -> pa.Array:
-        """The texts; whole numbers where all of a file without types are such."""
+        """The texts; as whole numbers where a file without types holds only such."""
         texts = as_text(column)
         if texts.null_count > column.null_count:
             self.judge(field, pc.and_(pc.is_null(texts), pc.is_valid(column)), "not UTF-8")

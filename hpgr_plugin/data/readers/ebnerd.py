@@ -33,10 +33,10 @@ class EBNeRDReader:
     Reads the data set's own parquet, whose rows hold lists, or flat tables with the columns
     impression_id, user_id, item_id, ts, label (exposures) and user_id, item_id, ts (history).
 
-    Reads of the history file are history only, with is_click = 1. One that is not strictly
-    before the user's first impression is left out: from there on the impressions' own clicks
-    tell the story, and the same click would count twice. Columns that are known only after the
-    impression (read_time, scroll_percentage, next_*) are never read.
+    Articles of the history file are only history, with is_click = 1. Those not strictly before
+    the user's first impression are left out, because the impressions hold the same clicks again.
+    Columns that are known only after the impression (read_time, scroll_percentage, next_*) are
+    never read.
 
     Args:
         path: the folder.
@@ -59,7 +59,7 @@ class EBNeRDReader:
         """History before the first impression, then the exposures."""
         for name in fields:
             if name != _LABEL:
-                raise DataError(f"EB-NeRD has the field {_LABEL!r} alone", field=name)
+                raise DataError(f"EB-NeRD has only the field {_LABEL!r}", field=name)
         exposures = concatenate([self._exposures(f) for f in self._files(self.behaviors)])
         history = concatenate([self._reads(f) for f in self._files(self.history)])
         history = _before_exposures(history, exposures)

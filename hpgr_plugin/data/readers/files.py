@@ -1,4 +1,4 @@
-"""Files to arrow tables: csv and its kin, and parquet. Checks the shape, not the values."""
+"""Files to arrow tables: parquet, and csv and similar text. Checks the shape, not the values."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def read_parquet(path: Path, columns: Sequence[str], lists: Sequence[str] = ()) 
     """The named columns of a parquet file, of which `lists` hold lists and the others values.
 
     Raises:
-        DataError: a column is missing, there twice or of another kind, or the file is no parquet.
+        DataError: a column is missing, there twice or of another kind, or it is not parquet.
     """
     # One thread: memory stays near the size of the columns.
     with _named_failure(path, "parquet"), arrow_parquet.ParquetFile(path) as file:
@@ -105,7 +105,7 @@ def read_csv(
 
     Raises:
         DataError: a column is missing or there twice, a row has another number of fields, or
-            the file is no text.
+            the file is not text.
     """
     first_line = _first_line(path)
     if header is None:

@@ -25,11 +25,11 @@ class KuaiRandReader:
     """Exposures with `is_click`, `is_like`, `long_view`, `tab` ... as fields for labels.
 
     is_click is a click in the two-column view and a valid play in the single-column one; the
-    field `tab` tells which. Rows that the source holds twice are kept twice.
+    field `tab` tells which. Duplicated rows of the source are kept.
 
     Args:
         path: the folder, or one log file.
-        logs: patterns of log files; the first that finds any counts. The random-exposure log
+        logs: patterns of log files; the first one that matches is used. The random-exposure log
             (`log_random*`) is not among the default.
         user_columns: columns of `user_features*.csv` to read as features of users.
         video_columns: columns of `video_features_basic*` (or of the log) for items.

@@ -1,4 +1,4 @@
-"""Any parquet or csv with one event a row, by a map of its columns."""
+"""Any parquet or csv with one event per row, by a map of its columns."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hpgr_plugin.data.readers.files import existing, matching
 
 @dataclass(frozen=True, kw_only=True)
 class TableReader:
-    """Parquet (`.parquet`) or text with a header (anything else), one event a row.
+    """Parquet (`.parquet`) or text with a header (anything else), one event per row.
 
     Args:
         path: a file, or a folder whose files all are read.
-        files: patterns inside the folder; the first that finds any counts.
+        files: patterns inside the folder; the first one that matches is used.
         user, item, timestamp: names of the columns.
         group: column of whole numbers: events shown together share a value.
-        candidate: column of 0 and 1: 0 marks an event that is only ever history.
+        candidate: column of 0 and 1; 0: the event is only history.
         time_unit: "s" | "ms" | "us" | "ns", for timestamps that are plain numbers.
         delimiter: of text files.
         user_table, item_table: files with side features, ids under `user` and `item`.
