@@ -287,6 +287,17 @@ def test_latin_1_names_file_and_row(tmp_path: Path, field: str) -> None:
     assert (error.row, error.field) == (100_001, field)
 
 
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_malformed_row_of_latin_1(
+    tmp_path: Path, drop: bool, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "log.csv").write_bytes(HEADER.encode() + b"1,1,1,1\n1,\xe9,1\n3,1,1,1\n")
+    error = fails(TableReader(path=str(tmp_path / "log.csv"), drop_bad_rows=drop))
+    assert error.row == 2
+    assert "3 fields, expected 4" in str(error)
+    assert capfd.readouterr().err == ""
+
+
 def damaged(content: bytes, changes: list[tuple[int, int]]) -> bytes:
     """The content with bytes overwritten at these places."""
     changed = bytearray(content)
