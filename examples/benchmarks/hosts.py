@@ -201,7 +201,6 @@ def _measure(
         times.append(1e3 * (time.perf_counter() - start))
     peak = torch.cuda.max_memory_allocated() / 2**30
     busy, launches = _profile(step)
-    del model
     torch.cuda.empty_cache()
     return {"wall": statistics.median(times), "busy": busy, "launches": launches, "peak": peak}
 
