@@ -7,7 +7,7 @@ weighs the candidate's row (layout "shared_history"); it reads the plan, `layout
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import gin
 import torch
@@ -21,6 +21,31 @@ Layout = Literal["per_candidate", "shared_history", "per_user"]
 MaskPosition = Literal["post", "pre"]
 Table = Literal["live", "frozen"]
 Selection = Literal["weighted", "recent", "uniform"]
+
+
+class HookInputs(NamedTuple):
+    """What a hook sees of a batch: B users, T history items, C candidates.
+
+    Attributes:
+        history_embeddings: `[T, D]`, raw rows of the item table.
+        candidate_embeddings: `[C, D]`, raw rows of the item table.
+        history_offsets: `[B + 1]`; user b owns history items
+            `history_offsets[b]:history_offsets[b + 1]`.
+        candidate_offsets: `[B + 1]`, the same for candidates.
+        history_timestamps: `[T]` seconds.
+        candidate_timestamps: `[C]` seconds; None hides no history item from any candidate.
+        history_ids: `[T]`, rows of the item table.
+        candidate_ids: `[C]`, rows of the item table.
+    """
+
+    history_embeddings: Tensor
+    candidate_embeddings: Tensor
+    history_offsets: Tensor
+    candidate_offsets: Tensor
+    history_timestamps: Tensor | None = None
+    candidate_timestamps: Tensor | None = None
+    history_ids: Tensor | None = None
+    candidate_ids: Tensor | None = None
 
 
 class AttentionHook(nn.Module):
@@ -38,30 +63,8 @@ class AttentionHook(nn.Module):
     layout: Layout = "per_candidate"
     mask_position: MaskPosition = "post"
 
-    def plan(
-        self,
-        *,
-        history_embeddings: Tensor,
-        candidate_embeddings: Tensor,
-        history_offsets: Tensor,
-        candidate_offsets: Tensor,
-        history_timestamps: Tensor | None = None,
-        candidate_timestamps: Tensor | None = None,
-        history_ids: Tensor | None = None,
-        candidate_ids: Tensor | None = None,
-    ) -> PreferencePlan | None:
-        """What is kept of each history; None leaves every history whole.
-
-        Args:
-            history_embeddings: `[T, D]`, raw rows of the item table.
-            candidate_embeddings: `[C, D]`, raw rows of the item table.
-            history_offsets: `[B + 1]`.
-            candidate_offsets: `[B + 1]`.
-            history_timestamps: `[T]` seconds; with the candidates' given, the future is hidden.
-            candidate_timestamps: `[C]` seconds.
-            history_ids: `[T]`, rows of the item table.
-            candidate_ids: `[C]`, rows of the item table.
-        """
+    def plan(self, inputs: HookInputs) -> PreferencePlan | None:
+        """What is kept of each history; None leaves every history whole."""
         raise NotImplementedError
 
 
@@ -125,18 +128,7 @@ class PreferenceGuidedSparseAttention(AttentionHook):
             raise ValueError(f"table_weight must be [V, D], got {list(table_weight.shape)}")
         self.frozen_table = table_weight.detach().clone()
 
-    def plan(
-        self,
-        *,
-        history_embeddings: Tensor,
-        candidate_embeddings: Tensor,
-        history_offsets: Tensor,
-        candidate_offsets: Tensor,
-        history_timestamps: Tensor | None = None,
-        candidate_timestamps: Tensor | None = None,
-        history_ids: Tensor | None = None,
-        candidate_ids: Tensor | None = None,
-    ) -> PreferencePlan:
+    def plan(self, inputs: HookInputs) -> PreferencePlan:
         """One row per candidate, see `plan_preferences`.
 
         Raises:
@@ -145,22 +137,24 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         if self.table == "frozen":
             if self.frozen_table is None:
                 raise ValueError("table='frozen' needs freeze(table_weight) before the first plan")
-            if history_ids is None or candidate_ids is None:
+            if inputs.history_ids is None or inputs.candidate_ids is None:
                 raise ValueError("table='frozen' needs history_ids and candidate_ids, got None")
-            history_embeddings = self.frozen_table[history_ids]
-            candidate_embeddings = self.frozen_table[candidate_ids]
+            inputs = inputs._replace(
+                history_embeddings=self.frozen_table[inputs.history_ids],
+                candidate_embeddings=self.frozen_table[inputs.candidate_ids],
+            )
+        has_times = inputs.candidate_timestamps is not None
         return plan_preferences(
-            history_embeddings,
-            candidate_embeddings,
-            history_offsets,
-            candidate_offsets,
+            inputs.history_embeddings,
+            inputs.candidate_embeddings,
+            inputs.history_offsets,
+            inputs.candidate_offsets,
             top_k=self.top_k,
             sigma=self.sigma,
             eps=self.eps,
             recent=self.recent,
-            # without the candidates' times nothing is hidden
-            history_timestamps=None if candidate_timestamps is None else history_timestamps,
-            candidate_timestamps=candidate_timestamps,
+            history_timestamps=inputs.history_timestamps if has_times else None,
+            candidate_timestamps=inputs.candidate_timestamps,
         )
 
     def extra_repr(self) -> str:
@@ -224,18 +218,7 @@ class StochasticLength(AttentionHook):
         self._generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def plan(
-        self,
-        *,
-        history_embeddings: Tensor,
-        candidate_embeddings: Tensor,
-        history_offsets: Tensor,
-        candidate_offsets: Tensor,
-        history_timestamps: Tensor | None = None,
-        candidate_timestamps: Tensor | None = None,
-        history_ids: Tensor | None = None,
-        candidate_ids: Tensor | None = None,
-    ) -> PreferencePlan | None:
+    def plan(self, inputs: HookInputs) -> PreferencePlan | None:
         """One row per user; None in evaluation.
 
         Raises:
@@ -243,13 +226,11 @@ class StochasticLength(AttentionHook):
         """
         if not self.training:
             return None
-        if self.selection == "weighted" and history_timestamps is None:
+        if self.selection == "weighted" and inputs.history_timestamps is None:
             raise ValueError("selection='weighted' needs history_timestamps, got None")
-        lengths = history_offsets.long().diff()
-        kept_lengths = self._kept_lengths(lengths)
-        priority = self._priority(history_offsets, history_timestamps, len(history_embeddings))
-        index = _largest(priority, history_offsets, kept_lengths)
-        dtype = torch.promote_types(history_embeddings.dtype, torch.float32)
+        kept_lengths = self._kept_lengths(inputs.history_offsets.long().diff())
+        index = _largest(self._priority(inputs), inputs.history_offsets, kept_lengths)
+        dtype = torch.promote_types(inputs.history_embeddings.dtype, torch.float32)
         offsets = nn.functional.pad(kept_lengths.cumsum(0), (1, 0))
         return PreferencePlan(index, index.new_ones(len(index), dtype=dtype), offsets)
 
@@ -264,8 +245,10 @@ class StochasticLength(AttentionHook):
         whole = self._uniform(lengths) < whole_probability
         return torch.where(whole | (lengths <= short), lengths, short)
 
-    def _priority(self, offsets: Tensor, timestamps: Tensor | None, total: int) -> Tensor:
+    def _priority(self, inputs: HookInputs) -> Tensor:
         """A number per history item, `[T]`: the items with the largest are kept."""
+        offsets, timestamps = inputs.history_offsets, inputs.history_timestamps
+        total = len(inputs.history_embeddings)
         if self.selection == "recent":
             return torch.arange(total, device=offsets.device, dtype=torch.float64)
         # Gumbel's trick: the m largest of log w + noise are m draws without replacement.
