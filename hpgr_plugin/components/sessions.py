@@ -11,6 +11,8 @@ from torch import Tensor
 from hpgr_plugin.components.checks import check_at_least, check_jagged
 from hpgr_plugin.ops.jagged import check_sorted
 
+_YEAR_5000 = 95_617_584_000  # in seconds since 1970
+
 
 class Sessions(NamedTuple):
     """The sessions of a batch of histories: tokens -> sessions -> users, by offsets.
@@ -70,10 +72,10 @@ def partition_sessions(timestamps: Tensor, offsets: Tensor, gap_seconds: int = 1
 def check_time_unit(timestamps: Tensor, offsets: Tensor, gap_seconds: int = 1800) -> None:
     """Warn where the timestamps do not look like seconds.
 
-    Two signs: half of the pauses between neighbouring items are below 1 s (the times say little,
-    for example one time for a whole history), or there are more sessions than half the items (for
-    example milliseconds, of which every pause is longer than the gap). Histories of one item have
-    no pauses and are not counted.
+    The signs: times after the year 5000 (milliseconds since 1970 are), a median pause below 1 s
+    between neighbouring items (for example one time for a whole history), or more sessions than
+    half of the items. Histories of one item have no pauses and are not counted. Some logs in
+    seconds show the last two as well: whole pages of ratings sent at once, or one visit per item.
 
     Args:
         timestamps: integer `[T]`, ascending inside every user.
@@ -86,11 +88,12 @@ def check_time_unit(timestamps: Tensor, offsets: Tensor, gap_seconds: int = 1800
     pauses = timestamps.diff()[inside[1:-1]]
     if pauses.numel() == 0:
         return
-    longer_than_one = offsets.diff()
-    longer_than_one = longer_than_one[longer_than_one > 1]
-    items = int(longer_than_one.sum())
-    sessions = longer_than_one.numel() + int((pauses > gap_seconds).sum())
-    if pauses.median() < 1:
+    histories = int((offsets.diff() > 1).sum())
+    items = histories + pauses.numel()
+    sessions = histories + int((pauses > gap_seconds).sum())
+    if (latest := int(timestamps.max())) > _YEAR_5000:
+        sign = f"the latest is {latest}, milliseconds?"
+    elif pauses.median() < 1:
         sign = "the median pause between neighbouring items is below 1 s"
     elif sessions > items / 2:
         sign = f"{items} items fall into {sessions} sessions of gap_seconds = {gap_seconds}"

@@ -218,7 +218,7 @@ class TestStochasticLength:
             ({"alpha": 1.0}, r"alpha must be in \(1, 2\], got 1.0"),
             ({"alpha": 2.5}, r"alpha must be in \(1, 2\], got 2.5"),
             ({"alpha": 1.5, "selection": "old"}, "selection must be one of weighted, recent"),
-            ({"alpha": 1.5, "max_history": 0}, "max_history must be at least 1 or None, got 0"),
+            ({"alpha": 1.5, "max_history": 0}, "max_history must be at least 1, got 0"),
         ],
         ids=str,
     )

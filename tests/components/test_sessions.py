@@ -114,6 +114,7 @@ def test_two_dimensions_are_refused():
     ("histories", "sign"),
     [
         ([[7, 7, 7, 7], [9, 9]], "median pause between neighbouring items is below 1 s"),
+        ([[1_700_000_000_000, 1_700_000_020_000]], r"the latest is 1700000020000, milliseconds\?"),
         # Milliseconds: 20 s between items look like 20,000 s.
         ([[0, 20_000, 40_000], [5]], "3 items fall into 3 sessions of gap_seconds = 1800"),
     ],
