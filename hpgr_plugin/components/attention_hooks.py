@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hpgr_plugin.ops.jagged import jagged_to_padded_dense, segment_ids
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
-from hpgr_plugin.ops.preference_plan.torch import check_plan_settings, plan_preferences
+from hpgr_plugin.ops.preference_plan import PlanSettings, PreferencePlan, plan_preferences
 
 Layout = Literal["per_candidate", "shared_history", "per_user"]
 MaskPosition = Literal["post", "pre"]
@@ -96,7 +95,7 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         table: Table = "live",
     ) -> None:
         super().__init__()
-        check_plan_settings(top_k=top_k, sigma=sigma, eps=eps, recent=recent)
+        PlanSettings(top_k, sigma, eps, recent).check()
         _check_choice("layout", layout, ("per_candidate", "shared_history"))
         _check_choice("mask_position", mask_position, get_args(MaskPosition))
         _check_choice("table", table, get_args(Table))

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from hpgr_plugin.components import naive as naive_components
 from hpgr_plugin.ops.hstu_attention import naive as naive_attention
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+from hpgr_plugin.ops.preference_plan import PreferencePlan
 
 LENGTHS = [4, 0, 7, 1]
 
