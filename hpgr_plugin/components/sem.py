@@ -17,8 +17,14 @@ from hpgr_plugin.components.transformer import (
     segment_layout,
     segment_mean,
 )
-from hpgr_plugin.ops.dispatch import triton_is_installed, warn_once
-from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids, segment_positions
+from hpgr_plugin.ops.jagged import (
+    complete_cumsum,
+    lead_with,
+    ranges,
+    segment_ids,
+    segment_positions,
+)
+from hpgr_plugin.ops.session_pool import PoolWeights, Spans, add_context, gather_spans, session_pool
 
 
 class _EncodedSessions(NamedTuple):
@@ -172,48 +178,17 @@ class SessionEnhancementModule(nn.Module):
 
     def _encode_sessions(self, history: Tensor, encoded: _EncodedSessions) -> Tensor:
         """Eq. 1: `[T, D]` -> one vector a session `[S', D]`."""
-        if self.num_layers == 1 and self._on_kernels(history):
-            return self._pool_sessions(history, encoded)
-        tokens = ranges(encoded.token_starts, encoded.token_lengths)
-        offsets = complete_cumsum(encoded.token_lengths)
-        session = segment_ids(offsets, tokens.numel())
-        position = tokens - encoded.token_starts[session]
-        x = history.index_select(0, tokens) + F.embedding(position, self.item_position)
-        x, offsets = _lead_with(self.session_cls, x, offsets, session)
-        return self.intra_encoder.first_tokens(x, segment_layout(offsets))
-
-    def _pool_sessions(self, history: Tensor, encoded: _EncodedSessions) -> Tensor:
-        """The same for one layer, whose [CLS] asks every session the same question."""
-        from hpgr_plugin.ops.session_pool.triton import Spans, pool_spans
-
+        spans = Spans(encoded.token_starts, encoded.token_lengths)
+        inputs = history, self.item_position, self.session_cls
+        if self.num_layers > 1:
+            x, offsets = gather_spans(*inputs, spans)
+            return self.intra_encoder.first_tokens(x, segment_layout(offsets))
         layer = self.intra_encoder.first_layer
-        cls = self.session_cls.unsqueeze(0)
-        lead, weights = layer.attention_norm(cls), layer.head_weights()
-        pooled = pool_spans(
-            history,
-            self.item_position,
-            layer.attention_norm.weight,
-            layer.attention_norm.bias,
-            lead.squeeze(0),
-            layer.queries_of(lead, weights).squeeze(0),
-            Spans(encoded.token_starts, encoded.token_lengths),
-        )
-        x = layer.finish_pooled(cls.expand(pooled.shape[1], -1), pooled, weights)
-        return self.intra_encoder.final_norm(x)
-
-    def _on_kernels(self, history: Tensor) -> bool:
-        """Whether the kernels run here; on CUDA it is said once why not."""
-        if not history.is_cuda:
-            return False
-        if not triton_is_installed():
-            warn_once("SEM runs in plain torch: triton is not installed")
-            return False
-        from hpgr_plugin.ops.session_pool.triton import why_not
-
-        reason = why_not(history, self.num_heads)
-        if reason is not None:
-            warn_once(f"SEM runs in plain torch: {reason}")
-        return reason is None
+        norm, heads = layer.attention_norm, layer.head_weights()
+        weights = PoolWeights(norm.weight, norm.bias, heads.query, heads.query_bias, heads.key)
+        pooled = session_pool(*inputs, weights, spans)
+        x = self.intra_encoder.final_norm(layer.finish_pooled(pooled.lead, pooled.means, heads))
+        return x if pooled.place is None else x.index_select(0, pooled.place)
 
     def _context(self, vectors: Tensor, encoded: _EncodedSessions, sessions: Sessions) -> Tensor:
         """Eq. 2: session vectors `[S', D]` -> the F of every session's tokens `[S, D]`."""
@@ -245,7 +220,7 @@ class SessionEnhancementModule(nn.Module):
         x = vectors + F.embedding(number, self.session_position)
         if self.pooling == "mean":
             return x, offsets
-        return _lead_with(self.history_cls, x, offsets, user)
+        return lead_with(self.history_cls, x, offsets, user)
 
     def _pool_all(self, x: Tensor, layout: SegmentLayout) -> Tensor:
         """The pooled context as each row sees it, `[R, D]` -> `[R, D]`."""
@@ -256,24 +231,4 @@ class SessionEnhancementModule(nn.Module):
         if self.fusion == "add":
             return history + F.embedding(sessions.session_index, context)
         context = F.layer_norm(context, context.shape[1:])
-        if self._on_kernels(history):
-            from hpgr_plugin.ops.session_pool.triton import add_context
-
-            return add_context(history, context, self.gate, sessions.session_offsets)
-        scale = history.detach().square().mean(1, keepdim=True).sqrt()
-        return history + self.gate * scale * F.embedding(sessions.session_index, context)
-
-
-def _lead_with(
-    row: Tensor, values: Tensor, offsets: Tensor, segment: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Put `row` `[D]` in front of every segment: `[T, D]`, `[S + 1]` -> `[T + S, D]`, `[S + 1]`.
-
-    `segment` `[T]` says whose each value is.
-    """
-    total, number = len(values), torch.arange(len(values) + len(offsets), device=offsets.device)
-    offsets_out = offsets + number[: len(offsets)]
-    moved = number[:total] + segment + 1
-    out = values.new_empty(total + len(offsets) - 1, values.shape[1])
-    out = out.index_copy(0, offsets_out[:-1], row.expand(len(offsets) - 1, -1))
-    return out.index_copy(0, moved, values), offsets_out
+        return add_context(history, context, self.gate, sessions.session_offsets)

@@ -12,13 +12,20 @@ from torch import int64 as _int64
 
 from hpgr_plugin.ops.dispatch import Backend, Operator
 from hpgr_plugin.ops.jagged.fbgemm import fbgemm_here
-from hpgr_plugin.ops.jagged.segments import check_sorted, ranges, segment_ids, segment_positions
+from hpgr_plugin.ops.jagged.segments import (
+    check_sorted,
+    lead_with,
+    ranges,
+    segment_ids,
+    segment_positions,
+)
 
 __all__ = [
     "check_sorted",
     "complete_cumsum",
     "dense_to_jagged",
     "jagged_to_padded_dense",
+    "lead_with",
     "ranges",
     "segment_ids",
     "segment_positions",

@@ -27,6 +27,28 @@ def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(shift.numel(), device=starts.device) + shift
 
 
+def lead_with(
+    row: Tensor, values: Tensor, offsets: Tensor, segment: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Put `row` in front of every segment.
+
+    Args:
+        row: `[D]`.
+        values: `[T, D]`.
+        offsets: `[S + 1]`.
+        segment: `[T]`, the segment of each value.
+
+    Returns:
+        Values `[T + S, D]` and offsets `[S + 1]`.
+    """
+    total, number = len(values), torch.arange(len(values) + len(offsets), device=offsets.device)
+    offsets_out = offsets + number[: len(offsets)]
+    moved = number[:total] + segment + 1
+    out = values.new_empty(total + len(offsets) - 1, values.shape[1])
+    out = out.index_copy(0, offsets_out[:-1], row.expand(len(offsets) - 1, -1))
+    return out.index_copy(0, moved, values), offsets_out
+
+
 def check_sorted(values: Tensor, offsets: Tensor, name: str) -> None:
     """Check that every row of the jagged values `[T]` ascends; equal neighbours are in order.
 
