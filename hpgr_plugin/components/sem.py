@@ -11,29 +11,28 @@ from torch import Tensor, nn
 
 from hpgr_plugin.components.checks import check_at_least, check_choice
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
-from hpgr_plugin.components.transformer import (
-    INIT_STD,
-    JaggedEncoder,
-    SegmentLayout,
-    segment_layout,
-    segment_mean,
-)
+from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
 from hpgr_plugin.errors import HpgrError
-from hpgr_plugin.ops.dispatch import triton_is_installed, warn_once
-from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids, segment_positions
+from hpgr_plugin.ops.jagged import (
+    complete_cumsum,
+    lead_with,
+    ranges,
+    segment_ids,
+    segment_positions,
+)
+from hpgr_plugin.ops.segments import SegmentLayout, segment_layout, segment_mean
+from hpgr_plugin.ops.session_pool import Spans, add_context, gather_spans, session_pool
 
 
 class _EncodedSessions(NamedTuple):
     """The sessions, and the tokens of each, that SEM encodes.
 
     Attributes:
-        token_starts: `[S']`, the first encoded token of each session, in the flat history.
-        token_lengths: `[S']`, how many tokens of each session are encoded.
+        spans: where the encoded tokens of S' sessions lie in the flat history.
         user_offsets: `[B + 1]` into these sessions.
     """
 
-    token_starts: Tensor
-    token_lengths: Tensor
+    spans: Spans
     user_offsets: Tensor
 
 
@@ -176,7 +175,7 @@ class SessionEnhancementModule(nn.Module):
         sessions = partition_sessions(timestamps, offsets, self.gap_seconds)
         history = embeddings.to(self.session_cls.dtype)
         encoded = self._choose(sessions)
-        vectors = self._encode_sessions(history, encoded)
+        vectors = self._encode_sessions(history, encoded.spans)
         context = self._context(vectors, encoded, sessions)
         return self._fuse(history, context, sessions).to(embeddings.dtype)
 
@@ -190,56 +189,20 @@ class SessionEnhancementModule(nn.Module):
             starts = sessions.user_offsets[1:] - counts
         chosen = ranges(starts, counts)
         lengths = sessions.session_offsets.diff()[chosen].clamp(max=self.max_session_length)
-        return _EncodedSessions(
-            token_starts=sessions.session_offsets[1:][chosen] - lengths,
-            token_lengths=lengths,
-            user_offsets=complete_cumsum(counts),
-        )
+        spans = Spans(sessions.session_offsets[1:][chosen] - lengths, lengths)
+        return _EncodedSessions(spans, complete_cumsum(counts))
 
-    def _encode_sessions(self, history: Tensor, encoded: _EncodedSessions) -> Tensor:
-        """Eq. 1: `[T, D]` -> one vector a session `[S', D]`."""
-        if self.num_layers == 1 and self._on_kernels(history):
-            return self._pool_sessions(history, encoded)
-        tokens = ranges(encoded.token_starts, encoded.token_lengths)
-        offsets = complete_cumsum(encoded.token_lengths)
-        session = segment_ids(offsets, tokens.numel())
-        position = tokens - encoded.token_starts[session]
-        x = history.index_select(0, tokens) + F.embedding(position, self.item_position)
-        x, offsets = _lead_with(self.session_cls, x, offsets, session)
-        return self.intra_encoder.first_tokens(x, segment_layout(offsets))
-
-    def _pool_sessions(self, history: Tensor, encoded: _EncodedSessions) -> Tensor:
-        """The same for one layer, whose [CLS] asks every session the same question."""
-        from hpgr_plugin.ops.session_pool.triton import Spans, pool_spans
-
+    def _encode_sessions(self, history: Tensor, spans: Spans) -> Tensor:
+        """Eq. 1: tokens `[T, D]` -> one vector per session `[S', D]`."""
+        inputs = history, self.item_position, self.session_cls
+        if self.num_layers > 1:
+            x, offsets = gather_spans(*inputs, spans)
+            return self.intra_encoder.first_tokens(x, segment_layout(offsets))
         layer = self.intra_encoder.first_layer
-        cls = self.session_cls.unsqueeze(0)
-        lead, weights = layer.attention_norm(cls), layer.head_weights()
-        pooled = pool_spans(
-            history,
-            self.item_position,
-            layer.attention_norm.weight,
-            layer.attention_norm.bias,
-            lead.squeeze(0),
-            layer.queries_of(lead, weights).squeeze(0),
-            Spans(encoded.token_starts, encoded.token_lengths),
-        )
-        x = layer.finish_pooled(cls.expand(pooled.shape[1], -1), pooled, weights)
-        return self.intra_encoder.final_norm(x)
-
-    def _on_kernels(self, history: Tensor) -> bool:
-        """Whether the kernels run here; on CUDA it is said once why not."""
-        if not history.is_cuda:
-            return False
-        if not triton_is_installed():
-            warn_once("SEM runs in plain torch: triton is not installed")
-            return False
-        from hpgr_plugin.ops.session_pool.triton import why_not
-
-        reason = why_not(history, self.num_heads)
-        if reason is not None:
-            warn_once(f"SEM runs in plain torch: {reason}")
-        return reason is None
+        weights = layer.head_weights()
+        pooled = session_pool(*inputs, weights.pool, spans)
+        x = self.intra_encoder.final_norm(layer.finish_pooled(pooled.lead, pooled.means, weights))
+        return x if pooled.place is None else x.index_select(0, pooled.place)
 
     def _context(self, vectors: Tensor, encoded: _EncodedSessions, sessions: Sessions) -> Tensor:
         """Eq. 2: vectors of the encoded sessions `[S', D]` -> F for the tokens of each `[S, D]`."""
@@ -270,7 +233,7 @@ class SessionEnhancementModule(nn.Module):
         x = vectors + F.embedding(number, self.session_position)
         if self.pooling == "mean":
             return x, offsets
-        return _lead_with(self.history_cls, x, offsets, user)
+        return lead_with(self.history_cls, x, offsets, user)
 
     def _pool_all(self, x: Tensor, layout: SegmentLayout) -> Tensor:
         """The pooled summary of the rows that each row sees, `[R, D]` -> `[R, D]`."""
@@ -281,31 +244,4 @@ class SessionEnhancementModule(nn.Module):
         if self.fusion == "add":
             return history + F.embedding(sessions.session_index, context)
         context = F.layer_norm(context, context.shape[1:])
-        if self._on_kernels(history):
-            from hpgr_plugin.ops.session_pool.triton import add_context
-
-            return add_context(history, context, self.gate, sessions.session_offsets)
-        scale = history.detach().square().mean(1, keepdim=True).sqrt()
-        return history + self.gate * scale * F.embedding(sessions.session_index, context)
-
-
-def _lead_with(
-    row: Tensor, values: Tensor, offsets: Tensor, segment: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Put one row in front of every segment.
-
-    Args:
-        row: `[D]`.
-        values: `[T, D]`.
-        offsets: `[S + 1]` of the segments.
-        segment: `[T]`, the segment of every value.
-
-    Returns:
-        Values `[T + S, D]` and their offsets `[S + 1]`.
-    """
-    total, number = len(values), torch.arange(len(values) + len(offsets), device=offsets.device)
-    offsets_out = offsets + number[: len(offsets)]
-    moved = number[:total] + segment + 1
-    out = values.new_empty(total + len(offsets) - 1, values.shape[1])
-    out = out.index_copy(0, offsets_out[:-1], row.expand(len(offsets) - 1, -1))
-    return out.index_copy(0, moved, values), offsets_out
+        return add_context(history, context, self.gate, sessions.session_offsets)

@@ -9,8 +9,8 @@ import torch
 
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.components.sessions import partition_sessions
-from hpgr_plugin.components.transformer import segment_layout
 from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.ops.segments import segment_layout
 
 D = 8
 LENGTHS = [0, 1, 23, 0, 40, 2, 7]
