@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hpgr_plugin.ops.hstu_attention import AttentionSpec, hstu_attention
-from hpgr_plugin.ops.preference_plan.torch import plan_preferences
+from hpgr_plugin.ops.preference_plan import plan_preferences
 
 pytestmark = [
     pytest.mark.gpu,
