@@ -42,8 +42,9 @@ def load_configs(config_files: list[str], bindings: list[str]) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The message of `error` without line breaks."""
-    return re.sub(r"\s*\n\s*", " | ", str(error).strip())
+    """The message of `error` without line breaks, and without the addresses that gin adds."""
+    message = re.sub(r" \(<[^\n]*>\)", "", str(error).strip())
+    return re.sub(r"\s*\n\s*", " | ", message)
 
 
 def run_app(**overrides: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +105,7 @@ def register(*groups: str) -> None:
     Raises:
         ConfigError: an unknown group, a name that is taken, or a target that does not exist.
     """
-    _add_search_path()
+    _add_shipped_files()
     for group in groups:
         if group not in GROUPS:
             raise ConfigError(f"group must be one of {sorted(GROUPS)}, got {group!r}")
@@ -172,11 +171,13 @@ def build(name: str, **arguments: Any) -> Any:
 
 
 @functools.cache
-def _add_search_path() -> None:
-    """Let gin find `configs/...` in the checkout or in the installed package."""
+def _add_shipped_files() -> None:
+    """Let gin find `configs/...` in the checkout or in the installed package.
+
+    The reader comes before gin's own reader of package resources, which logs an error for every
+    path that is not a package, and fails on folders that could be one.
+    """
     package = Path(__file__).parents[1]
     root = package if (package / "configs").is_dir() else package.parent
-    gin.add_config_file_search_path(str(root))
-    # gin logs an error for every file that it finds by a later path; one that it finds nowhere
-    # raises as well.
-    logging.getLogger().addFilter(lambda record: record.module != "resource_reader")
+    reader = (lambda path: (root / path).open(), lambda path: (root / path).is_file())
+    gin.config._FILE_READERS.insert(1, reader)
