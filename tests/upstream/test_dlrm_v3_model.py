@@ -115,12 +115,12 @@ def test_candidates_do_not_depend_on_each_other_or_on_the_batch(layout: str) -> 
 @pytest.mark.parametrize(
     "hook",
     [
-        lambda: everything("sequence"),
-        lambda: everything("candidate"),
+        lambda: everything("per_candidate"),
+        lambda: everything("shared_history"),
         lambda: None,
         lambda: StochasticLength(alpha=2.0, max_history=10_000),
     ],
-    ids=["sequence", "candidate", "none", "stochastic-length"],
+    ids=["per_candidate", "shared_history", "none", "stochastic-length"],
 )
 def test_the_future_of_a_candidate_is_hidden_from_it(hook: Callable[[], Any]) -> None:
     """What happens at or after a query time has no influence on that candidate's prediction."""
