@@ -1,4 +1,4 @@
-"""The jagged encoder against one plain transformer call a segment, and its buckets."""
+"""The jagged encoder against a plain transformer on every segment, and its buckets."""
 
 from itertools import accumulate
 
