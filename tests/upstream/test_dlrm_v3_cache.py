@@ -7,7 +7,11 @@ import torch
 from small_ranker import WIDTH, build
 from torch import Tensor
 
-from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
+from hpgr_plugin.components.attention_hooks import (
+    HookInputs,
+    PreferenceGuidedSparseAttention,
+    StochasticLength,
+)
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
 from hpgr_plugin.hosts.dlrm_v3.modules import Request
 
@@ -60,10 +64,9 @@ def test_shared_history_gives_the_same_with_and_without_the_cache(mask_position:
         "history_timestamps": torch.arange(num_history),
         "candidate_timestamps": torch.full((len(LENGTHS) * DELTA,), 11),
     }
-    plan = hook.plan(
-        **raw, history_offsets=offsets_of(LENGTHS), candidate_offsets=offsets_of(NUM_TARGETS)
-    )
-    with transducer.requested(Request(plan, "shared_history", mask_position == "pre")):
+    offsets = {"history_offsets": offsets_of(LENGTHS), "candidate_offsets": offsets_of(NUM_TARGETS)}
+    plan = hook.plan(HookInputs(**raw, **offsets))
+    with transducer.requested(Request(plan, "shared_history", mask_position)):
         full = transducer._hstu_compute(
             int(seq_lengths.max()),
             seq_lengths,

@@ -189,14 +189,12 @@ def test_sem_with_its_gate_closed_is_the_host_and_opens_with_training() -> None:
 
 
 def test_sem_touches_history_rows_alone() -> None:
-    class Shift(torch.nn.Module):
-        embedding_dim = TABLE_DIM
-
+    class Shift(SessionEnhancementModule):
         def forward(self, embeddings, offsets, timestamps):  # type: ignore[no-untyped-def]
             self.seen = (embeddings.shape[0], offsets.tolist(), timestamps.tolist())
             return embeddings + 1.0
 
-    sem = Shift()
+    sem = Shift(embedding_dim=TABLE_DIM)
     model = build(DlrmHSTU, sem=sem)
     received = {}
     preprocessor = model._hstu_transducer._input_preprocessor._preprocessor

@@ -70,7 +70,7 @@ def make_model(layout: str, mask_position: str, **config: Any) -> Any:
 def computed(model: Any, case: Case) -> Tensor:
     """Candidate rows of the stack, through the adapter."""
     hook = model.attention_hook
-    request = Request(case.plan, hook.layout, hook.mask_position == "pre")
+    request = Request(case.plan, hook.layout, hook.mask_position)
     transducer = model._hstu_transducer
     with transducer.requested(request):
         rows = transducer._hstu_compute(
