@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from hpgr_plugin.components.checks import check_at_least, check_choice
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.jagged import complete_cumsum, jagged_to_padded_dense, segment_ids
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
-from hpgr_plugin.ops.preference_plan.torch import check_plan_settings, plan_preferences
+from hpgr_plugin.ops.preference_plan import PlanSettings, PreferencePlan, plan_preferences
 
 Layout = Literal["per_candidate", "shared_history", "per_user"]
 MaskPosition = Literal["post", "pre"]
@@ -109,7 +108,7 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         table: Table = "live",
     ) -> None:
         super().__init__()
-        check_plan_settings(top_k=top_k, sigma=sigma, eps=eps, recent=recent)
+        PlanSettings(top_k, sigma, eps, recent).check()
         check_choice(("per_candidate", "shared_history"), layout=layout)
         check_choice(get_args(MaskPosition), mask_position=mask_position)
         check_choice(get_args(Table), table=table)

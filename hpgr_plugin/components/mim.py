@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from hpgr_plugin.components.checks import check_at_least, check_choice
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
-from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder, segment_layout
+from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
 from hpgr_plugin.errors import HpgrError
-from hpgr_plugin.ops.item_softmax.torch import MeanLoss, mean_cross_entropy, sampled_cross_entropy
+from hpgr_plugin.ops.item_softmax import MeanLoss, mean_cross_entropy, sampled_cross_entropy
 from hpgr_plugin.ops.jagged import segment_ids, segment_positions
+from hpgr_plugin.ops.segments import segment_layout
 
 Masking = Literal["item", "session", "mixed"]
 

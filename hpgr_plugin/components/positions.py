@@ -34,10 +34,9 @@ def time_aware_index(
     Raises:
         ValueError: a history out of order (which row), or shapes that do not match.
     """
-    _check_times(history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
-    earlier = count_earlier(
-        history_timestamps, history_offsets, candidate_timestamps, candidate_offsets
-    )
+    times = (history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
+    _check_times(*times)
+    earlier = count_earlier(*times)
     users = segment_ids(candidate_offsets, len(candidate_timestamps))
     lengths = history_offsets.long().diff()[users]
     number = 1 + ranges(torch.zeros_like(lengths), lengths)
@@ -94,11 +93,10 @@ class TimeAwarePositionalEncoder(nn.Module):
             ValueError: a history out of order, a history too long for `max_positions`, several
                 candidates of one user without `hide_future`, or shapes that do not match.
         """
-        _check_times(history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
+        times = (history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
+        _check_times(*times)
         self._check_lengths(history_offsets, candidate_offsets)
-        earlier = count_earlier(
-            history_timestamps, history_offsets, candidate_timestamps, candidate_offsets
-        )
+        earlier = count_earlier(*times)
         # Row of the table = index - 1: a place in the history, or the number of earlier items.
         rows = segment_positions(history_offsets, len(history_timestamps))
         if not self.hide_future:
@@ -237,12 +235,9 @@ def _moved_up(
     return (rows >= boundary[segment_ids(history_offsets, len(rows))]).long()
 
 
-def _check_times(
-    history_timestamps: Tensor,
-    history_offsets: Tensor,
-    candidate_timestamps: Tensor,
-    candidate_offsets: Tensor,
-) -> None:
+def _check_times(*times: Tensor) -> None:
+    """Check what `time_aware_index` takes."""
+    history_timestamps, history_offsets, candidate_timestamps, candidate_offsets = times
     if history_offsets.shape != candidate_offsets.shape:
         raise ValueError(
             "history_offsets and candidate_offsets must both be [B + 1], got "

@@ -59,12 +59,12 @@ def parameter_groups(
     """Optimizer groups named "inherited" and "fresh"; an empty group is left out.
 
     Args:
-        module: parameters that need no gradient are left out.
-        inherited: names of parameters, or prefixes that end at a dot of the name ("sem" takes
-            "sem.gate"); empty if nothing was pre-trained.
-        lr: of fresh parameters.
-        inherited_lr_ratio: inherited parameters take `lr * inherited_lr_ratio`; 0 freezes them
-            (weight decay goes with the rate).
+        module: its parameters that need no gradient are left out.
+        inherited: names of parameters or submodules ("sem" takes "sem.gate"); empty if nothing was
+            pre-trained.
+        lr: learning rate of the fresh parameters.
+        inherited_lr_ratio: inherited parameters have the learning rate `lr * inherited_lr_ratio`;
+            0 freezes them, because AdamW multiplies its weight decay by the learning rate.
         weight_decay: of both groups.
 
     Raises:

@@ -12,7 +12,7 @@ from hpgr_plugin.components.attention_hooks import (
     PreferenceGuidedSparseAttention,
     StochasticLength,
 )
-from hpgr_plugin.ops.preference_plan.torch import plan_preferences
+from hpgr_plugin.ops.preference_plan import plan_preferences
 
 
 @pytest.fixture
