@@ -215,6 +215,36 @@ def test_sem_touches_history_rows_alone() -> None:
         start += n + c
 
 
+def test_sem_shows_a_candidate_nothing_of_its_future() -> None:
+    """The snippet needs no line for it: without `causal` the host decides."""
+    sem = SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2, gap_seconds=60)
+    model = build(DlrmHSTU, dtype=torch.float64, attention_hook=everything(), sem=sem)
+    assert sem.causal
+    with torch.no_grad():
+        model.sem.gate.fill_(0.5)
+    uih, offered = batch([14], [3], later=False)
+    changed = copy.deepcopy(uih)
+    future = uih["time"].values() >= offered["candidate_time"].values().max()
+    assert future.any()
+    flat, offset = changed.values(), uih.offset_per_key()[0]
+    flat[offset : offset + 14][future] = (flat[offset : offset + 14][future] + 7) % NUM_ITEMS
+    torch.testing.assert_close(
+        model(uih, offered)[3], model(changed, offered)[3], rtol=0, atol=1e-9
+    )
+
+
+def test_sem_over_the_whole_history_needs_a_log_without_query_times() -> None:
+    def built(**arguments: Any) -> Any:
+        sem = SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2, **arguments)
+        return lambda **slots: build(DlrmHSTU, sem=sem, **slots)
+
+    with pytest.raises(ValueError, match=r"causal must be True or None here.*hide_future is True"):
+        built(causal=False)()
+    assert built(causal=False)(hide_future=False).sem.causal is False
+    assert built()(hide_future=False).sem.causal is False
+    assert built(causal=True)(hide_future=False).sem.causal is True
+
+
 def test_time_aware_encoder_numbers_every_candidate_by_its_own_time() -> None:
     encoder = TimeAwarePositionalEncoder(embedding_dim=WIDTH, max_positions=64)
     model = build(DlrmHSTU, positional_encoder=encoder)

@@ -199,7 +199,7 @@ def test_a_hook_is_refused_with_the_reason(hook: type) -> None:
 
 def test_unfit_slots_are_refused() -> None:
     slots(sem=sem(causal=False))
-    with pytest.raises(ValueError, match="causal form"):
+    with pytest.raises(ValueError, match="causal must be True or None here, got False"):
         build()
     slots(sem=sem(embedding_dim=8))
     with pytest.raises(
@@ -249,7 +249,7 @@ def test_hand_over_fills_table_and_sem_and_survives_the_constructor(
     tmp_path: Path, module_type: str
 ) -> None:
     table = handoff(tmp_path / "stage1.safetensors")
-    fresh = SessionEnhancementModule(embedding_dim=DIM, num_heads=2, causal=True)
+    fresh = SessionEnhancementModule(embedding_dim=DIM, num_heads=2)
     slots(sem=fresh, pretrained=str(tmp_path / "stage1.safetensors"))
     encoder = build(module_type)
     weight = encoder._embedding_module._item_emb.weight
@@ -360,9 +360,9 @@ def test_slots_come_from_a_gin_file(tmp_path: Path) -> None:
         import hpgr_plugin.hosts.research
         hpgr.SequentialEncoder.sem = @hpgr.SessionEnhancementModule()
         hpgr.SessionEnhancementModule.embedding_dim = {DIM}
-        hpgr.SessionEnhancementModule.causal = True
         """
     )
     first, second = (build()._input_features_preproc.sem for _ in range(2))
     assert isinstance(first, SessionEnhancementModule)
     assert first is not second
+    assert first.causal

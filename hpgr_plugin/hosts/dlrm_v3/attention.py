@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
 from generative_recommenders.modules.stu import STULayer
 from generative_recommenders.ops.hstu_attention import hstu_mha
 from generative_recommenders.ops.hstu_compute import hstu_compute_output, hstu_compute_uqvk
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from hpgr_plugin.components.attention_hooks import Layout, MaskPosition
 from hpgr_plugin.hosts.contract import accepts
-from hpgr_plugin.ops.compact.parts import SequenceParts, candidate_weights
-from hpgr_plugin.ops.jagged import dense_to_jagged, jagged_to_padded_dense
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+from hpgr_plugin.ops.compact.parts import SequenceParts, row_weights
+from hpgr_plugin.ops.hstu_attention import AttentionSpec, hstu_attention
+from hpgr_plugin.ops.preference_plan import PreferencePlan
 
 # Until 2026 the host had one flag for what goes into its output projection, since then three.
 _OUTPUT_FLAGS: dict[str, Any] = (
@@ -37,44 +36,29 @@ class CandidateRows:
     parts: SequenceParts
     plan: PreferencePlan
     mask_position: MaskPosition = "post"
-    _weights: Tensor | None = field(default=None, repr=False)
+    _spec: AttentionSpec | None = field(default=None, repr=False)
 
-    def row_weights(self, max_length: int) -> Tensor:
-        """M `[B, c, max_length]`, computed once for all layers of a step."""
-        if self._weights is None or self._weights.shape[-1] != max_length:
-            self._weights = candidate_weights(self.parts, self.plan, max_length)
-        return self._weights
+    def attention_spec(self, max_seq_len: int, alpha: float) -> AttentionSpec:
+        """The attention of the candidates over whole sequences, the same for all layers of a step.
 
-
-def candidate_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: CandidateRows, *, max_length: int, alpha: float
-) -> Tensor:
-    """HSTU attention of the candidates only: o_c = sum_j SiLU(alpha q_c . k_j) M_cj v_j / n.
-
-    Args:
-        q: Queries of the candidates `[C, H, d]`.
-        k: Keys of the whole sequences `[L, H, d]`.
-        v: Values of the whole sequences `[L, H, dv]`.
-        rows: M and where the sequences lie.
-        max_length: The longest sequence, which is also the host's n.
-        alpha: Factor on q . k.
-
-    Returns:
-        `[C, H, dv]`.
-    """
-    weights = rows.row_weights(max_length).unsqueeze(1)
-    offsets, candidates = rows.parts.seq_offsets, rows.parts.candidate_offsets
-    most = weights.shape[2]
-    dense_q = jagged_to_padded_dense(q, candidates, most).transpose(1, 2)
-    dense_k = jagged_to_padded_dense(k, offsets, max_length).transpose(1, 2)
-    dense_v = jagged_to_padded_dense(v, offsets, max_length).transpose(1, 2)
-    scores = (dense_q @ dense_k.transpose(2, 3)) * alpha
-    if rows.mask_position == "pre":
-        attention = F.silu(scores * weights) / max_length
-    else:
-        attention = F.silu(scores) * weights / max_length
-    dense = (attention.to(dense_v.dtype) @ dense_v).transpose(1, 2)
-    return dense_to_jagged(dense, candidates, rows.parts.num_candidates)
+        Args:
+            max_seq_len: The longest sequence, which is also the host's n.
+            alpha: Factor on q . k.
+        """
+        if self._spec is None or (self._spec.max_length, self._spec.alpha) != (max_seq_len, alpha):
+            counts = self.parts.candidate_offsets.diff()
+            self._spec = AttentionSpec(
+                offsets=self.parts.seq_offsets,
+                max_length=max_seq_len,
+                alpha=alpha,
+                norm_length=max_seq_len,
+                query_offsets=self.parts.candidate_offsets,
+                max_query_length=int(counts.max().item()) if counts.numel() else 0,
+                causal=False,
+                row_weights=row_weights(self.parts, self.plan, max_seq_len),
+                mask_position=self.mask_position,
+            )
+        return self._spec
 
 
 @dataclass(frozen=True)
@@ -167,14 +151,8 @@ class PreferenceSTULayer(STULayer):
         candidates = self.step.candidates
         if candidates is not None:
             index = candidates.parts.candidate_rows()
-            own = candidate_attention(
-                q.index_select(0, index),
-                k,
-                v,
-                candidates,
-                max_length=max_seq_len,
-                alpha=self._attn_alpha,
-            )
+            spec = candidates.attention_spec(max_seq_len, self._attn_alpha)
+            own = hstu_attention(q.index_select(0, index), k, v, spec)
             attention = attention.index_copy(0, index, own.to(attention.dtype))
         return self._output(attention, u, x)
 
@@ -212,13 +190,11 @@ class PreferenceSTULayer(STULayer):
             max_kv_caching_len=max_kv_caching_len,
             kv_caching_lengths=kv_caching_lengths,
         )
-        attention = candidate_attention(
+        attention = hstu_attention(
             q,
             k.view(-1, self._num_heads, self._attention_dim),
             v.view(-1, self._num_heads, self._hidden_dim),
-            self.step.candidates,
-            max_length=max_seq_len,
-            alpha=self._attn_alpha,
+            self.step.candidates.attention_spec(max_seq_len, self._attn_alpha),
         )
         return self._output(attention, u, delta_x)
 

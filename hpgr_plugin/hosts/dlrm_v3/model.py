@@ -31,6 +31,7 @@ from hpgr_plugin.transfer.handoff import load_sem_state
 from hpgr_plugin.transfer.learning_rates import check_lr_ratio, mark_inherited
 
 _NAME = "hpgr.DlrmHSTU"
+_WHY_CAUSAL = f"{_NAME}.hide_future is True: a history may reach past a candidate's time"
 _HISTORY_IDS = "hpgr_history_ids"
 _CANDIDATE_IDS = "hpgr_candidate_ids"
 
@@ -45,7 +46,8 @@ class DlrmHSTU(host.DlrmHSTU):
         is_inference: See the host.
         is_dense: See the host.
         bf16_training: See the host.
-        sem: Enriches the history rows of the raw item embeddings; of the item table's width.
+        sem: Enriches the history rows of the raw item embeddings; of the item table's width. It
+            takes the causal form, unless `hide_future` is False.
         positional_encoder: Replaces the host's, time buckets included; of the transducer's width.
         attention_hook: PGSA or stochastic length.
         pretrained: Path of a stage-1 hand-over. Its item table goes to the table of the history's
@@ -62,6 +64,7 @@ class DlrmHSTU(host.DlrmHSTU):
 
     Raises:
         SlotError: A slot holds something else, or a component of another width.
+        HpgrError: A SEM with `causal=False` although `hide_future` is True.
         ValueError: An unknown field or table.
     """
 
@@ -111,12 +114,14 @@ class DlrmHSTU(host.DlrmHSTU):
         self._pretrained: Pretrained | None = None
         if pretrained is not None:
             self._inherit(pretrained, embedding_tables, inherited_lr_ratio)
+        if sem is not None:
+            sem.decide_causal(self._hide_future, _WHY_CAUSAL)
         frozen = _frozen(attention_hook)
         if frozen is not None and frozen.frozen_table is None:
             raise ValueError('an attention_hook with table="frozen" needs pretrained, got None')
 
     @property
-    def sem(self) -> nn.Module | None:
+    def sem(self) -> SessionEnhancementModule | None:
         """The session enhancement module in the slot, or None."""
         preprocessor = self._hstu_transducer._input_preprocessor
         return preprocessor.sem if isinstance(preprocessor, SessionPreprocessor) else None
@@ -293,6 +298,8 @@ class DlrmHSTU(host.DlrmHSTU):
     def _fill_sem(self, sem: SessionEnhancementModule) -> None:
         width = self._hstu_configs.hstu_embedding_table_dim
         check_width(_NAME, "sem", sem.embedding_dim, expected=width, of="the item table")
+        if self._hide_future:  # a history may then reach past a candidate's own time
+            sem.decide_causal(True, _WHY_CAUSAL)
         transducer = self._hstu_transducer
         transducer._input_preprocessor = SessionPreprocessor(transducer._input_preprocessor, sem)
 

@@ -16,21 +16,20 @@ from hpgr_plugin.components.attention_hooks import Layout, MaskPosition
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
 from hpgr_plugin.hosts.seams import host_has_seam
 from hpgr_plugin.ops.compact.parts import (
-    CompactRows,
     SequenceParts,
-    compact_rows,
+    ShortSequences,
     sequence_parts,
+    short_sequences,
     visible_plan,
 )
 from hpgr_plugin.ops.jagged import complete_cumsum
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+from hpgr_plugin.ops.preference_plan import PreferencePlan
 
 
 class SessionPreprocessor(InputPreprocessor):
     """SEM on the history rows of the raw item embeddings, then the host's own preprocessor.
 
-    Contextual features, actions and side embeddings do not pass through SEM. A history may reach
-    past a candidate's own time; causal SEM keeps later sessions out of earlier tokens then.
+    Contextual features, actions and side embeddings do not pass through SEM.
 
     Args:
         preprocessor: The host's.
@@ -234,7 +233,7 @@ class PreferenceTransducer(HSTUTransducer):
         )
         plan, layout = self._request.plan, self._request.layout
         if plan is not None and layout != "shared_history":
-            rows = compact_rows(parts, plan, per_user=layout == "per_user")
+            rows = short_sequences(parts, plan, per_user=layout == "per_user")
             return self._compute_compact(parts, rows, max_seq_len, seq_timestamps, seq_embeddings)
         step = StepAttention(candidates=self._candidate_rows(parts, seq_timestamps, plan))
         with self.attending(step):
@@ -243,7 +242,7 @@ class PreferenceTransducer(HSTUTransducer):
     def _compute_compact(
         self,
         parts: SequenceParts,
-        rows: CompactRows,
+        rows: ShortSequences,
         max_seq_len: int,
         seq_timestamps: Tensor,
         seq_embeddings: Tensor,
@@ -276,7 +275,7 @@ class PreferenceTransducer(HSTUTransducer):
         )
 
     def _run_layers(
-        self, step: StepAttention, rows: CompactRows, offsets: Tensor, embeddings: Tensor
+        self, step: StepAttention, rows: ShortSequences, offsets: Tensor, embeddings: Tensor
     ) -> Tensor:
         arguments: dict[str, Any] = {
             "x": embeddings,

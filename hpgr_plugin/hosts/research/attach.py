@@ -131,13 +131,15 @@ class StepHooks:
 def split_groups(optimizer: Optimizer) -> bool:
     """Give inherited parameters groups of their own, with all other settings kept.
 
+    A group whose parameters share one `lr_scale` stays: its optimizer was built with that scale.
+
     Returns:
-        Whether there were any.
+        Whether a group was split.
     """
     found = False
     for group in list(optimizer.param_groups):
         scales = by_lr_scale(group["params"])
-        if set(scales) <= {1.0}:
+        if len(scales) < 2:
             continue
         found = True
         group.update(params=scales.pop(1.0, []), **_names(1.0))

@@ -23,7 +23,7 @@ class SequentialEncoder:
     """The five slots of the retrieval trainer's encoder.
 
     Attributes:
-        sem: In causal form, of the item table's width.
+        sem: Of the item table's width.
         positional_encoder: Replaces the host's learned positions, of the item table's width.
         attention_hook: Must stay empty here, see Raises.
         pretrained: Path of a hand-over that `hpgr.research_pretrain` wrote.
@@ -63,7 +63,8 @@ class SequentialEncoder:
             encoder: HSTU or SASRec of the host.
 
         Raises:
-            SlotError: A component of another width, or a SEM that is not causal.
+            SlotError: A component of another width.
+            HpgrError: A SEM with `causal=False`; here it takes the causal form.
             FileNotFoundError: There is no file at `pretrained`.
             HandoffError: It is not a hand-over for this encoder.
         """

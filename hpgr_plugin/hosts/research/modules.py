@@ -13,6 +13,7 @@ from hpgr_plugin.hosts.slots import SlotError
 from hpgr_plugin.ops.jagged import complete_cumsum, dense_to_jagged, jagged_to_padded_dense
 
 _TIMESTAMPS = "timestamps"
+WHY_CAUSAL = "the retrieval trainer predicts every next item of a history"
 
 
 class HierarchicalInputPreprocessor(nn.Module):
@@ -28,12 +29,12 @@ class HierarchicalInputPreprocessor(nn.Module):
 
     Args:
         host_preprocessor: The host's, already built.
-        sem: In causal form, or None.
+        sem: None, or a SEM, which takes the causal form.
         positional_encoder: None keeps the host's positions.
 
     Raises:
-        SlotError: A SEM that is not causal, or a host preprocessor that has not one position per
-            item.
+        HpgrError: A SEM with `causal=False`.
+        SlotError: A host preprocessor that has not one position per item.
     """
 
     def __init__(
@@ -44,12 +45,8 @@ class HierarchicalInputPreprocessor(nn.Module):
         positional_encoder: TimeAwarePositionalEncoder | None,
     ) -> None:
         super().__init__()
-        if sem is not None and not sem.causal:
-            raise SlotError(
-                "sem must be in causal form here (hpgr.SessionEnhancementModule.causal = True): "
-                "the trainer predicts every next item, and a context of the whole history would "
-                "show it the answer"
-            )
+        if sem is not None:
+            sem.decide_causal(True, WHY_CAUSAL)
         self.host_preprocessor: Any = host_preprocessor
         self.sem = sem
         self.positional_encoder = positional_encoder

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hpgr_plugin.components.mim import MaskedItemModel
+from hpgr_plugin.hosts.research.modules import WHY_CAUSAL
 from hpgr_plugin.hosts.research.pretrained import host_item_digest
 from hpgr_plugin.ops.jagged import complete_cumsum
 from hpgr_plugin.transfer.handoff import save_handoff
@@ -96,6 +97,8 @@ def research_pretrain(
         embedding_dim=item_embedding_dim,
         max_sequence_length=max_sequence_length + 1,
     ).to(place)
+    if model.sem is not None:
+        model.sem.decide_causal(True, WHY_CAUSAL)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(
