@@ -63,8 +63,8 @@ class SessionEnhancementModule(nn.Module):
             summary is the output at the last earlier session), or "mean" of the encoded sessions.
         fusion: "add", the paper's `H_emb + F`, or "gate", `h + gate * rms(h) * LayerNorm(F)`. The
             gate `[D]` starts at zero, so the module starts as the identity. `rms(h)`, the root
-            mean square of the token (without gradient), brings F to the scale of the item table,
-            which is near 0.02 at the start, as the table grows.
+            mean square of the token (without gradient), keeps F on the scale of the item table,
+            near 0.02 at the start, while the table grows.
         causal: whether a token's summary comes from earlier sessions only. None leaves the choice
             to the host, see `decide_causal`.
         max_session_length: most recent tokens of a session that are encoded.
@@ -176,8 +176,8 @@ class SessionEnhancementModule(nn.Module):
         history = embeddings.to(self.session_cls.dtype)
         encoded = self._choose(sessions)
         vectors = self._encode_sessions(history, encoded.spans)
-        context = self._context(vectors, encoded, sessions)
-        return self._fuse(history, context, sessions).to(embeddings.dtype)
+        summary = self._summarise(vectors, encoded, sessions)
+        return self._fuse(history, summary, sessions).to(embeddings.dtype)
 
     def _choose(self, sessions: Sessions) -> _EncodedSessions:
         """The sessions that some token's summary needs, and their most recent tokens."""
@@ -204,7 +204,7 @@ class SessionEnhancementModule(nn.Module):
         x = self.intra_encoder.final_norm(layer.finish_pooled(pooled.lead, pooled.means, weights))
         return x if pooled.place is None else x.index_select(0, pooled.place)
 
-    def _context(self, vectors: Tensor, encoded: _EncodedSessions, sessions: Sessions) -> Tensor:
+    def _summarise(self, vectors: Tensor, encoded: _EncodedSessions, sessions: Sessions) -> Tensor:
         """Eq. 2: vectors of the encoded sessions `[S', D]` -> F for the tokens of each `[S, D]`."""
         count = sessions.session_offsets.numel() - 1
         user = segment_ids(sessions.user_offsets, count)
@@ -240,8 +240,9 @@ class SessionEnhancementModule(nn.Module):
         x = self.inter_encoder(x, layout)
         return segment_mean(x, layout) if self.pooling == "mean" else x
 
-    def _fuse(self, history: Tensor, context: Tensor, sessions: Sessions) -> Tensor:
+    def _fuse(self, history: Tensor, summary: Tensor, sessions: Sessions) -> Tensor:
+        """H_enhanced `[T, D]` from the tokens `[T, D]` and the F of every session `[S, D]`."""
         if self.fusion == "add":
-            return history + F.embedding(sessions.session_index, context)
-        context = F.layer_norm(context, context.shape[1:])
-        return add_context(history, context, self.gate, sessions.session_offsets)
+            return history + F.embedding(sessions.session_index, summary)
+        summary = F.layer_norm(summary, summary.shape[1:])
+        return add_context(history, summary, self.gate, sessions.session_offsets)

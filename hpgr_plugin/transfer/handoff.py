@@ -237,7 +237,7 @@ def _check_tensors(
 
 def _checksum(value: Tensor) -> int:
     """CRC-32 of the tensor's bytes."""
-    return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -195,7 +195,7 @@ class TestStochasticLength:
         inputs = user_inputs(offsets_of([30] * 20))
 
         def draws(hook, n):
-            torch.rand(3)  # somebody else's draws in between
+            torch.rand(3)  # other draws in between
             return [hook.plan(inputs).index for _ in range(n)]
 
         first = StochasticLength(alpha=1.5, selection="uniform", max_history=16, seed=1)
@@ -242,7 +242,7 @@ def test_one_interface(hook, layout):
     assert isinstance(hook, AttentionHook)
     assert hook.layout == layout
     assert hook.mask_position == ("pre" if layout == "shared_history" else "post")
-    # Hosts initialise weights with Module.apply: no attribute may stand in its way.
+    # Hosts initialise weights with Module.apply: no attribute of a hook may replace it.
     nn.Sequential(hook).apply(lambda module: None)
 
 

@@ -240,7 +240,7 @@ def test_bfloat16_autocast():
 
 
 def test_it_learns_a_planted_pattern():
-    """Every user walks up the items one by one: neighbours give a masked item away."""
+    """Every user takes the items in order: neighbours determine a masked item."""
     torch.manual_seed(0)
     model = MaskedItemModel(
         num_items=V, embedding_dim=16, sem=SessionEnhancementModule(embedding_dim=16, causal=False)
