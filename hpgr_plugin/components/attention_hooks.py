@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-import gin
 import torch
 from torch import Tensor, nn
 
@@ -74,7 +73,6 @@ class AttentionHook(nn.Module):
         raise NotImplementedError
 
 
-@gin.configurable(module="hpgr")
 class PreferenceGuidedSparseAttention(AttentionHook):
     """PGSA (Eq. 5): a candidate attends to its anchors and their neighbours only.
 
@@ -185,7 +183,6 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-@gin.configurable(module="hpgr")
 class StochasticLength(AttentionHook):
     """Stochastic length (Eq. 4 of the HSTU paper): long histories are sampled down in training.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-import gin
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -105,7 +104,6 @@ def choose_masked(
     return masked | torch.empty_like(single).index_copy(0, tokens, single)
 
 
-@gin.configurable(module="hpgr")
 class MaskedItemModel(nn.Module):
     """A bidirectional encoder that predicts masked items, with a softmax tied to the item table.
 

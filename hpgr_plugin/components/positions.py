@@ -2,7 +2,6 @@
 
 import warnings
 
-import gin
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +43,6 @@ def time_aware_index(
     return number + (number > earlier_of_pair), 1 + earlier
 
 
-@gin.configurable(module="hpgr")
 class TimeAwarePositionalEncoder(nn.Module):
     """Adds a learned vector for the time-aware index (Eq. 4) to histories and candidates.
 

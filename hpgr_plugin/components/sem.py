@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import gin
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +35,6 @@ class _EncodedSessions(NamedTuple):
     user_offsets: Tensor
 
 
-@gin.configurable(module="hpgr")
 class SessionEnhancementModule(nn.Module):
     """Adds a summary of the user's sessions to every history token.
 

@@ -1,8 +1,7 @@
 """Data: logs on disk -> user sequences -> batches.
 
 reader -> EventTable -> build_log -> InteractionLog -> split -> PreparedData (cached) -> requests
--> batches. Every part is a gin configurable of module `hpgr`; `import hpgr_plugin.data` in a gin
-file makes them known. Needs pandas and pyarrow (extra `data`).
+-> batches. Needs pandas and pyarrow (extra `data`).
 """
 
 from hpgr_plugin.data.baselines import item_mean_scores

@@ -27,9 +27,9 @@ class Scored(NamedTuple):
 
 def item_mean_scores(
     prepared: PreparedData,
-    split: str = "test",
+    split: str,
+    settings: RequestSettings,
     *,
-    settings: RequestSettings | None = None,
     prior_events: float = 20.0,
 ) -> Scored:
     """The mean training label of each item, drawn to the overall mean.
@@ -37,7 +37,7 @@ def item_mean_scores(
     Args:
         prepared: the data.
         split: whose requests are scored.
-        settings: of the requests; None: as gin has them.
+        settings: of the requests.
         prior_events: how many events the overall mean counts for.
     """
     log = prepared.log

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-import gin
 import numpy as np
 
 from hpgr_plugin.data.batch import Batch
@@ -94,7 +93,6 @@ class BatchPlan:
         return batches
 
 
-@gin.configurable(module="hpgr", denylist=["prepared", "split", "rank", "world_size"])
 class RequestLoader:
     """Batches of the requests of one split.
 
@@ -105,7 +103,7 @@ class RequestLoader:
         prepared: the data.
         split: "train" (shuffled by epoch) | "validation" | "test" (every request once over
             all ranks, those of like length together).
-        settings: RequestSettings; None: as gin has them.
+        settings: how candidates are put together into requests.
         batch_tokens: most tokens of a batch, history and candidates together.
         max_batch_requests: most requests of a batch. None: no limit.
         seed: of the shuffling.
@@ -118,7 +116,7 @@ class RequestLoader:
         *,
         prepared: PreparedData,
         split: str,
-        settings: RequestSettings | None = None,
+        settings: RequestSettings,
         batch_tokens: int = 16384,
         max_batch_requests: int | None = None,
         seed: int = 0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import gin
 import numpy as np
 
 
@@ -20,13 +19,11 @@ class LabelRule:
         return (values >= self.threshold).astype(np.int8)
 
 
-@gin.configurable(module="hpgr")
 def rating_at_least(threshold: float = 4.0, field: str = "rating") -> LabelRule:
     """A rating of at least `threshold` is a positive."""
     return LabelRule(field=field, threshold=threshold)
 
 
-@gin.configurable(module="hpgr")
 def label_column(field: str = "label") -> LabelRule:
     """The field holds the label itself, 0 or 1."""
     return LabelRule(field=field, threshold=0.5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import gin
 import numpy as np
 
 from hpgr_plugin.data import cache
@@ -18,12 +17,11 @@ from hpgr_plugin.data.split import Split
 logger = logging.getLogger(__name__)
 
 
-@gin.configurable(module="hpgr")
 def prepare_data(
     *,
-    reader: Reader = gin.REQUIRED,
-    label: LabelRule = gin.REQUIRED,
-    split: Split = gin.REQUIRED,
+    reader: Reader,
+    label: LabelRule,
+    split: Split,
     action: str | None = None,
     history_events: str = "all",
     min_user_events: int = 1,
@@ -37,7 +35,7 @@ def prepare_data(
     Args:
         reader: where the events come from, such as @hpgr.MovieLensReader().
         label: which of them are positives, such as @hpgr.rating_at_least().
-        split: such as @hpgr.last_fraction_split().
+        split: such as @hpgr.LastFractionSplit().
         action: the field whose values become the actions of the history. None: the label.
         history_events: "all" | "positives": which events later requests may see.
         min_user_events, min_item_events: minimum counts, applied once (see build_log).

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import gin
 import numpy as np
 
 from hpgr_plugin.data.prepared import PreparedData
@@ -15,7 +14,6 @@ from hpgr_plugin.data.ranges import concatenated_ranges
 from hpgr_plugin.data.split import SPLITS, TRAIN
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class RequestSettings:
     """How candidates are put together into requests.
@@ -101,19 +99,16 @@ class Requests:
         return self.candidate_rows[concatenated_ranges(self.candidate_start, self.candidate_count)]
 
 
-def build_requests(
-    prepared: PreparedData, split: str, settings: RequestSettings | None = None
-) -> Requests:
+def build_requests(prepared: PreparedData, split: str, settings: RequestSettings) -> Requests:
     """All requests of a split.
 
     Args:
         prepared: the data.
         split: "train", "validation" or "test".
-        settings: RequestSettings; None: as gin has them.
+        settings: how candidates are put together.
     """
     if split not in SPLITS:
         raise ValueError(f"split is one of {', '.join(SPLITS)}, got {split!r}")
-    settings = settings or RequestSettings()
     code = SPLITS.index(split)
     rows = np.flatnonzero(prepared.is_candidate & (prepared.split == code))
     users = np.searchsorted(prepared.log.user_offsets, rows, side="right") - 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import gin
 import numpy as np
 
 from hpgr_plugin.data.batch import SequenceBatch
@@ -15,7 +14,6 @@ from hpgr_plugin.data.ranges import concatenated_ranges, offsets_of
 from hpgr_plugin.data.split import TRAIN
 
 
-@gin.configurable(module="hpgr", denylist=["prepared", "users", "rank", "world_size"])
 class SequenceLoader:
     """Batches of user sequences: the history events of the train split, nothing later.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import gin
 import numpy as np
 
 from hpgr_plugin.data.log import InteractionLog
@@ -29,7 +28,6 @@ class Split(Protocol):
         ...
 
 
-@gin.configurable("global_time_split", module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class GlobalTimeSplit:
     """The last `test` of all candidates in time, and `validation` before it.
@@ -55,7 +53,6 @@ class GlobalTimeSplit:
         return code
 
 
-@gin.configurable("last_fraction_split", module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class LastFractionSplit:
     """The last `test` of each user's candidates, and `validation` before it, both rounded."""
@@ -74,7 +71,6 @@ class LastFractionSplit:
         return _assign_last(log, is_candidate, num_test, num_validation)
 
 
-@gin.configurable("last_n_split", module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class LastNSplit:
     """The last `test` candidates of each user, and `validation` candidates before them."""

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gin
 import numpy as np
 import pyarrow as pa
 
@@ -48,7 +47,6 @@ class SyntheticTruth:
         return np.flatnonzero(same_user & self.tells & (cluster == cluster[event]))
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class SyntheticReader:
     """Makes the log; the field for labels and actions is `is_click`.

@@ -1,6 +1,5 @@
 """The attention hooks: what they pass on, what they refuse, and stochastic length's statistics."""
 
-import gin
 import pytest
 import torch
 from torch import nn
@@ -244,14 +243,3 @@ def test_one_interface(hook, layout):
     assert hook.mask_position == ("pre" if layout == "shared_history" else "post")
     # Hosts initialise weights with Module.apply: no attribute of a hook may replace it.
     nn.Sequential(hook).apply(lambda module: None)
-
-
-def test_gin_names():
-    try:
-        gin.parse_config(
-            "hpgr.PreferenceGuidedSparseAttention.top_k = 7\nhpgr.StochasticLength.alpha = 1.7\n"
-        )
-        assert PreferenceGuidedSparseAttention().top_k == 7
-        assert StochasticLength().alpha == 1.7
-    finally:
-        gin.clear_config()

@@ -3,7 +3,6 @@
 import copy
 from itertools import accumulate
 
-import gin
 import pytest
 import torch
 import torch.nn.functional as F
@@ -283,21 +282,6 @@ def test_a_history_over_the_limit_is_an_error():
 def test_bad_arguments_are_named(argument, value):
     with pytest.raises(ValueError, match=argument):
         MaskedItemModel(**{"num_items": V, "embedding_dim": D, argument: value})
-
-
-def test_gin_builds_it():
-    gin.parse_config(
-        """
-        hpgr.MaskedItemModel.embedding_dim = 8
-        hpgr.SessionEnhancementModule.embedding_dim = 8
-        hpgr.SessionEnhancementModule.gap_seconds = 60
-        hpgr.MaskedItemModel.sem = @hpgr.SessionEnhancementModule()
-        """
-    )
-    try:
-        assert MaskedItemModel(num_items=V).gap_seconds == 60
-    finally:
-        gin.clear_config()
 
 
 @pytest.mark.gpu

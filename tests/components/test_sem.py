@@ -3,7 +3,6 @@
 import copy
 from itertools import accumulate
 
-import gin
 import pytest
 import torch
 
@@ -279,14 +278,6 @@ def test_embeddings_of_another_size():
     _, offsets, timestamps = histories()
     with pytest.raises(ValueError, match=r"embeddings must be \[73, 8\]"):
         build()(torch.zeros(73, 4), offsets, timestamps)
-
-
-def test_gin_builds_it():
-    gin.parse_config("hpgr.SessionEnhancementModule.embedding_dim = 8")
-    try:
-        assert SessionEnhancementModule().embedding_dim == 8
-    finally:
-        gin.clear_config()
 
 
 @pytest.mark.gpu

@@ -3,10 +3,8 @@
 import dataclasses
 import multiprocessing
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import gin
 import numpy as np
 import pytest
 
@@ -16,8 +14,8 @@ from hpgr_plugin.data import (
     LastFractionSplit,
     LastNSplit,
     PreparedData,
+    RequestSettings,
     TableReader,
-    build_requests,
     item_mean_scores,
     label_column,
     prepare_data,
@@ -25,15 +23,6 @@ from hpgr_plugin.data import (
 )
 from hpgr_plugin.data import cache as cache_module
 from hpgr_plugin.data.events import EventTable
-
-CONFIGS = Path(__file__).parents[2] / "configs" / "data"
-
-
-@pytest.fixture(autouse=True)
-def _clear_gin() -> Iterator[None]:
-    gin.clear_config()
-    yield
-    gin.clear_config()
 
 
 def write_log(folder: Path, extra: str = "") -> Path:
@@ -219,22 +208,8 @@ def test_item_mean_uses_training_labels_alone() -> None:
         split=LastNSplit(test=1, validation=0),
         cache_dir=None,
     )
-    scored = item_mean_scores(data, "test", prior_events=2.0)
+    scored = item_mean_scores(data, "test", RequestSettings(), prior_events=2.0)
     # Training mean 3/4; item 1: two positives of two; item 4: never seen.
     np.testing.assert_allclose(scored.scores, [(2 + 2 * 0.75) / 4, 0.75])
     assert scored.labels.tolist() == [0, 1]
     assert scored.users.tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.gin")), ids=lambda path: path.stem)
-def test_configs_parse_and_say_where_data_is_missing(config: Path, tmp_path: Path) -> None:
-    absent = str(tmp_path / "absent")
-    bindings = [f'DATA_DIR = "{absent}"', "CACHE_DIR = None", "MAX_CANDIDATES = 2"]
-    gin.parse_config_files_and_bindings([str(config)], bindings)
-    if config.stem == "synthetic":
-        data = prepare_data()
-        assert data.log.num_users == 200
-        assert build_requests(data, "test").candidate_count.max() == 2
-    else:
-        with pytest.raises(DataError, match="no such file or folder"):
-            prepare_data()

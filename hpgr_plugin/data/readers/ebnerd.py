@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import gin
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -24,7 +23,6 @@ _HISTORY = ("history.parquet", "*/history.parquet", "*history*.parquet")
 _LABEL = "is_click"
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class EBNeRDReader:
     """Every article of an impression is an exposure, in order; the field for labels is `is_click`.

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import gin
-
 from hpgr_plugin.data.events import EventTable, SideTable, location
 from hpgr_plugin.data.readers.assemble import EventColumns, check_events, concatenate
 from hpgr_plugin.data.readers.files import existing, matching, read_table
@@ -18,7 +16,6 @@ _STANDARD_LOGS = ("log_standard*.csv", "log_standard*.parquet", "log*.parquet", 
 _VIDEO_FILES = ("video_features_basic*.csv", "video_features_basic*.parquet", "log*.parquet")
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class KuaiRandReader:
     """Exposures with `is_click`, `is_like`, `long_view`, `tab` ... as fields for labels.

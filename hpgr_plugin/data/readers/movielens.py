@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gin
 import pyarrow as pa
 
 from hpgr_plugin.data.errors import DataError
@@ -22,7 +21,6 @@ _YEAR = re.compile(r"\((\d{4})\)\s*$")
 _AGE_BRACKETS = (18, 25, 35, 45, 50, 56)
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class MovieLensReader:
     """Ratings of MovieLens in any of its formats; the field for labels is `rating`.

@@ -7,15 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gin
-
 from hpgr_plugin.data.events import EventTable, SideTable, location
 from hpgr_plugin.data.readers.assemble import EventColumns, check_events, concatenate
 from hpgr_plugin.data.readers.files import existing, matching, read_table
 from hpgr_plugin.data.readers.side import read_side_table
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class TableReader:
     """Parquet (`.parquet`) or text with a header (anything else), one event a row.
