@@ -11,7 +11,7 @@ import gin
 from absl import app, flags
 from absl import logging as absl_logging
 
-from hpgr_plugin.config.registry import ConfigError, configured, register
+from hpgr_plugin.config.registry import ConfigError, build, configured, register
 from hpgr_plugin.errors import HpgrError
 
 FLAGS = flags.FLAGS
@@ -37,13 +37,16 @@ def load_configs(config_files: list[str], bindings: list[str]) -> None:
     register("components", "data", "embedded")
     try:
         gin.parse_config_files_and_bindings(config_files, bindings)
-    except (SyntaxError, TypeError, ValueError) as error:
+    except SyntaxError as error:
+        raise ConfigError(f"{error}: {(error.text or '').strip()}") from error
+    except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
 
 
 def one_line(error: Exception) -> str:
-    """The message of `error` without line breaks."""
-    return re.sub(r"\s*\n\s*", " | ", str(error).strip())
+    """The message of `error` without line breaks, and without the addresses that gin adds."""
+    message = re.sub(r" \(<[^\n]*>\)", "", str(error).strip())
+    return re.sub(r"\s*\n\s*", " | ", message)
 
 
 def run_app(**overrides: Any) -> None:
@@ -61,7 +64,7 @@ def run_app(**overrides: Any) -> None:
             _fail("--gin_config_file is missing; for instance configs/runs/quickstart.gin")
         try:
             load_configs([FLAGS.gin_config_file], FLAGS.gin_bindings)
-            configured("set_backends")()
+            build("set_backends")
             configured("run")(**overrides)
         except USER_ERRORS as error:
             _fail(one_line(error))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +40,11 @@ class Entry(NamedTuple):
         return self.target.rpartition(":")[2]
 
 
-SEM, POSITIONS, HOOK = SLOTS = ("sem", "positional_encoder", "attention_hook")
+SEM, POSITIONS, HOOK, LAYER = SLOTS = ("sem", "positional_encoder", "attention_hook", "layer")
 
 _REQUESTS = ("prepared", "split", "settings", "rank", "world_size")
 _SEQUENCES = ("prepared", "users", "rank", "world_size")
+_LAYER = ("embedding_dim", "num_heads", "dropout")
 _RANKER = ("num_items", "num_actions", "vocabulary_digest")
 
 GROUPS: dict[str, tuple[Entry, ...]] = {
@@ -73,6 +73,8 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.data:rating_at_least"),
     ),
     "embedded": (
+        Entry("hpgr_plugin.hosts.embedded.model.hstu:HSTULayer", LAYER, denylist=_LAYER),
+        Entry("hpgr_plugin.hosts.embedded.model.mtgr:MTGRLayer", LAYER, denylist=_LAYER),
         Entry("hpgr_plugin.hosts.embedded.model.ranker:HSTURanker", denylist=_RANKER),
         Entry("hpgr_plugin.hosts.embedded.report.ablation:AblationRow"),
         Entry("hpgr_plugin.hosts.embedded.run:run"),
@@ -84,12 +86,6 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.hosts.research.model:SequentialEncoder"),
         Entry("hpgr_plugin.hosts.research.pretrain:research_pretrain"),
     ),
-}
-
-# Encoder layers of the embedded host: `hpgr.HSTURanker.layer` -> "module:name".
-LAYERS = {
-    "hstu": "hpgr_plugin.hosts.embedded.model.hstu:HSTULayer",
-    "mtgr": "hpgr_plugin.hosts.embedded.model.mtgr:MTGRLayer",
 }
 
 _registered: dict[str, Entry] = {}
@@ -106,7 +102,7 @@ def register(*groups: str) -> None:
     Raises:
         ConfigError: an unknown group, a name that is taken, or a target that does not exist.
     """
-    _add_search_path()
+    _add_shipped_files()
     for group in groups:
         if group not in GROUPS:
             raise ConfigError(f"group must be one of {sorted(GROUPS)}, got {group!r}")
@@ -172,11 +168,13 @@ def build(name: str, **arguments: Any) -> Any:
 
 
 @functools.cache
-def _add_search_path() -> None:
-    """Let gin find `configs/...` in the checkout or in the installed package."""
+def _add_shipped_files() -> None:
+    """Let gin find `configs/...` in the checkout or in the installed package.
+
+    The reader comes before gin's own reader of package resources, which logs an error for every
+    path that is not a package, and fails on folders that could be one.
+    """
     package = Path(__file__).parents[1]
     root = package if (package / "configs").is_dir() else package.parent
-    gin.add_config_file_search_path(str(root))
-    # gin logs an error for every file that it finds by a later path; one that it finds nowhere
-    # raises as well.
-    logging.getLogger().addFilter(lambda record: record.module != "resource_reader")
+    reader = (lambda path: (root / path).open(), lambda path: (root / path).is_file())
+    gin.config._FILE_READERS.insert(1, reader)
