@@ -48,17 +48,15 @@ def read_events(
     table, malformed = read_table(
         file, columns.with_fields(fields), drop_bad_rows=drop_bad_rows, **csv_options
     )
-    checks = RowChecks(table, file, drop_bad_rows=drop_bad_rows)
-    return check_events(checks, columns, fields, limits=limits, malformed=malformed)
+    checks = RowChecks(table, file, drop_bad_rows=drop_bad_rows, num_lost=malformed)
+    return check_events(checks, columns, fields, limits)
 
 
 def check_events(
     checks: RowChecks,
     columns: EventColumns,
     fields: Sequence[str],
-    *,
     limits: Limits | None = None,
-    malformed: int = 0,
 ) -> EventTable:
     """The events of a table with one event per row.
 
@@ -67,7 +65,6 @@ def check_events(
         columns: what its columns mean.
         fields: columns of numbers for labels and actions.
         limits: lowest and highest value by field, where the data set says so.
-        malformed: bad rows that the file lost before.
 
     Raises:
         DataError: a bad row, named.
@@ -86,7 +83,7 @@ def check_events(
         values=values,
         candidate=candidates,
         group=groups,
-        dropped={checks.file.name: malformed + checks.num_bad},
+        dropped={checks.file.name: checks.num_bad},
     )
     return events if checks.good.all() else events.take(checks.good)
 

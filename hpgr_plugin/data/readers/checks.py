@@ -32,6 +32,7 @@ class RowChecks:
         file: named in errors.
         drop_bad_rows: collect bad rows in `good` instead of raising at the first.
         file_rows: the 1-based row of the file of each row [E]; None: 1, 2, ...
+        num_lost: bad rows that are not in the table any more.
 
     Attributes:
         good: bool [E]; False marks a bad row.
@@ -44,17 +45,19 @@ class RowChecks:
         *,
         drop_bad_rows: bool,
         file_rows: np.ndarray | None = None,
+        num_lost: int = 0,
     ) -> None:
-        self._table = table
+        self.table = table
         self.file = file
         self._file_rows = file_rows
         self._drop = drop_bad_rows
+        self._num_lost = num_lost
         self.good = np.ones(table.num_rows, dtype=bool)
 
     @property
     def num_bad(self) -> int:
-        """Bad rows met so far."""
-        return int((~self.good).sum())
+        """Bad rows found so far, and those lost before."""
+        return self._num_lost + int((~self.good).sum())
 
     def identifiers(self, field: str) -> pa.Array:
         """Ids [E], exactly: int64, uint64 where that is too narrow, or text."""
@@ -135,13 +138,13 @@ class RowChecks:
         if not self._drop:
             first = int(bad.argmax())
             row = first + 1 if self._file_rows is None else int(self._file_rows[first])
-            shown = _shown(self._table[field][first].as_py())
+            shown = _shown(self.table[field][first].as_py())
             raise DataError(f"{problem}: {shown}", file=self.file, row=row, field=field)
         self.good &= ~bad
 
     def _column(self, field: str) -> pa.Array:
         """One array; text and bytes as their large kinds, which have no limit of 2 GiB."""
-        column = self._table[field]
+        column = self.table[field]
         kind = column.type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
