@@ -38,7 +38,8 @@ def load_configs(config_files: list[str], bindings: list[str]) -> None:
     try:
         gin.parse_config_files_and_bindings(config_files, bindings)
     except SyntaxError as error:
-        raise ConfigError(f"{error}: {(error.text or '').strip()}") from error
+        where = f"{error.filename or '--gin_bindings'}, line {error.lineno}"
+        raise ConfigError(f"{where}: {error.msg} {(error.text or '').strip()}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from hpgr_plugin.data import RequestLoader, SequenceLoader
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, save_checkpoint
 from hpgr_plugin.hosts.embedded.train.distributed import Process, sum_over_ranks
 
 LOG = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.pt"
-
-
-class Loader(Protocol):
-    """Batches of an epoch: the same on every call."""
-
-    def batches(self, epoch: int, *, start: int = 0) -> Iterator[Any]:
-        """The batches of the epoch from number `start` on."""
-
-    def num_batches(self, epoch: int) -> int:
-        """How many batches the epoch has."""
 
 
 @dataclass(frozen=True)
@@ -104,25 +95,6 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class FitResult:
-    """The best validation of a training, and what it cost.
-
-    Attributes:
-        best: metrics of the best validation.
-        steps: optimizer steps.
-        seconds_per_step: loading included, validation excluded.
-        examples_per_second: terms of the loss over all processes.
-        history: metrics and step of every validation.
-    """
-
-    best: dict[str, float]
-    steps: int
-    seconds_per_step: float
-    examples_per_second: float
-    history: list[dict[str, float]]
-
-
 class Trainer:
     """Trains a model and keeps the weights of the best validation.
 
@@ -142,7 +114,7 @@ class Trainer:
         *,
         model: nn.Module,
         groups: list[dict[str, Any]],
-        loader: Loader,
+        loader: RequestLoader | SequenceLoader,
         loss: Callable[[nn.Module, Any, int], tuple[Tensor, int]],
         validate: Callable[[], dict[str, float]],
         monitor: tuple[str, bool],
@@ -168,8 +140,13 @@ class Trainer:
             # A batch without history leaves some weights without a gradient.
             self.forward = DistributedDataParallel(model, find_unused_parameters=True)
 
-    def fit(self) -> FitResult:
-        """Train to the end and load the best weights into the model."""
+    def fit(self) -> dict[str, float]:
+        """Train to the end and load the weights of the best validation into the model.
+
+        Returns:
+            The cost: "steps", "seconds_per_step" (with loading, without validation) and
+            "examples_per_second" (terms of the loss, over all processes).
+        """
         if self.run.resume and self._checkpoint.exists():
             self._restore()
         writer = SummaryWriter(str(self.run.output_dir / "tb")) if self.process.is_main else None
@@ -187,7 +164,18 @@ class Trainer:
         if writer is not None:
             writer.close()
         self.model.load_state_dict(self.best_state)
-        return self._result()
+        progress = self.progress
+        return {
+            "steps": progress.step,
+            "seconds_per_step": progress.seconds / max(1, progress.step),
+            "examples_per_second": progress.examples / max(1e-9, progress.seconds),
+        }
+
+    @property
+    def best(self) -> dict[str, float]:
+        """Step and metrics of the best validation."""
+        name, more_is_better = self.monitor
+        return (max if more_is_better else min)(self.progress.history, key=lambda row: row[name])
 
     @property
     def _checkpoint(self) -> Path:
@@ -305,15 +293,3 @@ class Trainer:
         self.best_state = state["best_model"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
-
-    def _result(self) -> FitResult:
-        progress = self.progress
-        name, more_is_better = self.monitor
-        best = (max if more_is_better else min)(progress.history, key=lambda row: row[name])
-        return FitResult(
-            best=best,
-            steps=progress.step,
-            seconds_per_step=progress.seconds / max(1, progress.step),
-            examples_per_second=progress.examples / max(1e-9, progress.seconds),
-            history=progress.history,
-        )
