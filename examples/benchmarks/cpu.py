@@ -7,7 +7,7 @@ from torch import Tensor
 from examples.benchmarks.registry import check, print_table, time_ms
 from hpgr_plugin.ops.compact.torch import compact_sequences, gather_tokens
 from hpgr_plugin.ops.hstu_attention.torch import hstu_attention
-from hpgr_plugin.ops.preference_plan.torch import plan_preferences
+from hpgr_plugin.ops.preference_plan import plan_preferences
 
 WIDTH, LAYERS, HEADS = 64, 4, 4
 SETTINGS = ((50, 2.0, 0), (32, 2.0, 0), (8, 1.0, 32))

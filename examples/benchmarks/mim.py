@@ -3,7 +3,7 @@
 import torch
 
 from examples.benchmarks.registry import check, measure_ceilings, print_table, time_ms
-from hpgr_plugin.ops.item_softmax.torch import mean_cross_entropy
+from hpgr_plugin.ops.item_softmax import mean_cross_entropy
 
 
 def run(*, quick: bool) -> None:

@@ -16,7 +16,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from hpgr_plugin.ops.item_softmax.torch import mean_cross_entropy
+from hpgr_plugin.ops.item_softmax import mean_cross_entropy
 
 GIB = 1 << 30
 

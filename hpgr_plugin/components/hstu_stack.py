@@ -1,7 +1,7 @@
 """A stack of HSTU layers read by its candidates alone, dense or over what PGSA keeps.
 
 Nothing here waits for the device: lengths are bounds, and what a selection does not use of its
-room is rows of zeros that no sequence owns. So a step of one shape can be captured as a graph
+room is rows of zeros that no sequence owns. So a step of one spec can be captured as a graph
 (`graphed`), which is what small batches need: their launches take longer than their work.
 """
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.ops.compact.triton import gather_rows
-from hpgr_plugin.ops.hstu_attention.triton import Shape
+from hpgr_plugin.ops.compact import compact
+from hpgr_plugin.ops.hstu_attention import AttentionSpec
 from hpgr_plugin.ops.hstu_layer.triton import (
     LayerWeights,
     candidate_layer,
@@ -82,22 +82,22 @@ class HSTUStack(nn.Module):
             max_length: an upper bound of the lengths.
             exact: the last sequence ends where the rows end.
         """
-        shape = self._shape(offsets, column_weights, max_length, exact)
+        spec = self._spec(offsets, column_weights, max_length, exact)
         *inner, last = self._weights()
         for weights in inner:
-            rows = hstu_layer(rows, weights, shape, num_heads=self.num_heads)
+            rows = hstu_layer(rows, weights, spec, num_heads=self.num_heads)
         one_each = torch.arange(len(offsets), device=offsets.device)
-        asking = shape._replace(query_offsets=one_each, max_query_length=1)
+        asking = spec.replace(query_offsets=one_each, max_query_length=1)
         return hstu_last_layer(rows, offsets[1:] - 1, last, asking, num_heads=self.num_heads)
 
     def all_rows(self, rows: Tensor, offsets: Tensor, *, max_length: int) -> Tensor:
         """The plain dense stack: `[T, D]` to `[T, D]`."""
-        shape = self._shape(offsets, None, max_length, True)
+        spec = self._spec(offsets, None, max_length, True)
         for weights in self._weights():
-            rows = hstu_layer(rows, weights, shape, num_heads=self.num_heads)
+            rows = hstu_layer(rows, weights, spec, num_heads=self.num_heads)
         return rows
 
-    def sequence_scope(
+    def per_candidate(
         self,
         history: Tensor,
         candidates: Tensor,
@@ -118,11 +118,19 @@ class HSTUStack(nn.Module):
         num_rows = len(selection.index)
         if exact:
             num_rows = int(selection.offsets[-1])
-        rows = gather_rows(history, candidates, selection, num_rows, disjoint=disjoint)
+        rows = compact(
+            history,
+            candidates,
+            selection.index,
+            selection.offsets,
+            num_rows=num_rows,
+            disjoint=disjoint,
+            backend="triton",
+        )
         weights = selection.weights[:num_rows]
         return self(rows, weights, selection.offsets, max_length=selection.max_length, exact=exact)
 
-    def candidate_scope(
+    def shared_history(
         self,
         history: Tensor,
         candidates: Tensor,
@@ -137,12 +145,12 @@ class HSTUStack(nn.Module):
         Args:
             weight_matrix: M `[C, max_history]`.
         """
-        shape = self._shape(history_offsets, None, weight_matrix.shape[1], True)
-        reading = shape._replace(
+        spec = self._spec(history_offsets, None, weight_matrix.shape[1], True)
+        reading = spec.replace(
             query_offsets=candidate_offsets,
-            matrix=weight_matrix,
+            row_weights=weight_matrix,
             max_query_length=max_candidates,
-            cross=True,
+            causal=False,
         )
         layers = self._weights()
         for place, weights in enumerate(layers):
@@ -150,23 +158,20 @@ class HSTUStack(nn.Module):
                 history,
                 candidates,
                 weights,
-                shape,
+                spec,
                 reading,
                 num_heads=self.num_heads,
                 last=place == len(layers) - 1,
             )
         return candidates
 
-    def _shape(
+    def _spec(
         self, offsets: Tensor, column_weights: Tensor | None, max_length: int, exact: bool
-    ) -> Shape:
-        return Shape(
+    ) -> AttentionSpec:
+        return AttentionSpec(
             offsets=offsets,
-            query_offsets=None,
             column_weights=column_weights,
-            num_targets=None,
             max_length=max_length,
-            max_query_length=max_length,
             alpha=self.alpha,
             norm_length=self.norm_length,
             exact=exact,
@@ -189,7 +194,7 @@ class _FixedShape(nn.Module):
 
 
 def graphed(stack: HSTUStack, num_rows: int, num_candidates: int, max_length: int) -> Any:
-    """`stack(rows, column_weights, offsets)` captured, forward and backward, for one shape.
+    """`stack(rows, column_weights, offsets)` captured, forward and backward, for one spec.
 
     Args:
         num_rows: R of the rows it will be called with, padded with zero rows.

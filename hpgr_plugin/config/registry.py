@@ -40,10 +40,11 @@ class Entry(NamedTuple):
         return self.target.rpartition(":")[2]
 
 
-SEM, POSITIONS, HOOK = SLOTS = ("sem", "positional_encoder", "attention_hook")
+SEM, POSITIONS, HOOK, LAYER = SLOTS = ("sem", "positional_encoder", "attention_hook", "layer")
 
 _REQUESTS = ("prepared", "split", "settings", "rank", "world_size")
 _SEQUENCES = ("prepared", "users", "rank", "world_size")
+_LAYER = ("embedding_dim", "num_heads", "dropout")
 _RANKER = ("num_items", "num_actions", "vocabulary_digest")
 
 GROUPS: dict[str, tuple[Entry, ...]] = {
@@ -72,6 +73,8 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.data:rating_at_least"),
     ),
     "embedded": (
+        Entry("hpgr_plugin.hosts.embedded.model.hstu:HSTULayer", LAYER, denylist=_LAYER),
+        Entry("hpgr_plugin.hosts.embedded.model.mtgr:MTGRLayer", LAYER, denylist=_LAYER),
         Entry("hpgr_plugin.hosts.embedded.model.ranker:HSTURanker", denylist=_RANKER),
         Entry("hpgr_plugin.hosts.embedded.report.ablation:AblationRow"),
         Entry("hpgr_plugin.hosts.embedded.run:run"),
@@ -83,12 +86,6 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.hosts.research.model:SequentialEncoder"),
         Entry("hpgr_plugin.hosts.research.pretrain:research_pretrain"),
     ),
-}
-
-# Encoder layers of the embedded host: `hpgr.HSTURanker.layer` -> "module:name".
-LAYERS = {
-    "hstu": "hpgr_plugin.hosts.embedded.model.hstu:HSTULayer",
-    "mtgr": "hpgr_plugin.hosts.embedded.model.mtgr:MTGRLayer",
 }
 
 _registered: dict[str, Entry] = {}

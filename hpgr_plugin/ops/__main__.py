@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import warnings
 
 from hpgr_plugin import ops
 from hpgr_plugin.ops.dispatch import operators
@@ -15,7 +16,9 @@ def report() -> str:
     lines = [f"{'operator':<18} {'backend':<8} usable here"]
     for name, operator in sorted(operators().items()):
         for backend in operator.backends.values():
-            reason = backend.here()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                reason = backend.here()
             when = "yes" if backend.automatic else "yes, when named"
             answer = when if reason is None else f"no: {reason}"
             lines.append(f"{name:<18} {backend.name:<8} {answer}")

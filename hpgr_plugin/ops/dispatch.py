@@ -1,8 +1,13 @@
 """Which backend of an operator runs: one registry, one rule, one override.
 
 An operator is a folder of `hpgr_plugin.ops` whose backends are modules of that folder. Each backend
-module has a function of the operator's name, and may have `why_not(*arguments) -> str | None`: why
-it cannot run these arguments. `python -m hpgr_plugin.ops` prints what is usable on this machine.
+module has a function of the operator's name, and one for each further function of the operator. It
+may have `why_not(*arguments) -> str | None`, the reason why it cannot run these arguments, or
+`why_not_<function>` where functions differ in that. `python -m hpgr_plugin.ops` prints which
+backends this machine can use.
+
+The `__init__.py` of an operator's folder must not use the name `torch` or `triton`: importing the
+backend of that name replaces it there.
 
 The rule: the first backend, in the order of registration, that is usable. `HPGR_BACKENDS` in the
 environment, or `hpgr.set_backends.choices` in gin, names another one by operator:
@@ -36,14 +41,16 @@ class Backend:
     Attributes:
         name: "naive", "torch", "triton" or "fbgemm".
         module: where it is, imported on first use.
-        here: why it cannot run on this machine at all, or None.
+        here: returns the reason why it cannot run on this machine at all, or None.
         automatic: False for a backend that runs only when it is named, such as the reference.
+        warns: whether a fallback from it on CUDA tensors is reported, once per reason.
     """
 
     name: str
     module: str
     here: Callable[[], str | None] = lambda: None
     automatic: bool = True
+    warns: bool = True
 
 
 class Operator:
@@ -68,48 +75,64 @@ class Operator:
         _OPERATORS[name] = self
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        """Run the chosen backend; `backend` names one for this call.
+        """Run the function of the operator's own name, see `run`."""
+        return self.run(self.name, *args, backend=backend, **kwargs)
+
+    def run(self, function: str, /, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        """Run a function of the chosen backend.
+
+        Args:
+            function: its name in every backend's module.
+            backend: names a backend for this call; None follows the rule above.
+            args, kwargs: of the function.
 
         Raises:
             ValueError: an unknown backend, or a named one that cannot run these arguments.
         """
-        function = self._function(self._choose(backend, args, kwargs))
-        return function(*args, **kwargs)
+        module = importlib.import_module(self._choose(function, backend, args, kwargs).module)
+        return getattr(module, function)(*args, **kwargs)
 
-    def why_not(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
+    def why_not(
+        self, backend: str, /, *args: Any, function: str | None = None, **kwargs: Any
+    ) -> str | None:
         """Why `backend` cannot run these arguments on this machine, or None if it can."""
         entry = self.backends[backend]
         reason = entry.here()
+        if reason is None and backend == "triton" and not interpreted():
+            reason = _off_cuda(args, kwargs)
         if reason is not None:
             return reason
-        check = getattr(importlib.import_module(entry.module), "why_not", None)
+        module = importlib.import_module(entry.module)
+        check = getattr(module, f"why_not_{function or self.name}", None)
+        check = check or getattr(module, "why_not", None)
         answer: str | None = None if check is None else check(*args, **kwargs)
         return answer
 
-    def _choose(self, named: str | None, args: Any, kwargs: Any) -> Backend:
+    def _choose(self, function: str, named: str | None, args: Any, kwargs: Any) -> Backend:
+        why_not = functools.partial(self.why_not, function=function)
         named = named or backend_choices().get(self.name)
         if named is not None:
             if named not in self.backends:
                 raise ValueError(f"{self.name} has backends {list(self.backends)}, got {named!r}")
-            reason = self.why_not(named, *args, **kwargs)
+            reason = why_not(named, *args, **kwargs)
             if reason is not None:
                 raise ValueError(f"{self.name}: backend {named!r} cannot run here: {reason}")
             return self.backends[named]
         refused: list[str] = []
+        told: list[str] = []
         for name, backend in self.backends.items():
             if not backend.automatic:
                 continue
-            reason = _not_automatic(name, args, kwargs) or self.why_not(name, *args, **kwargs)
+            # The interpreter is for tests: kernels run on CPU tensors only when they are named.
+            reason = _off_cuda(args, kwargs) if name == "triton" else None
+            reason = reason or why_not(name, *args, **kwargs)
             if reason is None:
-                if refused and _on_cuda(args, kwargs):
-                    warn_once(f"{self.name} runs on backend {name!r}: {'; '.join(refused)}")
+                if told and _on_cuda(args, kwargs):
+                    warn_once(f"{self.name} runs on backend {name!r}: {'; '.join(told)}")
                 return backend
             refused.append(f"{name}: {reason}")
+            told += refused[-1:] if backend.warns else []
         raise ValueError(f"no backend of {self.name} can run here: {'; '.join(refused)}")
-
-    def _function(self, backend: Backend) -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(importlib.import_module(backend.module), self.name)
-        return function
 
 
 def operators() -> Mapping[str, Operator]:
@@ -118,7 +141,7 @@ def operators() -> Mapping[str, Operator]:
 
 
 def set_backends(choices: Mapping[str, str] | None = None) -> None:
-    """Name the backend of some operators for this process; the environment has the last word.
+    """Name the backend of some operators for this process; `HPGR_BACKENDS` takes precedence.
 
     Args:
         choices: operator name -> backend name; None or empty goes back to the automatic choice.
@@ -133,13 +156,17 @@ def backend_choices() -> dict[str, str]:
     Raises:
         ValueError: `HPGR_BACKENDS` is not a list of operator=backend.
     """
-    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    choices = dict(_CHOICES)
+    return _CHOICES | _parse(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+
+
+@functools.cache
+def _parse(text: str) -> dict[str, str]:
+    choices = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        operator, equals, backend = part.partition("=")
-        if not equals or not operator or not backend:
-            raise ValueError(f"{ENVIRONMENT_VARIABLE} is operator=backend,..., got {text!r}")
-        choices[operator.strip()] = backend.strip()
+        operator, _, backend = (word.strip() for word in part.partition("="))
+        if not operator or not backend:
+            raise ValueError(f"{ENVIRONMENT_VARIABLE} must be operator=backend,..., got {text!r}")
+        choices[operator] = backend
     return choices
 
 
@@ -159,7 +186,7 @@ def triton_is_installed() -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU, as tests ask for."""
+    """Whether kernels run in Triton's interpreter instead of on a GPU, as in tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -171,7 +198,7 @@ def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def warn_once(message: str) -> None:
-    """Warn the first time in this process, whatever the warning filters keep."""
+    """Warn the first time in this process, independent of the warning filters."""
     _warn_cached(message)
 
 
@@ -180,11 +207,8 @@ def _warn_cached(message: str) -> None:
     warnings.warn(message, stacklevel=5)
 
 
-def _not_automatic(name: str, args: Any, kwargs: Any) -> str | None:
-    """The interpreter is for tests: kernels run on CPU tensors only when they are named."""
-    if name == "triton" and not _on_cuda(args, kwargs):
-        return "the tensors are not on a CUDA device"
-    return None
+def _off_cuda(args: Any, kwargs: Any) -> str | None:
+    return None if _on_cuda(args, kwargs) else "the tensors are not on a CUDA device"
 
 
 def _on_cuda(args: Any, kwargs: Any) -> bool:

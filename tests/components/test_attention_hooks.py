@@ -11,7 +11,7 @@ from hpgr_plugin.components.attention_hooks import (
     PreferenceGuidedSparseAttention,
     StochasticLength,
 )
-from hpgr_plugin.ops.preference_plan.torch import plan_preferences
+from hpgr_plugin.ops.preference_plan import plan_preferences
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ class TestStochasticLength:
         inputs = user_inputs(offsets_of([30] * 20))
 
         def draws(hook, n):
-            torch.rand(3)  # somebody else's draws in between
+            torch.rand(3)  # other draws in between
             return [hook.plan(inputs).index for _ in range(n)]
 
         first = StochasticLength(alpha=1.5, selection="uniform", max_history=16, seed=1)
@@ -217,7 +217,7 @@ class TestStochasticLength:
             ({"alpha": 1.0}, r"alpha must be in \(1, 2\], got 1.0"),
             ({"alpha": 2.5}, r"alpha must be in \(1, 2\], got 2.5"),
             ({"alpha": 1.5, "selection": "old"}, "selection must be one of weighted, recent"),
-            ({"alpha": 1.5, "max_history": 0}, "max_history must be at least 1 or None, got 0"),
+            ({"alpha": 1.5, "max_history": 0}, "max_history must be at least 1, got 0"),
         ],
         ids=str,
     )
@@ -241,5 +241,5 @@ def test_one_interface(hook, layout):
     assert isinstance(hook, AttentionHook)
     assert hook.layout == layout
     assert hook.mask_position == ("pre" if layout == "shared_history" else "post")
-    # Hosts initialise weights with Module.apply: no attribute may stand in its way.
+    # Hosts initialise weights with Module.apply: no attribute of a hook may replace it.
     nn.Sequential(hook).apply(lambda module: None)

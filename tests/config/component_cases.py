@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.config.registry import LAYERS, Entry, load
+from hpgr_plugin.config.registry import LAYER, Entry, load
 from hpgr_plugin.data import Batch
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 
@@ -56,14 +56,10 @@ def build_component(entry: Entry) -> nn.Module:
     return component(**{name: value for name, value in ARGUMENTS.items() if name in known})
 
 
-def ranker_with(case: Entry | str) -> HSTURanker:
-    """A small ranker in float64 with this component, or with the encoder layer of this name."""
+def ranker_with(case: Entry) -> HSTURanker:
+    """A small ranker in float64 with this component in its slot, or with this encoder layer."""
     torch.manual_seed(0)
-    if isinstance(case, str):
-        assert case in LAYERS
-        slot = {"layer": case}
-    else:
-        slot = {case.slot: build_component(case)}
+    component = load(case.target) if case.slot == LAYER else build_component(case)
     model = HSTURanker(
         num_items=NUM_ITEMS,
         num_actions=NUM_ACTIONS,
@@ -73,7 +69,7 @@ def ranker_with(case: Entry | str) -> HSTURanker:
         num_heads=2,
         max_history=MAX_HISTORY,
         dropout=0.0,
-        **slot,
+        **{case.slot: component},
     ).double()
     with torch.no_grad():  # small tables and closed gates would hide differences
         for name, parameter in model.named_parameters():
@@ -82,11 +78,11 @@ def ranker_with(case: Entry | str) -> HSTURanker:
     return model
 
 
-def component_of(model: HSTURanker, case: Entry | str) -> nn.Module:
-    return model.encoder if isinstance(case, str) else getattr(model, case.slot)
+def component_of(model: HSTURanker, case: Entry) -> nn.Module:
+    return model.encoder if case.slot == LAYER else getattr(model, case.slot)
 
 
-def check_gradients(case: Entry | str) -> None:
+def check_gradients(case: Entry) -> None:
     """Every parameter of the component, and the item table, receives a finite gradient."""
     model = ranker_with(case).train()
     model(make_batch()).square().sum().backward()
@@ -98,7 +94,7 @@ def check_gradients(case: Entry | str) -> None:
     assert not named or any(parameter.grad.abs().sum() > 0 for parameter in named.values())
 
 
-def check_empty_history(case: Entry | str) -> None:
+def check_empty_history(case: Entry) -> None:
     """Users without history are ranked."""
     model = ranker_with(case).eval()
     logits = model(make_batch([0, 0], [2, 1]))
@@ -106,7 +102,7 @@ def check_empty_history(case: Entry | str) -> None:
     assert torch.isfinite(logits).all()
 
 
-def check_determinism(case: Entry | str) -> None:
+def check_determinism(case: Entry) -> None:
     """Two trainings with one seed begin with the same numbers."""
     results = []
     for _ in range(2):
@@ -116,7 +112,7 @@ def check_determinism(case: Entry | str) -> None:
         assert torch.equal(first, second)
 
 
-def check_future_is_hidden(case: Entry | str) -> None:
+def check_future_is_hidden(case: Entry) -> None:
     """Other items at or after a candidate's time change nothing for it, but do for later ones."""
     model, batch = ranker_with(case).eval(), make_batch()
     before = model(batch)

@@ -11,10 +11,10 @@ import pytest
 from component_cases import CHECKS, make_batch
 
 from hpgr_plugin.config import registry
-from hpgr_plugin.config.registry import GROUPS, HOOK, LAYERS, Entry, configured, register_entry
+from hpgr_plugin.config.registry import GROUPS, HOOK, Entry, configured, register_entry
 
 GUIDE = Path(__file__).parents[2] / "docs" / "add_a_component.md"
-CASES = [*(entry for entry in GROUPS["components"] if entry.slot is not None), *LAYERS]
+CASES = [e for group in ("components", "embedded") for e in GROUPS[group] if e.slot is not None]
 
 
 def name_of(case: object) -> str | None:
@@ -29,7 +29,7 @@ def _clear_gin() -> Iterator[None]:
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_component(check: Callable[..., None], case: Entry | str) -> None:
+def test_component(check: Callable[..., None], case: Entry) -> None:
     check(case)
 
 

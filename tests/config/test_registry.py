@@ -12,7 +12,6 @@ from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.config import registry
 from hpgr_plugin.config.registry import (
     GROUPS,
-    LAYERS,
     ConfigError,
     Entry,
     build,
@@ -42,11 +41,6 @@ def test_every_target_exists_under_its_own_name(group: str) -> None:
     for entry in GROUPS[group]:
         assert load(entry.target).__name__ == entry.name
         assert configured(entry.name).__name__ == entry.name
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_every_encoder_layer_exists(layer: str) -> None:
-    assert isinstance(load(LAYERS[layer]), type)
 
 
 def test_only_the_configuration_imports_gin() -> None:

@@ -7,9 +7,9 @@ from torch import Tensor
 from triton_device import DEVICE
 
 from hpgr_plugin.components.hstu_stack import HSTUStack
-from hpgr_plugin.ops.compact.triton import gather_rows
+from hpgr_plugin.ops.compact import compact
+from hpgr_plugin.ops.hstu_attention import AttentionSpec
 from hpgr_plugin.ops.hstu_attention import naive as naive_attention
-from hpgr_plugin.ops.hstu_attention.triton import Shape
 from hpgr_plugin.ops.hstu_layer.triton import LayerWeights, candidate_layer
 from hpgr_plugin.ops.preference_plan.triton import select, weight_matrix
 
@@ -48,10 +48,19 @@ def output(x: Tensor, u: Tensor, attended: Tensor, weights: LayerWeights) -> Ten
     return x + torch.cat([u, attended, u * normed], 1) @ weights.output_weight
 
 
-def reference_layer(x: Tensor, weights: LayerWeights, shape: Shape, **mask: object) -> Tensor:
+def reference_layer(
+    x: Tensor, weights: LayerWeights, spec: AttentionSpec, **mask: object
+) -> Tensor:
     u, v, q, k = projections(x, weights)
     attended = naive_attention.hstu_attention(
-        q, k, v, shape.offsets, alpha=shape.alpha, norm_length=shape.norm_length, **mask
+        q,
+        k,
+        v,
+        spec.offsets,
+        max_length=spec.max_length,
+        alpha=spec.alpha,
+        norm_length=spec.norm_length,
+        **mask,
     )
     padding = attended.new_zeros(len(x) - len(attended), *attended.shape[1:])
     return output(x, u, torch.cat([attended, padding]), weights)
@@ -82,10 +91,10 @@ def test_a_stack_equals_its_layers_in_torch(spare_rows: int) -> None:
 
     ours = stack(x, weights, offsets, max_length=20, exact=spare_rows == 0)
 
-    shape = stack._shape(offsets, None, 20, True)
+    spec = stack._spec(offsets, None, 20, True)
     reference = x
     for layer in stack._weights():
-        reference = reference_layer(reference, layer, shape, column_weights=weights[:total])
+        reference = reference_layer(reference, layer, spec, column_weights=weights)
     assert_same_step(ours, reference[offsets[1:] - 1], [x, *stack.parameters()])
 
 
@@ -98,7 +107,7 @@ def test_the_candidate_scope_equals_one_long_masked_sequence() -> None:
     candidates = torch.randn(6, WIDTH, device=DEVICE, requires_grad=True)
     matrix = torch.rand(6, 30, device=DEVICE)
 
-    ours = stack.candidate_scope(
+    ours = stack.shared_history(
         history, candidates, history_offsets, candidate_offsets, matrix, max_candidates=3
     )
 
@@ -107,14 +116,14 @@ def test_the_candidate_scope_equals_one_long_masked_sequence() -> None:
         start, first = int(history_offsets[b]), int(candidate_offsets[b])
         order += list(range(start, start + length)) + list(range(35 + first, 35 + first + count))
         offsets.append(len(order))
-        mask = torch.ones(length + count, length + count, device=DEVICE)
+        mask = torch.ones(length + count, 33, device=DEVICE)
         mask[length:, :length] = matrix[first : first + count, :length]
         masks.append(mask)
-    shape = stack._shape(torch.tensor(offsets, device=DEVICE), None, 33, True)
+    spec = stack._spec(torch.tensor(offsets, device=DEVICE), None, 33, True)
     rows = torch.cat([history, candidates])[order]
     targets = torch.tensor(candidate_counts, device=DEVICE)
     for layer in stack._weights():
-        rows = reference_layer(rows, layer, shape, pair_weights=masks, num_targets=targets)
+        rows = reference_layer(rows, layer, spec, row_weights=torch.cat(masks), num_targets=targets)
     reference = rows[[place for place, row in enumerate(order) if row >= 35]]
     assert_same_step(ours, reference, [history, candidates, *stack.parameters()])
 
@@ -122,12 +131,10 @@ def test_the_candidate_scope_equals_one_long_masked_sequence() -> None:
 def test_the_last_candidate_layer_hands_the_history_on() -> None:
     stack = new_stack(num_layers=1)
     history, candidates = (torch.randn(n, WIDTH, device=DEVICE) for n in (4, 1))
-    shape = stack._shape(offsets_of([4]), None, 4, True)
-    reading = shape._replace(query_offsets=offsets_of([1]), max_query_length=1, cross=True)
+    spec = stack._spec(offsets_of([4]), None, 4, True)
+    reading = spec.replace(query_offsets=offsets_of([1]), max_query_length=1, causal=False)
     (layer,) = stack._weights()
-    kept, _ = candidate_layer(
-        history, candidates, layer, shape, reading, num_heads=HEADS, last=True
-    )
+    kept, _ = candidate_layer(history, candidates, layer, spec, reading, num_heads=HEADS, last=True)
     assert kept is history
 
 
@@ -148,7 +155,15 @@ def test_gathered_rows_follow_the_selection_and_carry_gradients(disjoint: bool) 
     used, room = int(selection.offsets[-1]), len(selection.index)
     assert used <= room
 
-    rows = gather_rows(history, candidates, selection, room, disjoint=disjoint)
+    rows = compact(
+        history,
+        candidates,
+        selection.index,
+        selection.offsets,
+        num_rows=room,
+        disjoint=disjoint,
+        backend="triton",
+    )
 
     reference = torch.cat([history, candidates])[selection.index[:used]]
     torch.testing.assert_close(rows[:used], reference, rtol=0, atol=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hpgr_plugin.ops.item_softmax.torch import mean_cross_entropy, sampled_cross_entropy
+from hpgr_plugin.ops.item_softmax import mean_cross_entropy, sampled_cross_entropy
 
 
 def problem(M=7, V=23, D=5, dtype=torch.float64, with_bias=True):

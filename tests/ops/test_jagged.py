@@ -1,4 +1,4 @@
-"""jagged.py: against loops, and fbgemm against plain torch, in value and gradient."""
+"""Jagged operators: against loops, and fbgemm against plain torch, in value and gradient."""
 
 import configparser
 import itertools
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from hpgr_plugin.ops import jagged
+from hpgr_plugin.ops.dispatch import set_backends
+from hpgr_plugin.ops.jagged import fbgemm, naive
 
 ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -23,34 +25,24 @@ INNER = [(), (3,), (2, 3)]
 WIDTHS = [0, 1, 4, 70]
 
 
-def forget_fbgemm() -> None:
-    jagged._load_fbgemm.cache_clear()
-    jagged._fbgemm_runs.cache_clear()
-
-
 @pytest.fixture
-def plain_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("HPGR_NO_FBGEMM", "1")
-    forget_fbgemm()
+def plain_torch() -> Iterator[None]:
+    set_backends({"jagged": "torch"})
     yield
-    forget_fbgemm()
+    set_backends()
 
 
 def loop_pad(values: Tensor, offsets: Tensor, max_length: int, padding: float) -> Tensor:
-    rows = []
-    for start, end in zip(offsets.tolist(), offsets[1:].tolist(), strict=False):
-        row = values[start:end][:max_length]
-        fill = values.new_full((max_length - len(row), *values.shape[1:]), padding)
-        rows.append(torch.cat([row, fill]))
-    return torch.stack(rows) if rows else values.new_zeros(0, max_length, *values.shape[1:])
+    inner = values.shape[1:]
+    flat = values.reshape(len(values), inner.numel())
+    padded = naive.jagged_to_padded_dense(flat, offsets, max_length, padding)
+    return padded.view(len(offsets) - 1, max_length, *inner)
 
 
 def loop_unpad(dense: Tensor, offsets: Tensor) -> Tensor:
-    rows = [dense.new_zeros(0, *dense.shape[2:])]
-    for b, length in enumerate(offsets.diff().tolist()):
-        row = dense[b, :length]
-        rows += [row, dense.new_zeros(length - len(row), *dense.shape[2:])]
-    return torch.cat(rows)
+    inner, total = dense.shape[2:], int(offsets[-1])
+    flat = dense.reshape(*dense.shape[:2], inner.numel())
+    return naive.dense_to_jagged(flat, offsets, total).view(total, *inner)
 
 
 def gradient(output: Tensor, source: Tensor, weights: Tensor) -> Tensor:
@@ -107,16 +99,17 @@ def test_complete_cumsum(lengths, offsets_of, offset_dtype, fbgemm, request):
     got = jagged.complete_cumsum(torch.tensor(lengths, dtype=offset_dtype))
     assert got.dtype == offset_dtype
     assert torch.equal(got, offsets_of(lengths, offset_dtype))
+    assert torch.equal(got, naive.complete_cumsum(torch.tensor(lengths, dtype=offset_dtype)))
 
 
 def test_fbgemm_is_used_where_it_loads():
     pytest.importorskip("fbgemm_gpu")
-    forget_fbgemm()
+    fbgemm._why_not.cache_clear()
     with torch.inference_mode():  # the first call decides for all that follow
         jagged.jagged_to_padded_dense(torch.ones(2, 1), torch.tensor([0, 2]), 2)
-    assert jagged._fbgemm_runs("jagged_to_padded_dense", "cpu", torch.float32)
-    assert jagged._fbgemm_runs("dense_to_jagged", "cpu", torch.bfloat16)
-    assert jagged._fbgemm_runs("asynchronous_complete_cumsum", "cpu", torch.int64)
+    assert fbgemm.why_not_jagged_to_padded_dense(torch.ones(1, 1)) is None
+    assert fbgemm.why_not_dense_to_jagged(torch.ones(1, 1, 1).bfloat16()) is None
+    assert fbgemm.why_not_complete_cumsum(torch.ones(1, dtype=torch.int64)) is None
 
 
 def test_what_is_not_a_number_in_a_cut_tail_stays_out(offsets_of, plain_torch):
@@ -169,7 +162,7 @@ def test_offsets_of_another_kind_are_an_error(offsets):
 def test_versions_are_those_of_setup_cfg():
     text = (ROOT / "setup.cfg").read_text()
     pairs = dict(re.findall(r"torch (\d+\.\d+) <-> fbgemm (\d+\.\d+)", text))
-    assert pairs == jagged.TORCH_TO_FBGEMM
+    assert pairs == fbgemm.TORCH_TO_FBGEMM
     config = configparser.ConfigParser()
     config.read_string(text)
     for extra in ("cpu", "cuda"):
@@ -178,7 +171,7 @@ def test_versions_are_those_of_setup_cfg():
             re.search(pattern, pins).group(1)
             for pattern in (r"torch==(\d+\.\d+)", r"fbgemm-gpu(?:-cpu)?==(\d+\.\d+)")
         )
-        assert jagged.TORCH_TO_FBGEMM[torch_version] == fbgemm_version
+        assert fbgemm.TORCH_TO_FBGEMM[torch_version] == fbgemm_version
 
 
 USE_TWICE = """
@@ -215,7 +208,7 @@ def test_a_build_that_does_not_load_is_one_warning(tmp_path):
     (tmp_path / "fbgemm_gpu" / "__init__.py").write_text("raise OSError('undefined symbol: _ZN3')")
     count, level, handlers, _, said = use_twice(PYTHONPATH=str(tmp_path))
     assert (count, level, handlers) == ("1", "20", "0")
-    for torch_version, fbgemm_version in jagged.TORCH_TO_FBGEMM.items():
+    for torch_version, fbgemm_version in fbgemm.TORCH_TO_FBGEMM.items():
         assert f"torch {torch_version} with fbgemm {fbgemm_version}" in said
 
 
@@ -227,4 +220,4 @@ def test_the_root_logger_is_left_alone():
 
 
 def test_plain_torch_by_choice_is_silent():
-    assert use_twice(HPGR_NO_FBGEMM="1") == ["0", "20", "0", "False"]
+    assert use_twice(HPGR_BACKENDS="jagged=torch") == ["0", "20", "0", "False"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpgr_plugin.ops.hstu_attention.torch import hstu_attention, padded_hstu_attention
-from hpgr_plugin.ops.preference_plan.torch import plan_preferences
+from hpgr_plugin.ops.hstu_attention import AttentionSpec, hstu_attention
+from hpgr_plugin.ops.preference_plan import plan_preferences
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,14 +32,16 @@ def test_attention_in_every_dtype(dtype: torch.dtype, tolerance: float, size: in
     xs = [x.requires_grad_() for x in xs]
     exact = [x.detach().double().requires_grad_() for x in xs]
     form = {
+        "offsets": offsets,
         "max_length": 700,
         "alpha": size**-0.5,
         "norm_length": 700.0,
         "column_weights": torch.rand(total, device="cuda"),
         "num_targets": torch.tensor([0, 1, 9, 1, 100], device="cuda"),
     }
-    ours = hstu_attention(*xs, offsets, kernel="triton", **form)
-    reference = padded_hstu_attention(*exact, offsets, **form)
+    spec = AttentionSpec(**form)
+    ours = hstu_attention(*xs, spec, backend="triton")
+    reference = hstu_attention(*exact, spec, backend="torch")
     grad = torch.randn_like(ours)
     got = (ours, *torch.autograd.grad(ours, xs, grad))
     wanted = (reference, *torch.autograd.grad(reference, exact, grad.double()))
@@ -52,7 +54,8 @@ def test_the_backward_repeats_exactly() -> None:
     xs = [torch.randn(1200, 4, 64, device="cuda").bfloat16().requires_grad_() for _ in range(3)]
 
     def gradients() -> tuple[Tensor, ...]:
-        out = hstu_attention(*xs, offsets, max_length=900, alpha=0.1, norm_length=900.0)
+        spec = AttentionSpec(offsets=offsets, max_length=900, alpha=0.1, norm_length=900.0)
+        out = hstu_attention(*xs, spec)
         return torch.autograd.grad(out.square().sum(), xs)
 
     for a, b in zip(gradients(), gradients(), strict=True):

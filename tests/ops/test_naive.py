@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 from hpgr_plugin.components import naive as naive_components
 from hpgr_plugin.ops.hstu_attention import naive as naive_attention
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
 
 LENGTHS = [4, 0, 7, 1]
 
@@ -39,17 +38,16 @@ def test_one_row_by_hand():
 def test_equals_the_matrix_form(qkv, offsets, mask_position):
     q, k, v = qkv
     weights = torch.rand(len(q), dtype=torch.float64)
-    bias = [torch.randn(2, n, n, dtype=torch.float64) for n in LENGTHS]
-    pairs = [torch.rand(n, n, dtype=torch.float64) for n in LENGTHS]
+    pairs = torch.rand(len(q), max(LENGTHS), dtype=torch.float64)
     got = naive_attention.hstu_attention(
         q, k, v, offsets, alpha=0.7, norm_length=9, mask_position=mask_position,
-        column_weights=weights, pair_weights=pairs, bias=bias,
+        column_weights=weights, row_weights=pairs,
     )  # fmt: skip
     want = []
     for b in range(len(LENGTHS)):
         rows = slice(int(offsets[b]), int(offsets[b + 1]))
-        scores = 0.7 * torch.einsum("ihd,jhd->hij", q[rows], k[rows]) + bias[b]
-        mask = weights[rows] * pairs[b]
+        scores = 0.7 * torch.einsum("ihd,jhd->hij", q[rows], k[rows])
+        mask = weights[rows] * pairs[rows, : LENGTHS[b]]
         attention = F.silu(scores) * mask if mask_position == "post" else F.silu(scores * mask)
         want.append(torch.einsum("hij,jhd->ihd", attention.tril() / 9, v[rows]))
     torch.testing.assert_close(got, torch.cat(want), rtol=1e-12, atol=1e-12)
@@ -68,7 +66,7 @@ def test_masking_scores_is_scaling_values(qkv, offsets):
 
 
 @pytest.mark.parametrize("mask_position", ["post", "pre"])
-def test_a_column_of_weight_zero_reaches_nobody(qkv, offsets, mask_position):
+def test_a_column_of_weight_zero_reaches_no_row(qkv, offsets, mask_position):
     q, k, v = qkv
     weights = torch.rand(len(q), dtype=torch.float64)
     weights[6] = 0.0
@@ -112,20 +110,7 @@ def test_targets_never_see_each_other(qkv, offsets):
     assert (before != after).flatten(1).any(1).nonzero().flatten().tolist() == [8]
 
 
-def test_candidate_scope_weighs_the_candidates_row_alone(offsets_of):
-    plan = PreferencePlan(
-        torch.tensor([0, 2, 4]), torch.tensor([1.0, 0.5, 0.25]), torch.tensor([0, 2, 2, 3])
-    )
-    first, second = naive_attention.candidate_scope_weights(
-        plan, offsets_of([3, 2]), offsets_of([2, 1])
-    )
-    assert torch.equal(first[:3], torch.ones(3, 5))
-    assert first[3].tolist() == [1.0, 0.0, 0.5, 1.0, 1.0]
-    assert first[4].tolist() == [0.0, 0.0, 0.0, 1.0, 1.0]
-    assert second[2].tolist() == [0.0, 0.25, 1.0]
-
-
-def test_apply_takes_two_values(qkv, offsets):
+def test_mask_position_takes_two_values(qkv, offsets):
     with pytest.raises(ValueError, match="mask_position must be 'post' or 'pre', got 'both'"):
         naive_attention.hstu_attention(
             *qkv, offsets, alpha=1.0, norm_length=1, mask_position="both"

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from hpgr_plugin.ops.preference_plan import PlanInputs, PlanSettings, plan_preferences
 from hpgr_plugin.ops.preference_plan import naive as naive_plan
 from hpgr_plugin.ops.preference_plan import torch as plan_module
 from hpgr_plugin.ops.preference_plan.plan import gaussian_kernel
-from hpgr_plugin.ops.preference_plan.torch import plan_preferences
 
 SETTINGS = [
     {"top_k": 3},
@@ -24,6 +24,10 @@ SETTINGS = [
 
 def candidate_counts(lengths):
     return [(0, 1, 3)[b % 3] for b in range(1, len(lengths) + 1)]
+
+
+def loops(inputs, **settings):
+    return naive_plan.plan_preferences(PlanInputs(**inputs), PlanSettings(**settings))
 
 
 def assert_plans_equal(got, want):
@@ -59,14 +63,12 @@ def make_inputs(offsets_of, sorted_times):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_equals_the_loops(make_inputs, lengths, settings, ties, timed):
     inputs = make_inputs(lengths, ties=ties, timed=timed)
-    assert_plans_equal(
-        plan_preferences(**inputs, **settings), naive_plan.plan_preferences(**inputs, **settings)
-    )
+    assert_plans_equal(plan_preferences(**inputs, **settings), loops(inputs, **settings))
 
 
 def test_int32_offsets_and_half_precision(make_inputs):
     inputs = make_inputs([30, 0, 12], ties=True, timed=True, dtype=torch.bfloat16)
-    want = naive_plan.plan_preferences(**inputs, top_k=4, recent=2)
+    want = loops(inputs, top_k=4, recent=2)
     for name in ("history_offsets", "candidate_offsets"):
         inputs[name] = inputs[name].int()
     got = plan_preferences(**inputs, top_k=4, recent=2)
@@ -79,7 +81,7 @@ def test_the_longest_history(make_inputs):
     inputs = make_inputs([3, 16384])
     settings = {"top_k": 4, "sigma": 2.0, "recent": 16}
     got = plan_preferences(**inputs, **settings)
-    assert_plans_equal(got, naive_plan.plan_preferences(**inputs, **settings))
+    assert_plans_equal(got, loops(inputs, **settings))
     assert int(got.offsets.diff().max()) <= 4 * 15 + 16
 
 

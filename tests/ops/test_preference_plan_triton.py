@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from triton_device import DEVICE
 
+from hpgr_plugin.ops.preference_plan import PlanInputs, PlanSettings, triton
 from hpgr_plugin.ops.preference_plan import torch as torch_plan
-from hpgr_plugin.ops.preference_plan import triton as plan
 
 
 def offsets_of(lengths: list[int]) -> Tensor:
@@ -26,18 +26,17 @@ def assert_same_plan(
     times: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
     **settings: float,
 ) -> None:
-    arguments = history, candidates, offsets_of(lengths), offsets_of(counts)
-    times_of = {"history_timestamps": times[0], "candidate_timestamps": times[1]}
-    wanted = torch_plan.plan_preferences(*arguments, **settings, **times_of)
-    bounds = {"max_history": max(lengths), "max_candidates": max(counts)}
-    got = plan.plan_preferences(*arguments, **settings, **times_of, **bounds)
+    inputs = PlanInputs(
+        history, candidates, offsets_of(lengths), offsets_of(counts), *times
+    ).check()
+    chosen = PlanSettings(**settings)
+    wanted = torch_plan.plan_preferences(inputs, chosen)
+    got = triton.plan_preferences(inputs, chosen)
     assert torch.equal(got.offsets, wanted.offsets)
     assert torch.equal(got.index, wanted.index)
     torch.testing.assert_close(got.weights, wanted.weights)
 
-    with_candidates = plan.select(
-        *arguments, **{"eps": 1e-3, **settings}, **times_of, **bounds, with_candidates=True
-    )
+    with_candidates = triton.select(inputs, chosen, with_candidates=True)
     index = with_candidates.index[: int(with_candidates.offsets[-1])].long()
     last = with_candidates.offsets[1:] - 1
     assert torch.equal(index[index < len(history)], wanted.index)
@@ -106,19 +105,27 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie() -> None:
 
 
 def test_no_candidates_keep_nothing() -> None:
-    empty = plan.plan_preferences(
-        whole_numbers(5, 4), whole_numbers(0, 4), offsets_of([5]), offsets_of([0]),
-        max_history=5, max_candidates=0,
-    )  # fmt: skip
+    inputs = PlanInputs(
+        whole_numbers(5, 4), whole_numbers(0, 4), offsets_of([5]), offsets_of([0])
+    ).check()
+    empty = triton.plan_preferences(inputs, PlanSettings())
     assert len(empty.index) == 0
     assert empty.offsets.tolist() == [0]
 
 
-def test_what_the_kernels_do_not_know_is_said() -> None:
-    settings = {"top_k": 50, "sigma": 2.0, "eps": 1e-3}
-    assert plan.why_not(torch.ones(1, 1), max_history=2**18, **settings) is None
-    assert "history of" in str(plan.why_not(torch.ones(1, 1), max_history=2**19, **settings))
-    doubles = torch.ones(1, 1, dtype=torch.float64)
-    assert "float64" in str(plan.why_not(doubles, max_history=9, **settings))
-    wide = {"top_k": 1000, "sigma": 100.0, "eps": 1e-3}
-    assert "top_k=1000" in str(plan.why_not(torch.ones(1, 1), max_history=5000, **wide))
+def test_cases_without_a_kernel_have_a_reason() -> None:
+    def reason(max_history: int, dtype: torch.dtype = torch.float32, **settings: float) -> str:
+        one = torch.ones(1, 1, dtype=dtype)
+        inputs = PlanInputs(one, one, offsets_of([1]), offsets_of([1]), max_history=max_history)
+        return str(triton.why_not(inputs, PlanSettings(**settings)))
+
+    assert reason(2**18) == "None"
+    assert "history of" in reason(2**19)
+    assert "float64" in reason(9, torch.float64)
+    assert "top_k=1000" in reason(5000, top_k=1000, sigma=100.0)
+
+
+def test_bounds_are_required() -> None:
+    inputs = PlanInputs(whole_numbers(5, 4), whole_numbers(1, 4), offsets_of([5]), offsets_of([1]))
+    with pytest.raises(ValueError, match="max_history and max_candidates, got None and None"):
+        triton.select(inputs, PlanSettings(), with_candidates=True)

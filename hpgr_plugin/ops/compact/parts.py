@@ -1,7 +1,7 @@
-"""Index arithmetic between the host's sequences and the rows of a plan. No host code in here.
+"""Index arithmetic between sequences `[contextual | history | candidates]` and a plan.
 
-The host lays one sequence out per user, `[contextual | history | candidates]`, the contextual
-prefix being equally long for everybody. All functions speak in rows of that flat tensor.
+There is one sequence per user, and the contextual prefix is equally long in all of them. All
+functions speak in rows of the flat tensor that holds these sequences one after the other.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids, segment_positions
+from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids
 from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
 
 
@@ -77,11 +77,11 @@ def sequence_parts(
     )
 
 
-class CompactRows(NamedTuple):
-    """Short sequences gathered out of the host's, one for each row of a plan.
+class ShortSequences(NamedTuple):
+    """Short sequences gathered out of the full ones, one for each row of a plan.
 
     Attributes:
-        index: `[L']` int64, the host row that each short row is a copy of.
+        index: `[L']` int64, the row of the full sequences that each short row is a copy of.
         weights: `[L']` M_j of each short row; contextual tokens and candidates have 1.
         lengths: `[R]` of the short sequences.
         num_targets: `[R]` candidates at the end of each.
@@ -95,11 +95,13 @@ class CompactRows(NamedTuple):
     max_len: int
 
 
-def compact_rows(parts: SequenceParts, plan: PreferencePlan, *, per_user: bool) -> CompactRows:
+def short_sequences(
+    parts: SequenceParts, plan: PreferencePlan, *, per_user: bool
+) -> ShortSequences:
     """One sequence `[contextual | planned history | candidates]` for each row of the plan.
 
     Args:
-        parts: of the host's sequences.
+        parts: of the full sequences.
         plan: rows are candidates, or users if `per_user`.
         per_user: whether all candidates of a user share one short sequence.
     """
@@ -134,7 +136,7 @@ def compact_rows(parts: SequenceParts, plan: PreferencePlan, *, per_user: bool) 
     num_contextual = parts.contextual_len * users.numel()
     weights = plan.weights.new_ones(sources.numel())
     weights[num_contextual : num_contextual + plan.weights.numel()] = plan.weights
-    return CompactRows(
+    return ShortSequences(
         index=torch.empty_like(sources).index_copy_(0, places, sources),
         weights=torch.empty_like(weights).index_copy_(0, places, weights),
         lengths=lengths,
@@ -169,26 +171,21 @@ def visible_plan(
     return PreferencePlan(index, weights, complete_cumsum(counts))
 
 
-def candidate_weights(parts: SequenceParts, plan: PreferencePlan, max_len: int) -> Tensor:
-    """The rows of the attention mask that belong to candidates, `[B, c, max_len]`.
+def row_weights(parts: SequenceParts, plan: PreferencePlan, max_len: int) -> Tensor:
+    """M of every candidate over the columns of its own sequence, `[C, max_len]`.
 
     The contextual prefix and the candidate's own column weigh 1, planned history tokens M_j, all
-    other columns (dropped history, other candidates) 0. c is the largest number of candidates.
+    other columns (dropped history, other candidates) 0.
 
     Args:
         parts: of the sequences.
         plan: one row per candidate.
         max_len: columns, the longest sequence.
     """
-    users = parts.candidate_users()
-    places = segment_positions(parts.candidate_offsets, parts.num_candidates)
-    num_users = parts.seq_offsets.numel() - 1
-    most = int(parts.candidate_offsets.diff().max().item()) if num_users else 0
-    weights = plan.weights.new_zeros(num_users, most, max_len)
-    weights[:, :, : parts.contextual_len] = 1.0
-    rows = segment_ids(plan.offsets, plan.index.numel())
-    starts = parts.history_offsets[:-1][users]
-    columns = plan.index - starts[rows] + parts.contextual_len
-    weights[users[rows], places[rows], columns] = plan.weights
-    weights[users, places, parts.candidate_columns()] = 1.0
-    return weights
+    weights = plan.weights.new_zeros(parts.num_candidates, max_len)
+    weights[:, : parts.contextual_len] = 1.0
+    candidate = segment_ids(plan.offsets, plan.index.numel())
+    starts = parts.history_offsets[:-1][parts.candidate_users()]
+    weights[candidate, plan.index - starts[candidate] + parts.contextual_len] = plan.weights
+    own = parts.candidate_columns().unsqueeze(1)
+    return weights.scatter_(1, own, 1.0)

@@ -1,4 +1,4 @@
-"""Rows of a selection, history and candidates in one pass, and their way back."""
+"""Rows of histories and candidates gathered in one pass, and their gradients back in another."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -9,28 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpgr_plugin.ops.preference_plan.triton import Selection
-
 _ROWS = 8
 
 
-def gather_rows(
-    history: Tensor, candidates: Tensor, selection: Selection, num_rows: int, *, disjoint: bool
+def compact(
+    history: Tensor,
+    candidates: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    *,
+    num_rows: int,
+    disjoint: bool = False,
 ) -> Tensor:
-    """The rows that a selection with candidates names, in its order; zero from its end on.
-
-    Args:
-        history: `[T, D]`.
-        candidates: `[C, D]`.
-        selection: made with its candidates.
-        num_rows: R, at least the selection's rows.
-        disjoint: no history row is named twice, as with one candidate a user: the gradient is
-            then stored, not added up.
-
-    Returns:
-        `[R, D]`.
-    """
-    rows: Tensor = _Gather.apply(history, candidates, selection, num_rows, disjoint)
+    """The operator's Triton backend, see `hpgr_plugin.ops.compact`."""
+    rows: Tensor = _Gather.apply(history, candidates, index, offsets, num_rows, disjoint)
     return rows
 
 
@@ -40,24 +32,25 @@ class _Gather(torch.autograd.Function):
         ctx: Any,
         history: Tensor,
         candidates: Tensor,
-        selection: Selection,
+        index: Tensor,
+        offsets: Tensor,
         num_rows: int,
         disjoint: bool,
     ) -> Tensor:
         history, candidates = history.contiguous(), candidates.contiguous()
         rows = history.new_empty(num_rows, history.shape[1])
-        ctx.save_for_backward(selection.index, selection.offsets)
+        ctx.save_for_backward(index, offsets)
         ctx.sizes = (len(history), len(candidates), disjoint)
         if num_rows:
             _gather_kernel[(triton.cdiv(num_rows, _ROWS),)](
-                history, candidates, selection.index, selection.offsets, rows, num_rows,
+                history, candidates, index, offsets, rows, num_rows,
                 len(history), len(candidates), SIZE=history.shape[1],
                 WIDE=triton.next_power_of_2(history.shape[1]), ROWS=_ROWS, num_warps=4,
             )  # fmt: skip
         return rows
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, offsets = ctx.saved_tensors
         num_history, num_candidates, disjoint = ctx.sizes
         grad, size = grad.contiguous(), grad.shape[1]
@@ -71,7 +64,7 @@ class _Gather(torch.autograd.Function):
                 num_candidates, DISJOINT=disjoint, SIZE=size,
                 WIDE=triton.next_power_of_2(size), ROWS=_ROWS, num_warps=4,
             )  # fmt: skip
-        return d_history.to(grad.dtype), d_candidates, None, None, None
+        return d_history.to(grad.dtype), d_candidates, None, None, None, None
 
 
 @triton.jit

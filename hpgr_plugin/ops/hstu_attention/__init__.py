@@ -1,0 +1,64 @@
+"""HSTU attention over jagged sequences: one operator, several backends.
+
+HSTU attention is pointwise, without a softmax over the row:
+
+    s_ij = alpha q_i . k_j + b_ij
+    o_i  = sum_j A'_ij / n * v_j,   A' = SiLU(s) * M ("post")  or  SiLU(M * s) ("pre")
+"""
+
+from torch import Tensor
+
+from hpgr_plugin.ops.dispatch import Backend, Operator, triton_here
+from hpgr_plugin.ops.hstu_attention.spec import (
+    AttentionSpec,
+    MaskPosition,
+    Places,
+    PositionTimeBias,
+    Visibility,
+)
+
+__all__ = [
+    "AttentionSpec",
+    "MaskPosition",
+    "Places",
+    "PositionTimeBias",
+    "Visibility",
+    "hstu_attention",
+]
+
+_OPERATOR = Operator(
+    "hstu_attention",
+    Backend("triton", f"{__name__}.triton", here=triton_here),
+    Backend("torch", f"{__name__}.torch"),
+    Backend("naive", f"{__name__}.naive", automatic=False),
+)
+
+
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    *,
+    bias: PositionTimeBias | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """HSTU attention; see the module for the formula and `AttentionSpec` for who sees whom.
+
+    Args:
+        q: queries `[T, H, d]`, or `[Tq, H, d]` with `spec.query_offsets`.
+        k: keys `[T, H, d]`.
+        v: values `[T, H, dv]`.
+        spec: sequences, visibility and weights.
+        bias: b of this layer; needs `spec.places`.
+        backend: "triton", "torch" or "naive"; None: the fastest that can.
+
+    Returns:
+        `[T, H, dv]` or `[Tq, H, dv]`; rows beyond the last sequence are zero.
+
+    Raises:
+        ValueError: shapes that do not fit, or a named backend that cannot run this.
+    """
+    spec.check(q, k, v, bias)
+    output: Tensor = _OPERATOR(q, k, v, spec, bias=bias, backend=backend)
+    return output

@@ -1,99 +1,111 @@
-"""HSTU attention as loops over sequences and rows that read like the formula: the reference.
+"""HSTU attention as loops over sequences, queries and columns that read like the formula.
 
-Nothing here is meant to be fast. Every backend is checked against it, in value and in gradient.
+Nothing here is meant to be fast: every other backend is checked against it, in value and gradient.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+from hpgr_plugin.ops.hstu_attention.spec import AttentionSpec, PositionTimeBias
 
 
 def hstu_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | AttentionSpec,
     *,
-    alpha: float,
-    norm_length: float,
-    column_weights: Tensor | None = None,
-    pair_weights: Sequence[Tensor] | None = None,
-    bias: Sequence[Tensor] | None = None,
-    num_targets: Tensor | None = None,
-    mask_position: Literal["post", "pre"] = "post",
+    bias: PositionTimeBias | None = None,
+    **fields: Any,
 ) -> Tensor:
-    """Dense causal HSTU attention, with the preference mask M on its scores.
-
-        s_ij = alpha * q_i . k_j + b_ij
-        o_i  = sum_{j <= i} A'_ij / n * v_j,   A' = SiLU(s) * M (post)  or  SiLU(M * s) (pre)
-
-    M_ij is column_weights_j times pair_weights_ij, each 1 where not given. With M_ij = 0, row i
-    does not see column j in either form.
+    """The reference of `hpgr_plugin.ops.hstu_attention.hstu_attention`.
 
     Args:
         q, k: `[T, H, d]`.
         v: `[T, H, dv]`.
-        offsets: `[B + 1]`.
-        alpha: factor of the scores.
-        norm_length: n, the length of the full sequence (or the host's constant in its place).
-        column_weights: `[T]`, one weight for a column in all rows: the sequence layout.
-        pair_weights: B tensors `[n_b, n_b]`, a weight for every pair: the candidate layout.
-        bias: B tensors `[n_b, n_b]` or `[H, n_b, n_b]`, added to the scores.
-        num_targets: `[B]`; that many tokens at the end of each sequence never see each other.
-        mask_position: "post" or "pre", where M enters.
+        offsets: `[B + 1]`, or a whole spec.
+        bias: as in the operator.
+        **fields: with plain offsets, the other fields of `AttentionSpec`: `alpha`, `norm_length`,
+            `column_weights` and so on.
 
     Returns:
-        `[T, H, dv]`.
-
-    Raises:
-        ValueError: `mask_position` is something else.
+        `[Tq, H, dv]`.
     """
-    if mask_position not in ("post", "pre"):
-        raise ValueError(f"mask_position must be 'post' or 'pre', got {mask_position!r}")
-    outputs = [v.new_zeros(0, *v.shape[1:])]
-    for b in range(len(offsets) - 1):
-        start, end = int(offsets[b]), int(offsets[b + 1])
-        targets = 0 if num_targets is None else int(num_targets[b])
-        first_target = end - start - targets
-        for i in range(end - start):
-            # Row i sees the history up to itself; a target sees the history and itself.
-            seen = [j for j in range(i + 1) if j < first_target or j == i]
-            columns = [start + j for j in seen]
-            scores = alpha * torch.einsum("hd,jhd->hj", q[start + i], k[columns])
-            if bias is not None:
-                scores = scores + bias[b][..., i, seen]
-            mask = scores.new_ones(len(seen))
-            if column_weights is not None:
-                mask = mask * column_weights[columns]
-            if pair_weights is not None:
-                mask = mask * pair_weights[b][i, seen]
-            attention = F.silu(scores) * mask if mask_position == "post" else F.silu(mask * scores)
-            outputs.append(torch.einsum("hj,jhd->hd", attention / norm_length, v[columns])[None])
-    return torch.cat(outputs)
+    spec = offsets if isinstance(offsets, AttentionSpec) else _spec(offsets, fields)
+    spec.check(q, k, v, bias)
+    rows = [q.new_zeros(v.shape[1:]) for _ in range(len(q))]
+    query_offsets = spec.offsets if spec.query_offsets is None else spec.query_offsets
+    for b in range(len(spec.offsets) - 1):
+        first, end = int(spec.offsets[b]), int(spec.offsets[b + 1])
+        for i in range(int(query_offsets[b]), int(query_offsets[b + 1])):
+            own = _own_row(spec, i, end - int(query_offsets[b + 1]))
+            seen = [j for j in range(first, end) if _sees(spec, b, own, j)]
+            if seen:
+                rows[i] = _attend(q[i], k, v, spec, bias, (i, own, first), seen)
+    return torch.stack(rows) if rows else v.new_zeros(0, *v.shape[1:])
 
 
-def candidate_scope_weights(
-    plan: PreferencePlan, history_offsets: Tensor, candidate_offsets: Tensor
-) -> list[Tensor]:
-    """`pair_weights` of the candidate layout: M weighs the candidate's row alone.
+def position_bucket(distance: int, bias: PositionTimeBias) -> int:
+    """The row of `position_table` for a distance in positions, query minus key."""
+    size = len(bias.position_table) // 2
+    bucket = abs(distance)
+    if bucket >= bias.exact_positions:
+        share = math.log2(bucket / bias.exact_positions) / math.log2(64)
+        bucket = bias.exact_positions + int(share * (size - bias.exact_positions))
+    return min(bucket, size - 1) + (size if distance < 0 else 0)
 
-    Sequence b is the history of user b followed by its candidates, `[n_b, n_b]` with
-    n_b = N_b + C_b. History rows are all ones; a candidate's row has its plan over the history
-    and 1 in its own column.
-    """
-    matrices = []
-    for b in range(len(history_offsets) - 1):
-        start, length = int(history_offsets[b]), int(history_offsets[b + 1] - history_offsets[b])
-        candidates = range(int(candidate_offsets[b]), int(candidate_offsets[b + 1]))
-        matrix = plan.weights.new_ones(length + len(candidates), length + len(candidates))
-        for row, c in enumerate(candidates, start=length):
-            kept = slice(int(plan.offsets[c]), int(plan.offsets[c + 1]))
-            matrix[row, :length] = 0.0
-            matrix[row, plan.index[kept] - start] = plan.weights[kept]
-        matrices.append(matrix)
-    return matrices
+
+def time_bucket(seconds: int, bias: PositionTimeBias) -> int:
+    """The row of `time_table` for a difference of times."""
+    return min(int(math.log2(1 + abs(seconds))), len(bias.time_table) - 1)
+
+
+def _spec(offsets: Tensor, fields: dict[str, Any]) -> AttentionSpec:
+    longest = max(offsets.diff().tolist(), default=0)
+    return AttentionSpec(offsets=offsets, **{"max_length": longest, **fields})
+
+
+def _own_row(spec: AttentionSpec, i: int, shift: int) -> int:
+    """The row of k that query i is."""
+    return i + shift if spec.query_rows is None else int(spec.query_rows[i])
+
+
+def _sees(spec: AttentionSpec, b: int, own: int, j: int) -> bool:
+    if spec.visibility is not None:
+        return bool(spec.visibility.key_order[j] < spec.visibility.query_order[own]) or j == own
+    if not spec.causal:
+        return True
+    targets = 0 if spec.num_targets is None else int(spec.num_targets[b])
+    return j == own or (j < own and j < int(spec.offsets[b + 1]) - targets)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    bias: PositionTimeBias | None,
+    place: tuple[int, int, int],
+    seen: list[int],
+) -> Tensor:
+    """One query `[H, d]` over the rows `seen`; `place`: its row of q, its row of k, the first."""
+    i, own, first = place
+    scores = spec.alpha * torch.einsum("hd,jhd->hj", q, k[seen])
+    if bias is not None:
+        assert spec.places is not None
+        apart = (spec.places.positions[own] - spec.places.positions[seen]).tolist()
+        seconds = (spec.places.timestamps[own] - spec.places.timestamps[seen]).tolist()
+        scores = scores + bias.position_table[[position_bucket(p, bias) for p in apart]]
+        scores = scores + bias.time_table[[time_bucket(t, bias) for t in seconds]]
+    mask = scores.new_ones(len(seen))
+    if spec.column_weights is not None:
+        mask = mask * spec.column_weights[seen]
+    if spec.row_weights is not None:
+        mask = mask * spec.row_weights[i, [j - first for j in seen]]
+    pre = spec.mask_position == "pre"
+    attention = F.silu(mask * scores) if pre else F.silu(scores) * mask
+    return torch.einsum("hj,jhd->hd", attention / spec.norm_length, v[seen])

@@ -1,222 +1,176 @@
-"""HSTU attention over jagged sequences, by the fastest kernel that knows the case.
+"""HSTU attention in plain torch over padded `[B, H, R, N]` scores: any device and float dtype."""
 
-The Triton kernels need CUDA tensors, float32, bfloat16 or float16, and head sizes that are
-powers of two from 16 to 256; they know no additive bias. Everything else runs in padded torch;
-on CUDA, where that is slow, it is said once why.
-"""
+from __future__ import annotations
 
-import os
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpgr_plugin.ops.dispatch import triton_is_installed, warn_once
+from hpgr_plugin.ops.hstu_attention.spec import AttentionSpec, PositionTimeBias
 from hpgr_plugin.ops.jagged import dense_to_jagged, jagged_to_padded_dense
-
-_KERNELS = ("auto", "torch", "triton")
-_WEIGHTS_APPLY = ("post", "pre")
 
 
 def hstu_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    *,
-    max_length: int,
-    alpha: float,
-    norm_length: float,
-    column_weights: Tensor | None = None,
-    mask_position: str = "post",
-    num_targets: Tensor | None = None,
-    query_offsets: Tensor | None = None,
-    max_query_length: int | None = None,
-    bias: Tensor | None = None,
-    exact: bool = False,
-    kernel: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, bias: PositionTimeBias | None = None
 ) -> Tensor:
-    """`o_i = sum_j SiLU(alpha q_i . k_j + bias_ij) w_j / norm_length * v_j`, causal.
+    """The operator's torch backend, see `hpgr_plugin.ops.hstu_attention`."""
+    query_offsets = spec.offsets if spec.query_offsets is None else spec.query_offsets
+    padded_q = _pad(q, query_offsets, spec.query_length, spec.padded).transpose(1, 2)
+    padded_k = _pad(k, spec.offsets, spec.max_length, spec.padded).transpose(1, 2)
+    padded_v = _pad(v, spec.offsets, spec.max_length, spec.padded).transpose(1, 2)
 
-    Row i of a sequence reads the columns j <= i. The last `num_targets[b]` rows of sequence b
-    are targets: nobody reads them but themselves.
-
-    Args:
-        q: queries `[T, H, d]`; `[Tq, H, d]` with `query_offsets`.
-        k: keys `[T, H, d]`.
-        v: values `[T, H, dv]`.
-        offsets: `[B + 1]` int32 or int64. Rows beyond `offsets[-1]` come out zero.
-        exact: there are no such rows: saves setting them.
-        max_length: an upper bound of the sequence lengths, known without asking the device.
-        alpha: factor on `q . k`.
-        norm_length: the n of 1 / n: the length of the full, not of the shortened sequence.
-        column_weights: M `[T]` (Eq. 5), no gradient: `SiLU(s) M` ("post"), `SiLU(M s)` ("pre").
-        num_targets: `[B]`, or None for one stream without targets.
-        query_offsets: `[B + 1]`: q holds only the last rows of every sequence, as many as these
-            offsets say (the last layer needs its candidates alone).
-        max_query_length: an upper bound of those; `max_length` where it is None.
-        bias: additive `[B or 1, H or 1, max_length, max_length]`, by (row, column); torch only.
-        kernel: "auto", "torch" or "triton".
-
-    Returns:
-        `[T, H, dv]`, or `[Tq, H, dv]`.
-
-    Raises:
-        ValueError: an argument of the wrong shape or an unknown name; kernel="triton" where the
-            Triton kernel does not know the case.
-    """
-    _check_arguments(q, k, v, offsets, column_weights, mask_position, query_offsets, kernel)
-    reason = "torch was asked for" if kernel == "torch" else _why_not_triton(q, v, bias, kernel)
-    if kernel == "triton" and reason is not None:
-        raise ValueError(f"kernel='triton' does not know this case: {reason}")
-    if reason is None:
-        from hpgr_plugin.ops.hstu_attention.triton import triton_hstu_attention
-
-        return triton_hstu_attention(
-            q,
-            k,
-            v,
-            offsets,
-            max_length=max_length,
-            alpha=alpha,
-            norm_length=norm_length,
-            column_weights=column_weights,
-            mask_position=mask_position,
-            num_targets=num_targets,
-            query_offsets=query_offsets,
-            max_query_length=max_query_length,
-            exact=exact,
-        )
-    if kernel == "auto" and q.is_cuda:
-        warn_once(f"HSTU attention runs in padded torch: {reason}")
-    return padded_hstu_attention(
-        q,
-        k,
-        v,
-        offsets,
-        max_length=max_length,
-        alpha=alpha,
-        norm_length=norm_length,
-        column_weights=column_weights,
-        mask_position=mask_position,
-        num_targets=num_targets,
-        query_offsets=query_offsets,
-        max_query_length=max_query_length,
-        bias=bias,
-    )
-
-
-def padded_hstu_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    *,
-    max_length: int,
-    alpha: float,
-    norm_length: float,
-    column_weights: Tensor | None = None,
-    mask_position: str = "post",
-    num_targets: Tensor | None = None,
-    query_offsets: Tensor | None = None,
-    max_query_length: int | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """The same in plain torch over padded `[B, H, N, N]` scores: any device, any float dtype."""
-    if query_offsets is None:
-        query_offsets, num_rows = offsets, max_length
-    else:
-        num_rows = max_length if max_query_length is None else max_query_length
-    lengths = offsets.diff()
-    # [B, N, H, d] to [B, H, N, d]
-    padded_q = jagged_to_padded_dense(q, query_offsets, num_rows).transpose(1, 2)
-    padded_k = jagged_to_padded_dense(k, offsets, max_length).transpose(1, 2)
-    padded_v = jagged_to_padded_dense(v, offsets, max_length).transpose(1, 2)
-    columns = torch.arange(max_length, device=q.device)
-    # Queries are the last rows of their sequence: this is the place of each, [B, R].
-    rows = (lengths - query_offsets.diff())[:, None] + torch.arange(num_rows, device=q.device)
-
-    scores = torch.matmul(padded_q, padded_k.transpose(2, 3)) * alpha
+    scores = torch.matmul(padded_q * spec.alpha, padded_k.transpose(2, 3))
     if bias is not None:
-        suffix = query_offsets is not offsets
-        scores = scores + (_bias_of_rows(bias, rows) if suffix else bias)
-    weights = None
-    if column_weights is not None:
-        weights = jagged_to_padded_dense(column_weights[:, None].to(q.dtype), offsets, max_length)
-        weights = weights.view(-1, 1, 1, max_length)
-    if weights is not None and mask_position == "pre":
-        scores = scores * weights
-    seen = rows[:, :, None] >= columns
-    if num_targets is not None:
-        history = columns < (lengths - num_targets)[:, None]
-        seen = seen & (history[:, None, :] | (rows[:, :, None] == columns))
-    attention = F.silu(scores) / norm_length
-    if weights is not None and mask_position == "post":
-        attention = attention * weights
-    attention = attention * seen[:, None].to(attention.dtype)
+        scores = scores + _bias(spec, bias).unsqueeze(1).to(scores.dtype)
+    weights = _weights(spec)
+    if weights is not None and spec.mask_position == "pre":
+        scores = scores * weights.unsqueeze(1).to(scores.dtype)
+    attention = (F.silu(scores) * _gain(spec, scores.dtype).unsqueeze(1)).to(padded_v.dtype)
     output = torch.matmul(attention, padded_v).transpose(1, 2)
+    if spec.padded:
+        return output.flatten(0, 1)
     return dense_to_jagged(output, query_offsets, q.shape[0])
 
 
-def _bias_of_rows(bias: Tensor, rows: Tensor) -> Tensor:
-    """The rows `[B, R]` of a bias `[B or 1, H or 1, N, N]`."""
-    num_sequences, num_rows = rows.shape
-    index = rows.clamp(0, bias.shape[2] - 1).view(num_sequences, 1, num_rows, 1)
-    index = index.expand(-1, bias.shape[1], -1, bias.shape[3])
-    return bias.expand(num_sequences, -1, -1, -1).gather(2, index)
+def bias_buckets(spec: AttentionSpec, bias: PositionTimeBias) -> Tensor:
+    """Joint bucket of every query and column, int32 `[B, R, N]`: position times S plus time."""
+    assert spec.places is not None
+    positions, times = (_per_slot(spec, x, 0) for x in spec.places)
+    own_positions, own_times = (_of_queries(spec, x) for x in (positions, times))
+    distance = own_positions.unsqueeze(2) - positions.unsqueeze(1)
+    seconds = (own_times.unsqueeze(2) - times.unsqueeze(1)).abs()
+    size = len(bias.time_table)
+    time = torch.log2(1.0 + seconds.float()).int().clamp_(max=size - 1)
+    return _position_bucket(distance, bias) * size + time
 
 
-def _why_not_triton(q: Tensor, v: Tensor, bias: Tensor | None, kernel: str) -> str | None:
-    # The interpreter knows every device, but is for tests: it runs only when asked for.
-    interpreted = kernel == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if not q.is_cuda and not interpreted:
-        return f"the tensors are on {q.device.type}, not on a CUDA device"
-    if not triton_is_installed():
-        return "triton is not installed"
-    if bias is not None:
-        return "there is an additive bias"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"dtype {q.dtype}"
-    for name, size in (("q and k", q.shape[2]), ("v", v.shape[2])):
-        if not 16 <= size <= 256 or size & (size - 1):
-            return f"the head size of {name} is {size}, no power of two from 16 to 256"
-    return None
+def _position_bucket(distance: Tensor, bias: PositionTimeBias) -> Tensor:
+    size, exact = len(bias.position_table) // 2, bias.exact_positions
+    near = distance.abs().int()
+    far = torch.log2(near.float().clamp(min=1.0) / exact) * ((size - exact) / math.log2(64))
+    far = (far.int() + exact).clamp_(max=size - 1)
+    bucket = torch.where(near < exact, near, far)
+    return torch.where(distance < 0, bucket + size, bucket)
 
 
-def _check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    column_weights: Tensor | None,
-    mask_position: str,
-    query_offsets: Tensor | None,
-    kernel: str,
-) -> None:
-    if kernel not in _KERNELS:
-        raise ValueError(f"kernel must be one of {_KERNELS}, got {kernel!r}")
-    if mask_position not in _WEIGHTS_APPLY:
-        raise ValueError(f"mask_position must be one of {_WEIGHTS_APPLY}, got {mask_position!r}")
-    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
-        raise ValueError(
-            "q, k and v must be [T, H, d], got "
-            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-        )
-    if k.shape[:2] != v.shape[:2] or q.shape[1:] != k.shape[1:]:
-        raise ValueError(
-            "q and k must agree in heads and size, k and v in rows and heads, got "
-            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-        )
-    if query_offsets is None and q.shape[0] != k.shape[0]:
-        raise ValueError(
-            f"q has {q.shape[0]} rows and k {k.shape[0]}: give query_offsets where they differ"
-        )
-    if query_offsets is not None and query_offsets.shape != offsets.shape:
-        raise ValueError(
-            f"query_offsets must be {list(offsets.shape)} as offsets, "
-            f"got {list(query_offsets.shape)}"
-        )
-    if column_weights is not None and column_weights.shape != k.shape[:1]:
-        raise ValueError(
-            f"column_weights must be [T] = [{k.shape[0]}], got {list(column_weights.shape)}"
-        )
+class TableLookup(torch.autograd.Function):
+    """`table[index]` for a small table and very many indices.
+
+    The backward of an ordinary lookup sorts the indices; a histogram is one pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.size = table.shape[0]
+        return table.index_select(0, index.reshape(-1)).view(index.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        # double: the sum runs over millions of pairs
+        total = torch.bincount(index.reshape(-1), grad.reshape(-1).double(), minlength=ctx.size)
+        return total.to(grad.dtype), None
+
+
+def _bias(spec: AttentionSpec, bias: PositionTimeBias) -> Tensor:
+    """b `[B, R, N]` of one layer; the buckets are those of all layers."""
+    sizes = (len(bias.position_table), len(bias.time_table), bias.exact_positions)
+    key = ("buckets", *sizes)
+    if key not in spec.cache:
+        spec.cache[key] = bias_buckets(spec, bias)
+    joint = bias.position_table.unsqueeze(1) + bias.time_table.unsqueeze(0)
+    values: Tensor = TableLookup.apply(joint.reshape(-1), spec.cache[key])
+    return values
+
+
+def _gain(spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
+    """What `SiLU(s)` is multiplied by, `[B, R or 1, N]`: who sees whom, 1/n, and M outside."""
+    exact = torch.promote_types(dtype, torch.float32)
+    key = ("gain", exact)
+    if key not in spec.cache:
+        gain = _visible(spec).to(exact) / spec.norm_length
+        weights = _weights(spec)
+        if weights is not None and spec.mask_position == "post":
+            gain = gain * weights.to(exact)
+        spec.cache[key] = gain
+    gain_of_step: Tensor = spec.cache[key]
+    return gain_of_step
+
+
+def _weights(spec: AttentionSpec) -> Tensor | None:
+    """M `[B, R or 1, N]`, or None for ones."""
+    parts = []
+    if spec.column_weights is not None:
+        column = _pad(spec.column_weights.unsqueeze(1), spec.offsets, spec.max_length, spec.padded)
+        parts.append(column.mT)
+    if spec.row_weights is not None:
+        query_offsets = spec.offsets if spec.query_offsets is None else spec.query_offsets
+        parts.append(_pad(spec.row_weights, query_offsets, spec.query_length, spec.padded))
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else parts[0] * parts[1]
+
+
+def _visible(spec: AttentionSpec) -> Tensor:
+    """Whether a query sees a column, bool `[B, R, N]`."""
+    columns = torch.arange(spec.max_length, device=spec.offsets.device)
+    rows = _own_columns(spec)
+    same = rows.unsqueeze(2) == columns
+    if spec.visibility is not None:
+        key = _per_slot(spec, spec.visibility.key_order, torch.iinfo(torch.int64).max)
+        query = _of_queries(spec, _per_slot(spec, spec.visibility.query_order, -1))
+        return (key.unsqueeze(1) < query.unsqueeze(2)) | same
+    inside = (columns < spec.offsets.diff().unsqueeze(1)).unsqueeze(1)
+    if not spec.causal:
+        return inside.expand(-1, rows.shape[1], -1)
+    seen = rows.unsqueeze(2) >= columns
+    if spec.num_targets is not None:
+        history = columns < (spec.offsets.diff() - spec.num_targets).unsqueeze(1)
+        seen = (seen & history.unsqueeze(1)) | same
+    return seen & inside
+
+
+def _own_columns(spec: AttentionSpec) -> Tensor:
+    """The column that each query is, int64 `[B, R]`; arbitrary for padding."""
+    place = torch.arange(spec.query_length, device=spec.offsets.device)
+    if spec.query_rows is not None:
+        assert spec.query_offsets is not None
+        rows = _pad_integers(spec.query_rows, spec.query_offsets, spec.query_length, 0)
+        return rows - spec.offsets[:-1].unsqueeze(1)
+    if spec.query_offsets is None:
+        return place.expand(spec.offsets.numel() - 1, -1)
+    # The last tokens of their sequence.
+    return (spec.offsets.diff() - spec.query_offsets.diff()).unsqueeze(1) + place
+
+
+def _per_slot(spec: AttentionSpec, tokens: Tensor, fill: int) -> Tensor:
+    """One integer per token `[T]`, padded to `[B, N]`."""
+    if spec.padded:
+        return tokens.view(-1, spec.max_length)
+    return _pad_integers(tokens, spec.offsets, spec.max_length, fill)
+
+
+def _of_queries(spec: AttentionSpec, slots: Tensor) -> Tensor:
+    """Of values per token `[B, N]`, those of the queries, `[B, R]`."""
+    if spec.query_offsets is None:
+        return slots
+    return slots.gather(1, _own_columns(spec).clamp(0, max(0, spec.max_length - 1)))
+
+
+def _pad(values: Tensor, offsets: Tensor, length: int, padded: bool) -> Tensor:
+    if padded:
+        return values.unflatten(0, (offsets.numel() - 1, length))
+    return jagged_to_padded_dense(values, offsets, length)
+
+
+def _pad_integers(column: Tensor, offsets: Tensor, length: int, fill: int) -> Tensor:
+    """Integers `[T]` to `[B, length]`, exact for any int64, unlike a round trip through floats."""
+    lengths = offsets.diff()
+    padded = column.new_full((lengths.shape[0], length), fill)
+    valid = torch.arange(length, device=column.device) < lengths.unsqueeze(1)
+    padded[valid] = column[: int(offsets[-1])]
+    return padded

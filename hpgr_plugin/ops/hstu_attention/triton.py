@@ -11,20 +11,21 @@ import torch
 import triton
 from torch import Tensor
 
-from hpgr_plugin.ops.dispatch import dot_precision
+from hpgr_plugin.ops.dispatch import dot_precision, interpreted
 from hpgr_plugin.ops.hstu_attention.kernels import (
     backward_columns_kernel,
     backward_rows_kernel,
     forward_kernel,
     zero_spare_rows_kernel,
 )
+from hpgr_plugin.ops.hstu_attention.spec import AttentionSpec, PositionTimeBias
 from hpgr_plugin.ops.hstu_layer.rowwise import scale_rows
 
 _SPARE_ROWS = 8  # rows a program looks at
 
 
 class Blocks(NamedTuple):
-    """Shape of one program: rows, columns, warps and the depth of the load pipeline."""
+    """AttentionSpec of one program: rows, columns, warps and the depth of the load pipeline."""
 
     rows: int
     columns: int
@@ -32,79 +33,59 @@ class Blocks(NamedTuple):
     stages: int
 
 
-class Shape(NamedTuple):
-    """What the kernels must know of the sequences besides q, k and v."""
-
-    offsets: Tensor  # [B + 1]
-    query_offsets: Tensor | None  # [B + 1]: q holds the last rows of every sequence
-    column_weights: Tensor | None  # [T] float32: of rows that `scale` has been applied to
-    num_targets: Tensor | None  # [B]
-    max_length: int
-    max_query_length: int
-    alpha: float
-    norm_length: float
-    pre: bool = False  # SiLU(M s) instead of SiLU(s) M
-    exact: bool = False  # the last sequence ends where the tensors end
-    cross: bool = False  # queries are no rows of the sequences: each reads all columns
-    matrix: Tensor | None = None  # [Tq, max_length] float32, with `cross`: M by row and column
-
-
-def triton_hstu_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    *,
-    max_length: int,
-    alpha: float,
-    norm_length: float,
-    column_weights: Tensor | None = None,
-    mask_position: str = "post",
-    num_targets: Tensor | None = None,
-    query_offsets: Tensor | None = None,
-    max_query_length: int | None = None,
-    exact: bool = False,
+def hstu_attention(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, bias: PositionTimeBias | None = None
 ) -> Tensor:
-    """See `ops.hstu_attention`; rows beyond `offsets[-1]` come out zero."""
-    shape = Shape(
-        offsets=offsets,
-        query_offsets=query_offsets,
-        column_weights=None if column_weights is None else column_weights.float().contiguous(),
-        num_targets=num_targets,
-        max_length=max_length,
-        max_query_length=max_length if max_query_length is None else max_query_length,
-        alpha=alpha,
-        norm_length=norm_length,
-        pre=mask_position == "pre",
-        exact=exact,
-    )
-    output: Tensor = _Attention.apply(q, k, v, shape)
+    """The operator's Triton backend, see `hpgr_plugin.ops.hstu_attention`."""
+    output: Tensor = _Attention.apply(q, k, v, _with_float_weights(spec))
     return output
+
+
+def why_not(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, bias: PositionTimeBias | None = None
+) -> str | None:
+    """Why the kernels cannot run these arguments, or None."""
+    if not q.is_cuda and not interpreted():
+        return f"the tensors are on {q.device.type}, not on a CUDA device"
+    if bias is not None:
+        return "there is an additive bias"
+    if spec.visibility is not None:
+        return "there is an explicit visibility"
+    if spec.causal and spec.query_rows is not None:
+        return "queries are chosen by query_rows"
+    if spec.row_weights is not None and (spec.causal or spec.mask_position == "pre"):
+        return "row_weights are known with causal=False and mask_position='post' only"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {q.dtype}"
+    for name, size in (("q and k", q.shape[2]), ("v", v.shape[2])):
+        if not 16 <= size <= 256 or size & (size - 1):
+            return f"the head size of {name} is {size}, no power of two from 16 to 256"
+    return None
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         q, k, v = (_unit_stride(x) for x in (q, k, v))
-        if shape.column_weights is not None and shape.pre:
-            k = _scaled(k, shape.column_weights)
-        elif shape.column_weights is not None:
-            v = _scaled(v, shape.column_weights)
+        if spec.column_weights is not None and spec.mask_position == "pre":
+            k = _scaled(k, spec.column_weights)
+        elif spec.column_weights is not None:
+            v = _scaled(v, spec.column_weights)
         output = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        zero_spare_rows(output, shape, of_queries=True)
-        attention_forward(q, k, v, output, shape)
+        zero_spare_rows(output, spec, of_queries=True)
+        attention_forward(q, k, v, output, spec)
         ctx.save_for_backward(q, k, v)
-        ctx.shape = shape
+        ctx.spec = spec
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        zero_spare_rows(dq, ctx.shape, of_queries=True)
-        zero_spare_rows(dk, ctx.shape)
-        zero_spare_rows(dv, ctx.shape)
-        attention_backward(_unit_stride(grad), q, k, v, dq, dk, dv, ctx.shape)
+        zero_spare_rows(dq, ctx.spec, of_queries=True)
+        zero_spare_rows(dk, ctx.spec)
+        zero_spare_rows(dv, ctx.spec)
+        attention_backward(_unit_stride(grad), q, k, v, dq, dk, dv, ctx.spec)
         return dq, dk, dv, None
 
 
@@ -116,13 +97,13 @@ def _scaled(x: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-def zero_spare_rows(x: Tensor, shape: Shape, *, of_queries: bool = False) -> None:
+def zero_spare_rows(x: Tensor, spec: AttentionSpec, *, of_queries: bool = False) -> None:
     """Set the rows of a contiguous `[T, ...]` that no sequence owns, and no kernel writes."""
-    if shape.exact or len(x) == 0:
+    if spec.exact or len(x) == 0:
         return
-    offsets = shape.offsets
-    if of_queries and shape.query_offsets is not None:
-        offsets = shape.query_offsets
+    offsets = spec.offsets
+    if of_queries and spec.query_offsets is not None:
+        offsets = spec.query_offsets
     size = x[0].numel()
     zero_spare_rows_kernel[(triton.cdiv(len(x), _SPARE_ROWS),)](
         x,
@@ -137,15 +118,20 @@ def zero_spare_rows(x: Tensor, shape: Shape, *, of_queries: bool = False) -> Non
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, output: Tensor, shape: Shape, blocks: Blocks | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    spec: AttentionSpec,
+    blocks: Blocks | None = None,
 ) -> None:
     """Write `output` `[Tq, H, dv]`; rows beyond the last sequence stay as they are.
 
     With column weights, v (k where `pre`) is the one whose rows have been scaled.
     """
-    blocks = blocks or forward_blocks(q, v, shape)
-    heads, num_sequences = q.shape[1], shape.offsets.numel() - 1
-    num_blocks = triton.cdiv(shape.max_query_length, blocks.rows)
+    blocks = blocks or forward_blocks(q, v, spec)
+    heads, num_sequences = q.shape[1], spec.offsets.numel() - 1
+    num_blocks = triton.cdiv(spec.query_length, blocks.rows)
     if num_blocks * num_sequences == 0:
         return
     forward_kernel[(num_blocks * num_sequences * heads,)](
@@ -153,12 +139,12 @@ def attention_forward(
         k,
         v,
         output,
-        *_sequence_arguments(shape, q),
+        *_sequence_arguments(spec, q),
         *_strides(q, k, v, output),
         num_blocks,
-        shape.alpha,
-        1.0 / shape.norm_length,
-        **_constants(q, k, v, shape, blocks),
+        spec.alpha,
+        1.0 / spec.norm_length,
+        **_constants(q, k, v, spec, blocks),
     )
 
 
@@ -170,7 +156,7 @@ def attention_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    shape: Shape,
+    spec: AttentionSpec,
     blocks: tuple[Blocks, Blocks] | None = None,
     *,
     accumulate: bool = False,
@@ -184,9 +170,9 @@ def attention_backward(
         accumulate: add to what dk and dv hold.
         blocks: of the pass over columns (dk, dv) and of the pass over rows (dq).
     """
-    by_column, by_row = blocks or backward_blocks(q, v, shape)
-    heads, num_sequences = q.shape[1], shape.offsets.numel() - 1
-    num_blocks = triton.cdiv(shape.max_length, by_column.columns)
+    by_column, by_row = blocks or backward_blocks(q, v, spec)
+    heads, num_sequences = q.shape[1], spec.offsets.numel() - 1
+    num_blocks = triton.cdiv(spec.max_length, by_column.columns)
     if num_blocks * num_sequences == 0:
         return
     backward_columns_kernel[(num_blocks * num_sequences * heads,)](
@@ -196,17 +182,17 @@ def attention_backward(
         grad,
         dk,
         dv,
-        *_sequence_arguments(shape, q),
+        *_sequence_arguments(spec, q),
         *_strides(q, k, v, grad, dk, dv),
         num_blocks,
-        shape.alpha,
-        1.0 / shape.norm_length,
+        spec.alpha,
+        1.0 / spec.norm_length,
         ACCUMULATE=accumulate,
-        SCALE_K=shape.column_weights is not None and shape.pre,
-        SCALE_V=shape.column_weights is not None and not shape.pre,
-        **_constants(q, k, v, shape, by_column),
+        SCALE_K=spec.column_weights is not None and spec.mask_position == "pre",
+        SCALE_V=spec.column_weights is not None and spec.mask_position == "post",
+        **_constants(q, k, v, spec, by_column),
     )
-    num_blocks = triton.cdiv(shape.max_query_length, by_row.rows)
+    num_blocks = triton.cdiv(spec.query_length, by_row.rows)
     if num_blocks == 0:
         return
     backward_rows_kernel[(num_blocks * num_sequences * heads,)](
@@ -215,39 +201,49 @@ def attention_backward(
         v,
         grad,
         dq,
-        *_sequence_arguments(shape, q),
+        *_sequence_arguments(spec, q),
         *_strides(q, k, v, grad, dq),
         num_blocks,
-        shape.alpha,
-        1.0 / shape.norm_length,
-        **_constants(q, k, v, shape, by_row),
+        spec.alpha,
+        1.0 / spec.norm_length,
+        **_constants(q, k, v, spec, by_row),
     )
 
 
-def forward_blocks(q: Tensor, v: Tensor, shape: Shape) -> Blocks:
-    """The block shape that measured best for these sizes."""
+def forward_blocks(q: Tensor, v: Tensor, spec: AttentionSpec) -> Blocks:
+    """The block sizes that measured best for these sizes."""
     size = max(q.shape[2], v.shape[2])
-    if shape.max_query_length <= 16:
+    if spec.query_length <= 16:
         return Blocks(16, 64, 4, 2)
     if size > 128 or q.dtype == torch.float32:
         return Blocks(64, 32, 4, 2)
-    if shape.matrix is not None:
+    if spec.row_weights is not None:
         return Blocks(64, 64, 8, 2)
     return Blocks(128, 32, 8, 3)
 
 
-def backward_blocks(q: Tensor, v: Tensor, shape: Shape) -> tuple[Blocks, Blocks]:
+def backward_blocks(q: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Blocks, Blocks]:
     """The same for the pass over columns and the pass over rows of the backward."""
     size = max(q.shape[2], v.shape[2])
-    if shape.max_query_length <= 16:
+    if spec.query_length <= 16:
         return Blocks(16, 64, 4, 2), Blocks(16, 64, 4, 2)
     if size > 128 or q.dtype == torch.float32:
         return Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)
-    if shape.matrix is not None:
+    if spec.row_weights is not None:
         return Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)
-    if shape.max_query_length <= 2048:
+    if spec.query_length <= 2048:
         return Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 2)
     return Blocks(64, 128, 8, 3), Blocks(128, 64, 8, 3)
+
+
+def _with_float_weights(spec: AttentionSpec) -> AttentionSpec:
+    """Weights as the kernels read them: float32, contiguous rows."""
+    changes: dict[str, Tensor] = {}
+    if spec.column_weights is not None:
+        changes["column_weights"] = spec.column_weights.float().contiguous()
+    if spec.row_weights is not None:
+        changes["row_weights"] = spec.row_weights.float().contiguous()
+    return spec.replace(**changes) if changes else spec
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -255,17 +251,17 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _sequence_arguments(
-    shape: Shape, q: Tensor
+    spec: AttentionSpec, q: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
     """Pointers in kernel order; what is absent is never read, so any tensor stands in."""
-    absent = shape.offsets
+    absent = spec.offsets
     return (
-        shape.offsets,
-        absent if shape.query_offsets is None else shape.query_offsets,
-        absent if shape.num_targets is None else shape.num_targets,
-        q if shape.column_weights is None else shape.column_weights,
-        q if shape.matrix is None else shape.matrix,
-        0 if shape.matrix is None else shape.matrix.stride(0),
+        spec.offsets,
+        absent if spec.query_offsets is None else spec.query_offsets,
+        absent if spec.num_targets is None else spec.num_targets,
+        q if spec.column_weights is None else spec.column_weights,
+        q if spec.row_weights is None else spec.row_weights,
+        0 if spec.row_weights is None else spec.row_weights.stride(0),
     )
 
 
@@ -273,17 +269,19 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]
 
 
-def _constants(q: Tensor, k: Tensor, v: Tensor, shape: Shape, blocks: Blocks) -> dict[str, Any]:
+def _constants(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, blocks: Blocks
+) -> dict[str, Any]:
     return {
         "H": q.shape[1],
         "D": q.shape[2],
         "DV": v.shape[2],
         "ROWS": blocks.rows,
         "COLUMNS": blocks.columns,
-        "SUFFIX": shape.query_offsets is not None,
-        "CROSS": shape.cross,
-        "MATRIX": shape.matrix is not None,
-        "TARGETS": shape.num_targets is not None,
+        "SUFFIX": spec.query_offsets is not None,
+        "CROSS": not spec.causal,
+        "MATRIX": spec.row_weights is not None,
+        "TARGETS": spec.num_targets is not None,
         "APPROXIMATE": q.is_cuda and q.dtype != torch.float32,
         "PRECISION": dot_precision(q.dtype, q.device),
         "num_warps": blocks.warps,

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hpgr_plugin.ops.hstu_attention import AttentionSpec
 from hpgr_plugin.ops.hstu_attention.triton import (
-    Shape,
     attention_backward,
     attention_forward,
     zero_spare_rows,
@@ -40,13 +40,13 @@ class LayerWeights(NamedTuple):
 
 
 def hstu_layer(
-    x: Tensor, weights: LayerWeights, shape: Shape, *, num_heads: int, eps: float = 1e-6
+    x: Tensor, weights: LayerWeights, spec: AttentionSpec, *, num_heads: int, eps: float = 1e-6
 ) -> Tensor:
     """All rows `[T, D]` to `[T, D]`."""
     normed, residual = Norm.apply(x, weights.norm_weight, weights.norm_bias, eps)
     projected = torch.addmm(weights.projection_bias, normed, weights.projection_weight)
     gated = _AttendAndGate.apply(
-        projected, weights.output_norm_weight, weights.output_norm_bias, shape, num_heads, eps
+        projected, weights.output_norm_weight, weights.output_norm_bias, spec, num_heads, eps
     )
     return torch.addmm(residual, gated, weights.output_weight)
 
@@ -55,7 +55,7 @@ def hstu_last_layer(
     x: Tensor,
     rows: Tensor,
     weights: LayerWeights,
-    shape: Shape,
+    spec: AttentionSpec,
     *,
     num_heads: int,
     eps: float = 1e-6,
@@ -65,12 +65,12 @@ def hstu_last_layer(
     Args:
         x: `[T, D]`.
         rows: `[R]` int64, no row twice: the last of every sequence, as many as
-            `shape.query_offsets` says.
+            `spec.query_offsets` says.
 
     Returns:
         `[R, D]`.
     """
-    output: Tensor = _LastLayer.apply(x, rows, shape, num_heads, eps, *weights)
+    output: Tensor = _LastLayer.apply(x, rows, spec, num_heads, eps, *weights)
     return output
 
 
@@ -78,8 +78,8 @@ def candidate_layer(
     history: Tensor,
     candidates: Tensor,
     weights: LayerWeights,
-    shape: Shape,
-    reading: Shape,
+    spec: AttentionSpec,
+    reading: AttentionSpec,
     *,
     num_heads: int,
     last: bool,
@@ -90,7 +90,7 @@ def candidate_layer(
     Args:
         history: `[T, D]`; after the last layer nobody reads it, and it comes back as it was.
         candidates: `[C, D]`: each reads the history by its own weights, and itself.
-        shape: of the history.
+        spec: of the history.
         reading: `cross`, of the candidates over the history.
         last: whether only the candidates are wanted.
     """
@@ -111,7 +111,7 @@ def candidate_layer(
     else:
         projected = torch.addmm(weights.projection_bias, normed, weights.projection_weight)
         gated, read = _AttendAndRead.apply(
-            projected, asking, *gate_norm, shape, reading, num_heads, eps
+            projected, asking, *gate_norm, spec, reading, num_heads, eps
         )
     out = torch.addmm(candidate_residual, read, weights.output_weight)
     if gated is None:
@@ -128,19 +128,19 @@ class _AttendAndGate(torch.autograd.Function):
         projected: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
-        shape: Shape,
+        spec: AttentionSpec,
         num_heads: int,
         eps: float,
     ) -> Tensor:
         hidden = norm_weight.numel()
         u, v, q, k = _split(projected, hidden)
         attended = projected.new_empty(len(projected), hidden)
-        zero_spare_rows(attended, shape)
-        _scale(k, v, shape)
-        _attend(num_heads, q, k, v, attended, shape)
+        zero_spare_rows(attended, spec)
+        _scale(k, v, spec)
+        _attend(num_heads, q, k, v, attended, spec)
         gated, moments = gate_forward(attended, u, norm_weight, norm_bias, eps)
         ctx.save_for_backward(projected, norm_weight, norm_bias, attended, moments)
-        ctx.shape, ctx.num_heads = shape, num_heads
+        ctx.spec, ctx.num_heads = spec, num_heads
         return gated
 
     @staticmethod
@@ -148,13 +148,13 @@ class _AttendAndGate(torch.autograd.Function):
         projected, norm_weight, norm_bias, attended, moments = ctx.saved_tensors
         hidden = norm_weight.numel()
         d_projected = torch.empty_like(projected)
-        zero_spare_rows(d_projected, ctx.shape)
+        zero_spare_rows(d_projected, ctx.spec)
         u, v, q, k = _split(projected, hidden)
         du, dv, dq, dk = _split(d_projected, hidden)
         d_attended, d_weight, d_bias = gate_backward(
             grad.contiguous(), attended, u, norm_weight, norm_bias, moments, du
         )
-        _attend_backward(ctx.num_heads, d_attended, q, k, v, dq, dk, dv, ctx.shape)
+        _attend_backward(ctx.num_heads, d_attended, q, k, v, dq, dk, dv, ctx.spec)
         return d_projected, d_weight, d_bias, None, None, None
 
 
@@ -164,7 +164,7 @@ class _LastLayer(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         rows: Tensor,
-        shape: Shape,
+        spec: AttentionSpec,
         num_heads: int,
         eps: float,
         *parameters: Tensor,
@@ -180,8 +180,8 @@ class _LastLayer(torch.autograd.Function):
         columns = torch.addmm(column_bias, normed, column_weight)
         (u, q), (v, k) = _halves(asking, hidden), _halves(columns, hidden)
         attended = asking.new_empty(len(rows), hidden)
-        _scale(k, v, shape)
-        _attend(num_heads, q, k, v, attended, shape)
+        _scale(k, v, spec)
+        _attend(num_heads, q, k, v, attended, spec)
         gated, gate_moments = gate_forward(
             attended, u, weights.output_norm_weight, weights.output_norm_bias, eps
         )
@@ -189,7 +189,7 @@ class _LastLayer(torch.autograd.Function):
             x, rows, normed, moments, normed_rows, asking, columns, attended, gated, gate_moments,
             row_weight, column_weight, *parameters,
         )  # fmt: skip
-        ctx.shape, ctx.num_heads = shape, num_heads
+        ctx.spec, ctx.num_heads = spec, num_heads
         return torch.addmm(x[rows], gated, weights.output_weight)
 
     @staticmethod
@@ -201,14 +201,14 @@ class _LastLayer(torch.autograd.Function):
         grad = grad.contiguous()
         d_asking = torch.empty_like(asking)
         d_columns = torch.empty_like(columns)
-        zero_spare_rows(d_columns, ctx.shape)
+        zero_spare_rows(d_columns, ctx.spec)
         (u, q), (v, k) = _halves(asking, hidden), _halves(columns, hidden)
         (du, dq), (dv, dk) = _halves(d_asking, hidden), _halves(d_columns, hidden)
         d_attended, d_gate_weight, d_gate_bias = gate_backward(
             grad @ weights.output_weight.t(), attended, u, weights.output_norm_weight,
             weights.output_norm_bias, gate_moments, du,
         )  # fmt: skip
-        _attend_backward(ctx.num_heads, d_attended, q, k, v, dq, dk, dv, ctx.shape)
+        _attend_backward(ctx.num_heads, d_attended, q, k, v, dq, dk, dv, ctx.spec)
         d_normed = d_columns @ column_weight.t()
         d_normed.index_add_(0, rows, d_asking @ row_weight.t())
         dx, d_norm_weight, d_norm_bias = norm_backward(
@@ -233,7 +233,7 @@ class _Read(torch.autograd.Function):
         columns: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
-        reading: Shape,
+        reading: AttentionSpec,
         num_heads: int,
         eps: float,
     ) -> Tensor:
@@ -271,17 +271,17 @@ class _AttendAndRead(torch.autograd.Function):
         asking: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
-        shape: Shape,
-        reading: Shape,
+        spec: AttentionSpec,
+        reading: AttentionSpec,
         num_heads: int,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         hidden = norm_weight.numel()
         u, v, q, k = _split(projected, hidden)
         attended = projected.new_empty(len(projected), hidden)
-        zero_spare_rows(attended, shape)
-        _scale(k, v, shape)
-        _attend(num_heads, q, k, v, attended, shape)
+        zero_spare_rows(attended, spec)
+        _scale(k, v, spec)
+        _attend(num_heads, q, k, v, attended, spec)
         gated, moments = gate_forward(attended, u, norm_weight, norm_bias, eps)
         read, read_attended, read_moments = _read_forward(
             asking, k, v, norm_weight, norm_bias, reading, num_heads, eps
@@ -290,7 +290,7 @@ class _AttendAndRead(torch.autograd.Function):
             projected, asking, norm_weight, norm_bias, attended, moments, read_attended,
             read_moments,
         )  # fmt: skip
-        ctx.shape, ctx.reading, ctx.num_heads = shape, reading, num_heads
+        ctx.spec, ctx.reading, ctx.num_heads = spec, reading, num_heads
         return gated, read
 
     @staticmethod
@@ -299,13 +299,13 @@ class _AttendAndRead(torch.autograd.Function):
          read_moments) = ctx.saved_tensors  # fmt: skip
         hidden = norm_weight.numel()
         d_projected = torch.empty_like(projected)
-        zero_spare_rows(d_projected, ctx.shape)
+        zero_spare_rows(d_projected, ctx.spec)
         u, v, q, k = _split(projected, hidden)
         du, dv, dq, dk = _split(d_projected, hidden)
         d_attended, d_weight, d_bias = gate_backward(
             grad.contiguous(), attended, u, norm_weight, norm_bias, moments, du
         )
-        _attend_backward(ctx.num_heads, d_attended, q, k, v, dq, dk, dv, ctx.shape)
+        _attend_backward(ctx.num_heads, d_attended, q, k, v, dq, dk, dv, ctx.spec)
         d_asking, read_d_weight, read_d_bias = _read_backward(
             read_grad, asking, k, v, dk, dv, norm_weight, norm_bias, read_attended, read_moments,
             ctx.reading, ctx.num_heads, accumulate=True,
@@ -322,7 +322,7 @@ def _read_forward(
     v: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    reading: Shape,
+    reading: AttentionSpec,
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -350,7 +350,7 @@ def _read_backward(
     norm_bias: Tensor,
     attended: Tensor,
     moments: Tensor,
-    reading: Shape,
+    reading: AttentionSpec,
     num_heads: int,
     *,
     accumulate: bool,
@@ -379,18 +379,18 @@ def _read_backward(
     return d_asking, d_weight, d_bias
 
 
-def _scale(k: Tensor, v: Tensor, shape: Shape) -> None:
+def _scale(k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
     """Apply the column weights to fresh projections, which nobody else has seen unscaled."""
-    if shape.column_weights is not None:
-        scaled = k if shape.pre else v
-        scale_rows(scaled, shape.column_weights, scaled)
+    if spec.column_weights is not None:
+        scaled = k if spec.mask_position == "pre" else v
+        scale_rows(scaled, spec.column_weights, scaled)
 
 
 def _attend(
-    num_heads: int, q: Tensor, k: Tensor, v: Tensor, attended: Tensor, shape: Shape
+    num_heads: int, q: Tensor, k: Tensor, v: Tensor, attended: Tensor, spec: AttentionSpec
 ) -> None:
     q, k, v, attended = _heads(num_heads, q, k, v, attended)
-    attention_forward(q, k, v, attended, shape)
+    attention_forward(q, k, v, attended, spec)
 
 
 def _attend_backward(
@@ -402,11 +402,11 @@ def _attend_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    shape: Shape,
+    spec: AttentionSpec,
     accumulate: bool = False,
 ) -> None:
     grad, q, k, v, dq, dk, dv = _heads(num_heads, grad, q, k, v, dq, dk, dv)
-    attention_backward(grad, q, k, v, dq, dk, dv, shape, accumulate=accumulate)
+    attention_backward(grad, q, k, v, dq, dk, dv, spec, accumulate=accumulate)
 
 
 def _split(projected: Tensor, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,46 @@
+"""Softmax cross entropy over all items in little memory, and its sampled form (Eq. 3)."""
+
+from torch import Tensor
+
+from hpgr_plugin.ops.dispatch import Backend, Operator, triton_here
+from hpgr_plugin.ops.item_softmax.losses import ItemLosses, MeanLoss, sampled_cross_entropy
+
+__all__ = ["ItemLosses", "MeanLoss", "mean_cross_entropy", "sampled_cross_entropy"]
+
+_OPERATOR = Operator(
+    "item_softmax",
+    Backend("triton", f"{__name__}.triton", here=triton_here),
+    Backend("torch", f"{__name__}.torch"),
+    Backend("naive", f"{__name__}.naive", automatic=False),
+)
+
+
+def mean_cross_entropy(
+    hidden: Tensor,
+    item_table: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    chunk_bytes: int | None = None,
+) -> MeanLoss:
+    """Mean of `-log softmax(hidden @ item_table.T + bias)[target]` without the `[M, V]` logits.
+
+    It runs over chunks of positions. The logits of a chunk become their own gradient in place while
+    they are there, so a training step costs three matrix products, and a call without gradients
+    one. Products are taken in the autocast dtype where autocast is on, exponentials and sums in
+    float32 at least. The gradients, `[M, D]` and `[V, D]`, are kept for the backward.
+
+    Args:
+        hidden: `[M, D]`; without positions the loss is 0.
+        item_table: `[V, D]`.
+        targets: int64 `[M]`, in `[0, V)`.
+        bias: `[V]`.
+        chunk_bytes: bound of the memory for logits, at least those of one position are held.
+
+    Returns:
+        The mean loss, and how many positions had no item that scored higher than the target.
+    """
+    loss: MeanLoss = _OPERATOR.run(
+        "mean_cross_entropy", hidden, item_table, targets, bias, chunk_bytes=chunk_bytes
+    )
+    return loss

@@ -1,76 +1,51 @@
-"""`losses.softmax_slope` in one kernel, in place: a program reads its row twice, writes it once."""
-
-# mypy: disable-error-code="no-untyped-def"
+"""The mean cross entropy over all items, one kernel for softmax and slope."""
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from hpgr_plugin.ops.item_softmax.chunks import mean_in_chunks, product_dtype
+from hpgr_plugin.ops.item_softmax.kernels import softmax_slope_kernel
+from hpgr_plugin.ops.item_softmax.losses import MeanLoss
+
 _BLOCK = 16384  # logits of a row at a time
-_LANE = 8  # neighbours that one thread holds: it needs no other to find their largest
+_LANE = 8  # neighbours that one thread holds and reduces by itself
 
 
-def softmax_slope_(
+def why_not(hidden: Tensor, *_: Tensor | None, chunk_bytes: int | None = None) -> str | None:
+    """Why the kernel does not support the case, or None."""
+    dtype = product_dtype(hidden)
+    known = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return None if known else f"dtype {dtype}"
+
+
+def mean_cross_entropy(
+    hidden: Tensor,
+    item_table: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    chunk_bytes: int | None = None,
+) -> MeanLoss:
+    """See `hpgr_plugin.ops.item_softmax.mean_cross_entropy`."""
+    return mean_in_chunks(hidden, item_table, targets, bias, chunk_bytes, softmax_slope)
+
+
+def softmax_slope(
     scores: Tensor, targets: Tensor, bias: Tensor | None, *, with_slope: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses float32 `[M]` and hits bool `[M]`; the scores become the slope, in their dtype.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `chunks.SoftmaxSlope`; rows of the scores are contiguous.
 
-    Args:
-        scores: `[M, V]` float32, bfloat16 or float16, rows contiguous.
-        targets: int64 `[M]`.
-        bias: `[V]`.
-        with_slope: without it the scores stay as they are.
+    Losses are float32. The scores are overwritten, in their own dtype, only with `with_slope`.
     """
     num_rows, size = scores.shape
     losses = torch.empty(num_rows, dtype=torch.float32, device=scores.device)
     hits = torch.empty(num_rows, dtype=torch.bool, device=scores.device)
     if num_rows:
         block = max(_LANE, min(_BLOCK, triton.next_power_of_2(size)))
-        _softmax_slope_kernel[(num_rows,)](
+        softmax_slope_kernel[(num_rows,)](
             scores, targets, scores if bias is None else bias, losses, hits, size,
             scores.stride(0), BIAS=bias is not None, SLOPE=with_slope, BLOCK=block,
             LANE=_LANE, num_warps=min(32, max(1, block // 512)),
         )  # fmt: skip
-    return losses, hits
-
-
-@triton.jit
-def _load(Row, Bias, places, size, BIAS: tl.constexpr):
-    score = tl.load(Row + places, mask=places < size, other=float("-inf")).to(tl.float32)
-    if BIAS:
-        score += tl.load(Bias + places, mask=places < size, other=0.0).to(tl.float32)
-    return score
-
-
-@triton.jit
-def _softmax_slope_kernel(Scores, Targets, Bias, Losses, Hits, size, pitch, BIAS: tl.constexpr,
-                          SLOPE: tl.constexpr, BLOCK: tl.constexpr,
-                          LANE: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    Scores += row * pitch
-    target = tl.load(Targets + row)
-    target_score = tl.load(Scores + target).to(tl.float32)
-    if BIAS:
-        target_score += tl.load(Bias + target).to(tl.float32)
-    lanes = tl.arange(0, BLOCK)
-    # A maximum and a sum a lane: nobody waits for anybody before the end of the row.
-    tops = tl.zeros((BLOCK // LANE,), dtype=tl.float32) + target_score
-    totals = tl.zeros((BLOCK // LANE,), dtype=tl.float32)
-    for first in range(0, size, BLOCK):
-        score = _load(Scores, Bias, first + lanes, size, BIAS)
-        score = tl.reshape(score, (BLOCK // LANE, LANE))
-        higher = tl.maximum(tops, tl.max(score, axis=1))
-        powers = tl.sum(tl.exp(score - higher[:, None]), axis=1)
-        totals = totals * tl.exp(tops - higher) + powers
-        tops = higher
-    top = tl.max(tops)
-    normaliser = top + tl.log(tl.sum(totals * tl.exp(tops - top)))
-    tl.store(Losses + row, normaliser - target_score)
-    tl.store(Hits + row, target_score >= top)
-    if SLOPE:
-        for first in range(0, size, BLOCK):
-            places = first + lanes
-            slope = tl.exp(_load(Scores, Bias, places, size, BIAS) - normaliser)
-            slope = tl.where(places == target, slope - 1.0, slope)
-            tl.store(Scores + places, slope.to(Scores.dtype.element_ty), mask=places < size)
+    return losses, hits, scores

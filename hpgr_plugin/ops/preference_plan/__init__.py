@@ -1,0 +1,70 @@
+"""Which history items a candidate keeps, and with what weight: the plan of PGSA (Eq. 5)."""
+
+from torch import Tensor, no_grad
+
+from hpgr_plugin.ops.dispatch import Backend, Operator, triton_here
+from hpgr_plugin.ops.preference_plan.plan import PlanInputs, PlanSettings, PreferencePlan
+
+__all__ = ["PlanInputs", "PlanSettings", "PreferencePlan", "plan_preferences"]
+
+_OPERATOR = Operator(
+    "preference_plan",
+    Backend("triton", f"{__name__}.triton", here=triton_here),
+    Backend("torch", f"{__name__}.torch"),
+    Backend("naive", f"{__name__}.naive", automatic=False),
+)
+
+
+@no_grad()
+def plan_preferences(
+    history_embeddings: Tensor,
+    candidate_embeddings: Tensor,
+    history_offsets: Tensor,
+    candidate_offsets: Tensor,
+    top_k: int = 50,
+    sigma: float = 2.0,
+    eps: float = 1e-3,
+    recent: int = 0,
+    history_timestamps: Tensor | None = None,
+    candidate_timestamps: Tensor | None = None,
+) -> PreferencePlan:
+    """Keep the items around each candidate's anchors, and drop the rest (Eq. 5).
+
+    The anchors of candidate C are the `top_k` visible items with the largest score e_C . e_i; of
+    equal scores the most recent wins. An item j has the weight M_j = exp(-d_j^2 / (2 sigma^2)),
+    d_j being the distance to the nearest anchor in positions of the user's history; items with
+    M_j < eps are dropped. The `recent` most recent visible items are kept with weight 1 and do not
+    act as anchors. No gradient goes through the selection. The plan of a candidate depends only on
+    its own user, not on the rest of the batch.
+
+    Args:
+        history_embeddings: `[T, D]`; half precision is scored in float32.
+        candidate_embeddings: `[C, D]`.
+        history_offsets: `[B + 1]`, histories of the users, oldest item first.
+        candidate_offsets: `[B + 1]`, candidates of the same users.
+        top_k: K, the number of anchors, at least 0.
+        sigma: width of the Gaussian in positions, above 0.
+        eps: smallest weight kept, in (0, 1].
+        recent: number of most recent items kept, at least 0.
+        history_timestamps: `[T]`, ascending in each history. With `candidate_timestamps`, an item
+            with t_i >= t_C is hidden from C: neither anchor, nor recent, nor kept.
+        candidate_timestamps: `[C]`, in the same unit.
+
+    Returns:
+        One row per candidate; weights are float64 where the history embeddings are float64, else
+        float32.
+
+    Raises:
+        ValueError: an argument out of its range, or shapes that do not match.
+    """
+    settings = PlanSettings(top_k, sigma, eps, recent).check()
+    inputs = PlanInputs(
+        history_embeddings,
+        candidate_embeddings,
+        history_offsets,
+        candidate_offsets,
+        history_timestamps,
+        candidate_timestamps,
+    ).check()
+    plan: PreferencePlan = _OPERATOR.run("plan_preferences", inputs, settings)
+    return plan

@@ -1,4 +1,4 @@
-"""The kernels of `plan.py`: one program a block of items, or a candidate."""
+"""The kernels of `triton.py`: one program per block of items, or per candidate."""
 
 # mypy: disable-error-code="no-untyped-def,annotation-unchecked"
 
@@ -7,15 +7,38 @@ import triton.language as tl
 
 
 @triton.jit
+def _history(HistoryOffsets, user):
+    """Where the history of a user starts, and its length."""
+    start = tl.load(HistoryOffsets + user).to(tl.int64)
+    return start, (tl.load(HistoryOffsets + user + 1).to(tl.int64) - start).to(tl.int32)
+
+
+@triton.jit
+def _candidate(CandidateOffsets, max_candidates):
+    """The user and candidate of this program, and whether the user has so many candidates."""
+    user = tl.program_id(0) // max_candidates
+    candidate = tl.load(CandidateOffsets + user).to(tl.int64) + tl.program_id(0) % max_candidates
+    return user, candidate, candidate < tl.load(CandidateOffsets + user + 1).to(tl.int64)
+
+
+@triton.jit
+def _visible_history(HistoryOffsets, Visible, user, candidate, TIMED: tl.constexpr):
+    """Where the history starts, and how many of its items the candidate sees."""
+    start, visible = _history(HistoryOffsets, user)
+    if TIMED:
+        visible = tl.load(Visible + candidate)
+    return start, visible
+
+
+@triton.jit
 def visible_kernel(HistoryTimes, CandidateTimes, HistoryOffsets, CandidateOffsets, Visible,
                     blocks, steps, LANES: tl.constexpr):  # fmt: skip
-    """How many items come before each candidate: a binary search in every lane."""
+    """How many items come before each candidate, one binary search per lane."""
     user = tl.program_id(0) // blocks
     candidate = tl.load(CandidateOffsets + user).to(tl.int64)
     candidate += tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
     there = candidate < tl.load(CandidateOffsets + user + 1).to(tl.int64)
-    start = tl.load(HistoryOffsets + user).to(tl.int64)
-    length = (tl.load(HistoryOffsets + user + 1).to(tl.int64) - start).to(tl.int32)
+    start, length = _history(HistoryOffsets, user)
     now = tl.load(CandidateTimes + candidate, mask=there, other=0)
     low = tl.zeros((LANES,), dtype=tl.int32)
     high = low + length
@@ -35,8 +58,7 @@ def score_one_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Visi
                       TIMED: tl.constexpr):  # fmt: skip
     user = tl.program_id(0) // blocks
     candidate = tl.load(CandidateOffsets + user).to(tl.int64)
-    start = tl.load(HistoryOffsets + user).to(tl.int64)
-    length = (tl.load(HistoryOffsets + user + 1).to(tl.int64) - start).to(tl.int32)
+    start, length = _history(HistoryOffsets, user)
     first = (tl.program_id(0) % blocks) * ITEMS
     if first >= length or candidate >= tl.load(CandidateOffsets + user + 1).to(tl.int64):
         return
@@ -68,12 +90,11 @@ def score_many_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Vis
                        SIZE: tl.constexpr, WIDE: tl.constexpr, ITEMS: tl.constexpr,
                        CANDIDATES: tl.constexpr, GROUP: tl.constexpr,
                        TIMED: tl.constexpr):  # fmt: skip
-    # The shares of the candidates over one block of items are neighbours: they share its reads.
+    # Programs that differ only in their candidates are neighbours: they share reads of the items.
     share = tl.program_id(0) % shares
     block = tl.program_id(0) // shares % blocks
     user = tl.program_id(0) // shares // blocks
-    start = tl.load(HistoryOffsets + user).to(tl.int64)
-    length = (tl.load(HistoryOffsets + user + 1).to(tl.int64) - start).to(tl.int32)
+    start, length = _history(HistoryOffsets, user)
     first_candidate = tl.load(CandidateOffsets + user).to(tl.int64) + share * CANDIDATES
     last_candidate = tl.load(CandidateOffsets + user + 1).to(tl.int64)
     first = block * ITEMS
@@ -106,20 +127,20 @@ def score_many_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Vis
 
 
 @triton.jit
-def _threshold(key, seen, wanted, floor):
-    """The largest threshold that at least `wanted` of the seen keys reach, at least one of them.
+def _threshold(key, seen, wanted, lowest):
+    """The largest threshold that at least `wanted` of the seen keys reach; `wanted` is at least 1.
 
-    `floor` is one that so many reach. Done early when exactly `wanted` do. Three tries at a time:
-    a count waits for all warps, comparing costs next to nothing.
+    `lowest` is a threshold that so many reach. The search ends early when exactly `wanted` do. It
+    tries three thresholds at a time: a count waits for all warps, comparing costs little.
     """
-    low = tl.maximum(tl.min(tl.where(seen, key, 0x7FFFFFFF)), floor).to(tl.int64)
+    low = tl.maximum(tl.min(tl.where(seen, key, 0x7FFFFFFF)), lowest).to(tl.int64)
     high = tl.max(tl.where(seen, key, -0x80000000)).to(tl.int64)
     while low < high:
         step = (high - low + 3) // 4
         first = low + step
         second = tl.minimum(first + step, high)
         third = tl.minimum(second + step, high)
-        # No count is more than there are keys, and those are few: the three of them are one sum.
+        # No count exceeds the number of keys, so three counts fit into one sum.
         if key.numel < 1024:
             wide = tl.zeros(key.shape, dtype=tl.int32)
             bits: tl.constexpr = 10
@@ -149,7 +170,7 @@ def _threshold(key, seen, wanted, floor):
 
 @triton.jit
 def _top(key, seen, wanted, threshold):
-    """The `wanted` largest of the seen keys, by their threshold; equal ones from the end on."""
+    """The `wanted` largest of the seen keys, given their threshold; of equal keys the last."""
     above = seen & (key > threshold)
     tied = seen & (key == threshold)
     spare = wanted - tl.sum(above.to(tl.int32))
@@ -163,16 +184,16 @@ def _top(key, seen, wanted, threshold):
 
 @triton.jit
 def _sortable(score, seen):
-    """The order of floats as the order of integers; -0 is 0, what is not seen comes last."""
+    """Integers in the order of the scores; -0 equals 0, an item that is not seen is lowest."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     return tl.where(seen, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
 
 
 @triton.jit
 def _ranges(anchor, before, after, limit, first, last, RADIUS: tl.constexpr):
-    """The items nearest to each anchor and within its reach: start and count.
+    """The items nearest to each anchor and within RADIUS of it: start and count.
 
-    `before` and `after` are the neighbouring anchors, `first` and `last` mark those without.
+    `before` and `after` are the neighbouring anchors; `first` and `last` mark anchors without one.
     """
     low = tl.maximum(anchor - RADIUS, 0)
     low = tl.where(first, low, tl.maximum(low, (before + anchor) // 2 + 1))
@@ -201,35 +222,31 @@ def select_kernel(Scores, Maxima, Visible, HistoryOffsets, CandidateOffsets, Anc
                    RECENT: tl.constexpr, EXTRA: tl.constexpr, TIMED: tl.constexpr,
                    FLAT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
                    LIKELY: tl.constexpr):  # fmt: skip
-    user = tl.program_id(0) // max_candidates
-    candidate = tl.load(CandidateOffsets + user).to(tl.int64) + tl.program_id(0) % max_candidates
+    user, candidate, there = _candidate(CandidateOffsets, max_candidates)
     if tl.program_id(0) == 0:
         tl.store(Counts, 0)
-    if candidate >= tl.load(CandidateOffsets + user + 1).to(tl.int64):
+    if not there:
         return
-    start = tl.load(HistoryOffsets + user).to(tl.int64)
-    visible = (tl.load(HistoryOffsets + user + 1).to(tl.int64) - start).to(tl.int32)
-    if TIMED:
-        visible = tl.load(Visible + candidate)
+    start, visible = _visible_history(HistoryOffsets, Visible, user, candidate, TIMED)
     found = tl.minimum(visible, TOP_K)
     if TOP_K > 0:
         anchors = Anchors + candidate * TOP_K
         slot = tl.arange(0, LIKELY)
         item = slot
         seen = item < visible
-        floor = -0x80000000
+        lowest = -0x80000000
         if GROUPS > ANCHORS:
-            # A group outside the K with the largest maxima, equal ones by recency, holds no item
-            # of the top K: each of those K holds one that comes before all of its items.
+            # The top K items lie in the K groups with the largest maxima (of equal groups the most
+            # recent): each of those groups holds an item that ranks above all other groups' items.
             groups = (visible + GROUP - 1) // GROUP
             number = tl.arange(0, GROUPS)
             there = number < groups
             best = tl.load(Maxima + candidate * pitch_m + number, mask=there, other=0.0)
             key = _sortable(best, there)
             wanted = tl.minimum(groups, TOP_K)
-            threshold = _threshold(key, there, wanted, floor)
+            threshold = _threshold(key, there, wanted, lowest)
             chosen = _top(key, there, wanted, threshold)
-            floor = tl.where(groups < found, floor, threshold)  # as many items reach it
+            lowest = tl.where(groups < found, lowest, threshold)  # as many items reach it
             tl.store(anchors + tl.cumsum(chosen.to(tl.int32), 0) - 1, number, mask=chosen)
             tl.debug_barrier()
             held = slot // GROUP < wanted
@@ -238,7 +255,7 @@ def select_kernel(Scores, Maxima, Visible, HistoryOffsets, CandidateOffsets, Anc
             tl.debug_barrier()
         row = Scores + (start if FLAT else candidate * pitch)
         key = _sortable(tl.load(row + item, mask=seen, other=0.0), seen)
-        chosen = _top(key, seen, found, _threshold(key, seen, found, floor))
+        chosen = _top(key, seen, found, _threshold(key, seen, found, lowest))
         tl.store(anchors + tl.cumsum(chosen.to(tl.int32), 0) - 1, item, mask=chosen)
         tl.debug_barrier()
 
@@ -256,14 +273,10 @@ def write_kernel(Anchors, Visible, Offsets, Table, HistoryOffsets, CandidateOffs
                   RECENT: tl.constexpr, EXTRA: tl.constexpr, TIMED: tl.constexpr,
                   REACH: tl.constexpr, NEWEST: tl.constexpr,
                   MATRIX: tl.constexpr):  # fmt: skip
-    user = tl.program_id(0) // max_candidates
-    candidate = tl.load(CandidateOffsets + user).to(tl.int64) + tl.program_id(0) % max_candidates
-    if candidate >= tl.load(CandidateOffsets + user + 1).to(tl.int64):
+    user, candidate, there = _candidate(CandidateOffsets, max_candidates)
+    if not there:
         return
-    start = tl.load(HistoryOffsets + user).to(tl.int64)
-    visible = (tl.load(HistoryOffsets + user + 1).to(tl.int64) - start).to(tl.int32)
-    if TIMED:
-        visible = tl.load(Visible + candidate)
+    start, visible = _visible_history(HistoryOffsets, Visible, user, candidate, TIMED)
     newest = tl.minimum(visible, RECENT)
     limit = visible - newest
     anchor, low, count = _anchor_ranges(

@@ -1,4 +1,6 @@
-"""What a plan is, and the weight of an item by its distance to the nearest anchor (Eq. 5)."""
+"""What a plan is made from, what it is, and the weight by distance to an anchor (Eq. 5)."""
+
+from __future__ import annotations
 
 import math
 from typing import NamedTuple
@@ -8,7 +10,7 @@ from torch import Tensor
 
 
 class PreferencePlan(NamedTuple):
-    """A CSR matrix, rows (candidates, or users) by history tokens.
+    """A CSR matrix, rows (candidates, or users) by history items.
 
     Attributes:
         index: `[P]` int64, rows of the flat history kept for each row, ascending in a row.
@@ -21,8 +23,122 @@ class PreferencePlan(NamedTuple):
     offsets: Tensor
 
 
+class PlanSettings(NamedTuple):
+    """How items are selected and weighted, see `plan_preferences`.
+
+    Attributes:
+        top_k: K, the number of anchors, at least 0.
+        sigma: width of the Gaussian in positions, above 0.
+        eps: smallest weight kept, in (0, 1].
+        recent: number of most recent items kept with weight 1, at least 0.
+    """
+
+    top_k: int = 50
+    sigma: float = 2.0
+    eps: float = 1e-3
+    recent: int = 0
+
+    def check(self) -> PlanSettings:
+        """Return the settings.
+
+        Raises:
+            ValueError: naming the first setting out of its range.
+        """
+        for name, value in (("top_k", self.top_k), ("recent", self.recent)):
+            if value < 0 or value != int(value):
+                raise ValueError(f"{name} must be an integer of at least 0, got {value}")
+        if not (0.0 < self.sigma < math.inf):
+            raise ValueError(f"sigma must be a finite number above 0, got {self.sigma}")
+        if not 0.0 < self.eps <= 1.0:
+            raise ValueError(f"eps must be in (0, 1], got {self.eps}")
+        return self
+
+
+class PlanInputs(NamedTuple):
+    """Histories and candidates of B users.
+
+    Attributes:
+        history_embeddings: `[T, D]`.
+        candidate_embeddings: `[C, D]`.
+        history_offsets: `[B + 1]`.
+        candidate_offsets: `[B + 1]`.
+        history_timestamps: `[T]`, ascending in each history, or None.
+        candidate_timestamps: `[C]`, or None where no item is hidden.
+        max_history: an upper bound of the items per user; None until `check` has counted them.
+        max_candidates: an upper bound of the candidates per user, likewise.
+    """
+
+    history_embeddings: Tensor
+    candidate_embeddings: Tensor
+    history_offsets: Tensor
+    candidate_offsets: Tensor
+    history_timestamps: Tensor | None = None
+    candidate_timestamps: Tensor | None = None
+    max_history: int | None = None
+    max_candidates: int | None = None
+
+    def check(self) -> PlanInputs:
+        """Return the inputs with their bounds, after one wait for the device.
+
+        Raises:
+            ValueError: naming the first argument that does not fit the others.
+        """
+        history, candidates = self.history_embeddings, self.candidate_embeddings
+        if history.dim() != 2 or candidates.dim() != 2 or history.shape[1] != candidates.shape[1]:
+            raise ValueError(
+                "history_embeddings [T, D] and candidate_embeddings [C, D] must share D, got "
+                f"{list(history.shape)} and {list(candidates.shape)}"
+            )
+        self._check_timestamps()
+        max_history, max_candidates = self._check_offsets()
+        return self._replace(max_history=max_history, max_candidates=max_candidates)
+
+    def _check_timestamps(self) -> None:
+        if (self.history_timestamps is None) != (self.candidate_timestamps is None):
+            missing = "history" if self.history_timestamps is None else "candidate"
+            raise ValueError(
+                "history_timestamps and candidate_timestamps must both be given or both be None, "
+                f"but {missing}_timestamps is None and the other is not"
+            )
+        for name, times, rows in (
+            ("history_timestamps", self.history_timestamps, self.history_embeddings),
+            ("candidate_timestamps", self.candidate_timestamps, self.candidate_embeddings),
+        ):
+            if times is not None and times.shape != (len(rows),):
+                raise ValueError(f"{name} must have shape [{len(rows)}], got {list(times.shape)}")
+
+    def _check_offsets(self) -> tuple[int, int]:
+        """The most items, and the most candidates, of one user."""
+        history_offsets, candidate_offsets = self.history_offsets, self.candidate_offsets
+        if history_offsets.shape != candidate_offsets.shape or history_offsets.dim() != 1:
+            raise ValueError(
+                "history_offsets and candidate_offsets must both be [B + 1], got "
+                f"{list(history_offsets.shape)} and {list(candidate_offsets.shape)}"
+            )
+        if history_offsets.numel() == 0:
+            raise ValueError("history_offsets must be [B + 1] with B >= 0, got no element")
+        both = torch.stack([history_offsets.long(), candidate_offsets.long()]).tolist()
+        longest = []
+        for name, offsets, rows in (
+            ("history_offsets", both[0], self.history_embeddings),
+            ("candidate_offsets", both[1], self.candidate_embeddings),
+        ):
+            lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+            longest.append(max(lengths, default=0))
+            if offsets[0] != 0 or offsets[-1] != len(rows) or min(lengths, default=0) < 0:
+                raise ValueError(
+                    f"{name} must ascend from 0 to the number of rows, {len(rows)}, got {offsets}"
+                )
+        return longest[0], longest[1]
+
+
 def gaussian_kernel(sigma: float, eps: float, longest: int) -> Tensor:
     """M by distance: `exp(-d^2 / (2 sigma^2))` for d = 0, 1, ... while it is at least eps.
+
+    Args:
+        sigma: width in positions.
+        eps: smallest weight.
+        longest: an upper bound of the history lengths.
 
     Returns:
         `[radius + 1]` float64, radius < max(1, longest).

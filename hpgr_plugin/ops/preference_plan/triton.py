@@ -1,15 +1,16 @@
-"""PGSA's selection (Eq. 5) in four launches: score, select, count up, write.
+"""PGSA's selection (Eq. 5) as kernels, in three steps.
 
-score   e_C . e_i, the history read once; one number an item is written, and the largest of every
-        group of consecutive visible items.
-select  one program a candidate finds the K groups with the largest maxima, and among their items
-        the top K: the other groups cannot hold any. Both times it bisects a threshold over the
-        bits of numbers in registers, settles ties by recency and keeps the order.
+score   e_C . e_i; the history is read once, one number per item is written, and the largest of
+        every group of consecutive visible items.
+select  one program per candidate finds the K groups with the largest maxima, and among their
+        items the top K: the other groups cannot hold any of them. Both times it bisects a
+        threshold over the bits of numbers in registers, prefers the most recent of equal scores
+        and keeps the order.
 write   an item belongs to its nearest anchor: between two anchors the midpoint decides. So the
-        kept items of a candidate are K short ranges, written without looking at the history
-        again, and M follows from the distance to the range's own anchor.
+        kept items of a candidate are K short ranges, written without reading the history again,
+        and M follows from the distance to the anchor of the range.
 
-The number of kept rows is bounded by K (2 radius + 1) + recent, so nothing waits for the device.
+The number of kept rows is at most K (2 radius + 1) + recent, so nothing waits for the device.
 """
 
 import functools
@@ -27,16 +28,21 @@ from hpgr_plugin.ops.preference_plan.kernels import (
     visible_kernel,
     write_kernel,
 )
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan, gaussian_kernel
+from hpgr_plugin.ops.preference_plan.plan import (
+    PlanInputs,
+    PlanSettings,
+    PreferencePlan,
+    gaussian_kernel,
+)
 
-LONGEST_HISTORY = 2**18  # maxima of one candidate stay in the registers of one program
-_LARGEST_TILE = 2**16  # anchors times their reach, likewise
+LONGEST_HISTORY = 2**18  # the maxima of one candidate stay in the registers of one program
+_LARGEST_TILE = 2**16  # anchors times the items they reach, likewise
 _FEW_PROGRAMS = 1024
 _SEARCHES = 32  # candidates whose visible history one program counts
 
 
 class Selection(NamedTuple):
-    """A plan with room to spare: rows from `offsets[-1]` on are unspecified.
+    """A plan in tensors of a fixed size: rows from `offsets[-1]` on are unspecified.
 
     With candidates, every candidate's row follows its kept items: a sequence to attend over.
 
@@ -54,151 +60,64 @@ class Selection(NamedTuple):
     max_length: int
 
 
-def why_not(
-    history_embeddings: Tensor, *, top_k: int, sigma: float, eps: float, max_history: int
-) -> str | None:
-    """Why `select` does not know the case, or None."""
-    if history_embeddings.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"dtype {history_embeddings.dtype}"
+def why_not(inputs: PlanInputs, settings: PlanSettings) -> str | None:
+    """Why the kernels do not support the case, or None."""
+    dtype, max_history = _same_dtype(inputs).history_embeddings.dtype, inputs.max_history or 0
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {dtype}"
     if max_history > LONGEST_HISTORY:
         return f"a history of {max_history} items, more than {LONGEST_HISTORY}"
-    reach = len(_weight_table(sigma, eps, max_history, torch.device("cpu")))
-    tile = triton.next_power_of_2(max(1, top_k)) * triton.next_power_of_2(2 * reach)
+    reach = len(_weight_table(settings.sigma, settings.eps, max_history, torch.device("cpu")))
+    tile = triton.next_power_of_2(max(1, settings.top_k)) * triton.next_power_of_2(2 * reach)
     if tile > _LARGEST_TILE:
-        return f"top_k={top_k} anchors that reach {reach} items each way"
+        return f"top_k={settings.top_k} anchors that reach {reach} items to each side"
     return None
 
 
-@torch.no_grad()
-def plan_preferences(
-    history_embeddings: Tensor,
-    candidate_embeddings: Tensor,
-    history_offsets: Tensor,
-    candidate_offsets: Tensor,
-    *,
-    top_k: int = 50,
-    sigma: float = 2.0,
-    eps: float = 1e-3,
-    recent: int = 0,
-    history_timestamps: Tensor | None = None,
-    candidate_timestamps: Tensor | None = None,
-    max_history: int,
-    max_candidates: int,
-) -> PreferencePlan:
-    """`pgsa.plan.plan_preferences`; waits once for the number of rows it kept."""
-    selection = select(
-        history_embeddings,
-        candidate_embeddings,
-        history_offsets,
-        candidate_offsets,
-        top_k=top_k,
-        sigma=sigma,
-        eps=eps,
-        recent=recent,
-        history_timestamps=history_timestamps,
-        candidate_timestamps=candidate_timestamps,
-        max_history=max_history,
-        max_candidates=max_candidates,
-        with_candidates=False,
-    )
+def plan_preferences(inputs: PlanInputs, settings: PlanSettings) -> PreferencePlan:
+    """See `hpgr_plugin.ops.preference_plan.plan_preferences`; the inputs are checked.
+
+    It waits once for the device, for the number of rows it kept.
+    """
+    selection = select(_same_dtype(inputs), settings, with_candidates=False)
     kept = int(selection.offsets[-1])
     index = selection.index[:kept].long()
     return PreferencePlan(index, selection.weights[:kept], selection.offsets)
 
 
-@torch.no_grad()
-def select(
-    history_embeddings: Tensor,
-    candidate_embeddings: Tensor,
-    history_offsets: Tensor,
-    candidate_offsets: Tensor,
-    *,
-    top_k: int,
-    sigma: float,
-    eps: float,
-    recent: int,
-    history_timestamps: Tensor | None = None,
-    candidate_timestamps: Tensor | None = None,
-    max_history: int,
-    max_candidates: int,
-    with_candidates: bool,
-) -> Selection:
+def select(inputs: PlanInputs, settings: PlanSettings, *, with_candidates: bool) -> Selection:
     """The plan of every candidate, without waiting for the device.
 
     Args:
-        history_embeddings: `[T, D]` float32, bfloat16 or float16.
-        candidate_embeddings: `[C, D]` of the same dtype.
-        history_offsets, candidate_offsets: `[B + 1]`.
-        top_k, sigma, eps, recent: as in `pgsa.plan.plan_preferences`.
-        history_timestamps: `[T]`, ascending in each history, so that what a candidate may see
-            is the beginning of its user's history.
-        candidate_timestamps: `[C]`.
-        max_history, max_candidates: upper bounds of items and candidates a user.
+        inputs: with both bounds; embeddings of one dtype, float32, bfloat16 or float16.
+        settings: see `plan_preferences`.
         with_candidates: append each candidate's row to its kept items.
+
+    Raises:
+        ValueError: `inputs` has no bounds.
     """
-    return _select(
-        history_embeddings,
-        candidate_embeddings,
-        history_offsets,
-        candidate_offsets,
-        top_k=top_k,
-        sigma=sigma,
-        eps=eps,
-        recent=recent,
-        history_timestamps=history_timestamps,
-        candidate_timestamps=candidate_timestamps,
-        max_history=max_history,
-        max_candidates=max_candidates,
-        with_candidates=with_candidates,
-        matrix=False,
-    )
+    return _select(inputs, settings, with_candidates=with_candidates, matrix=False)
 
 
-@torch.no_grad()
-def weight_matrix(
-    history_embeddings: Tensor,
-    candidate_embeddings: Tensor,
-    history_offsets: Tensor,
-    candidate_offsets: Tensor,
-    *,
-    top_k: int,
-    sigma: float,
-    eps: float,
-    recent: int,
-    history_timestamps: Tensor | None = None,
-    candidate_timestamps: Tensor | None = None,
-    max_history: int,
-    max_candidates: int,
-) -> Tensor:
+def weight_matrix(inputs: PlanInputs, settings: PlanSettings) -> Tensor:
     """M `[C, max_history]` float32 by place in the user's history, 0 where nothing is kept.
 
-    For the candidate layout with candidates enough to share the reads of a history.
+    For the layout "shared_history", in which candidates share the reads of a history. Arguments as
+    in `select`.
     """
-    return _select(
-        history_embeddings,
-        candidate_embeddings,
-        history_offsets,
-        candidate_offsets,
-        top_k=top_k,
-        sigma=sigma,
-        eps=eps,
-        recent=recent,
-        history_timestamps=history_timestamps,
-        candidate_timestamps=candidate_timestamps,
-        max_history=max_history,
-        max_candidates=max_candidates,
-        with_candidates=False,
-        matrix=True,
-    ).weights.view(len(candidate_embeddings), max_history)
+    weights = _select(inputs, settings, with_candidates=False, matrix=True).weights
+    return weights.view(len(inputs.candidate_embeddings), inputs.max_history)
 
 
 class _Problem(NamedTuple):
-    """Histories, candidates and bounds, as in `select`; rows of embeddings may be slices."""
+    """What the launches share; rows of embeddings may be slices of wider tensors."""
 
     history: Tensor
     candidates: Tensor
     history_offsets: Tensor
     candidate_offsets: Tensor
+    history_timestamps: Tensor | None
+    candidate_timestamps: Tensor | None
     max_history: int
     max_candidates: int
 
@@ -215,36 +134,42 @@ class _Problem(NamedTuple):
         return torch.empty(sizes, dtype=dtype, device=self.history.device)
 
 
+def _problem(inputs: PlanInputs) -> _Problem:
+    if inputs.max_history is None or inputs.max_candidates is None:
+        raise ValueError(
+            "inputs must have max_history and max_candidates, got "
+            f"{inputs.max_history} and {inputs.max_candidates}"
+        )
+    history, candidates = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:2])
+    return _Problem(
+        history, candidates, *inputs[2:6], max_history=inputs.max_history,
+        max_candidates=inputs.max_candidates,
+    )  # fmt: skip
+
+
+def _same_dtype(inputs: PlanInputs) -> PlanInputs:
+    """Embeddings of two dtypes become float32."""
+    history, candidates = inputs[:2]
+    if history.dtype == candidates.dtype:
+        return inputs
+    return inputs._replace(
+        history_embeddings=history.float(), candidate_embeddings=candidates.float()
+    )
+
+
+@torch.no_grad()
 def _select(
-    history: Tensor,
-    candidates: Tensor,
-    history_offsets: Tensor,
-    candidate_offsets: Tensor,
-    *,
-    top_k: int,
-    sigma: float,
-    eps: float,
-    recent: int,
-    history_timestamps: Tensor | None,
-    candidate_timestamps: Tensor | None,
-    max_history: int,
-    max_candidates: int,
-    with_candidates: bool,
-    matrix: bool,
+    inputs: PlanInputs, settings: PlanSettings, *, with_candidates: bool, matrix: bool
 ) -> Selection:
     """`select`; with `matrix`, the weights are `[C, max_history]` instead and there is no index."""
-    history, candidates = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (history, candidates)
-    )
-    problem = _Problem(
-        history, candidates, history_offsets, candidate_offsets, max_history, max_candidates
-    )
-    device, num_candidates = history.device, len(candidates)
+    problem = _problem(inputs)
+    max_history, (top_k, sigma, eps, recent) = problem.max_history, settings
+    device, num_candidates = problem.history.device, len(problem.candidates)
     table = _weight_table(sigma, eps, max_history, device)
     extra, radius = int(with_candidates), len(table) - 1
     longest = min(max_history, top_k * (2 * radius + 1) + recent) + extra
     room = num_candidates * longest
-    rows = torch.int32 if len(history) + num_candidates < 2**31 else torch.int64
+    rows = torch.int32 if len(problem.history) + num_candidates < 2**31 else torch.int64
     index = problem.empty(0 if matrix else room, dtype=rows)
     if matrix:
         weights = torch.zeros(num_candidates * max_history, dtype=torch.float32, device=device)
@@ -254,20 +179,20 @@ def _select(
         offsets = torch.zeros(num_candidates + 1, dtype=torch.int64, device=device)
         return Selection(index, weights, offsets, longest)
 
-    visible = _visible(problem, history_timestamps, candidate_timestamps)
+    visible = _visible(problem)
     constants: dict[str, Any] = {
         "TOP_K": top_k,
         "ANCHORS": triton.next_power_of_2(max(1, top_k)),
         "RADIUS": radius,
         "RECENT": recent,
         "EXTRA": extra,
-        "TIMED": history_timestamps is not None,
+        "TIMED": problem.history_timestamps is not None,
     }
     anchors, counts = _anchors(problem, visible, constants)
     offsets = counts.cumsum(0)
     write_kernel[(problem.programs,)](
-        anchors, visible, offsets, table, history_offsets, candidate_offsets, index, weights,
-        len(history), max_candidates, max_history,
+        anchors, visible, offsets, table, problem.history_offsets, problem.candidate_offsets,
+        index, weights, len(problem.history), problem.max_candidates, max_history,
         MATRIX=matrix, REACH=triton.next_power_of_2(2 * radius + 1),
         NEWEST=triton.next_power_of_2(max(1, recent)),
         num_warps=1 if problem.programs > _FEW_PROGRAMS else 4, **constants,
@@ -275,16 +200,14 @@ def _select(
     return Selection(index, weights, offsets, longest)
 
 
-def _visible(
-    problem: _Problem, history_timestamps: Tensor | None, candidate_timestamps: Tensor | None
-) -> Tensor:
+def _visible(problem: _Problem) -> Tensor:
     """How many items each candidate may see, `[C]` int32; without times it is never read."""
-    if history_timestamps is None:
+    if problem.history_timestamps is None:
         return problem.empty(1, dtype=torch.int32)
     visible = problem.empty(len(problem.candidates), dtype=torch.int32)
     blocks = triton.cdiv(problem.max_candidates, _SEARCHES)
     visible_kernel[(problem.num_users * blocks,)](
-        history_timestamps, candidate_timestamps, problem.history_offsets,
+        problem.history_timestamps, problem.candidate_timestamps, problem.history_offsets,
         problem.candidate_offsets, visible, blocks, problem.max_history.bit_length(),
         LANES=_SEARCHES, num_warps=1,
     )  # fmt: skip
@@ -297,7 +220,7 @@ def _anchors(
     """Anchors in order `[C, K]` int32, and 0 and the number of rows of each `[C + 1]` int64."""
     num_candidates, top_k = len(problem.candidates), constants["TOP_K"]
     group = _group_size(problem.max_history, top_k)
-    # One candidate a user: its scores lie where its history lies, no wider than it.
+    # One candidate per user: its scores lie where its history lies, no wider than it.
     flat = problem.max_candidates == 1
     pitch = 0 if flat else max(16, triton.cdiv(problem.max_history, 16) * 16)
     room = len(problem.history) if flat else num_candidates * pitch
@@ -305,8 +228,7 @@ def _anchors(
     groups = triton.cdiv(max(1, problem.max_history), group)
     maxima = problem.empty(num_candidates, groups, dtype=torch.float32)
     if problem.max_history:
-        score = _score_one if flat else _score_many
-        score(problem, visible, scores, maxima, pitch, GROUP=group, TIMED=constants["TIMED"])
+        _score(problem, visible, scores, maxima, pitch, GROUP=group, TIMED=constants["TIMED"])
 
     anchors = problem.empty(num_candidates, max(1, top_k), dtype=torch.int32)
     counts = problem.empty(num_candidates + 1, dtype=torch.int64)
@@ -321,58 +243,46 @@ def _anchors(
     return anchors, counts
 
 
-def _score_one(
-    problem: _Problem,
-    visible: Tensor,
-    scores: Tensor,
-    maxima: Tensor,
-    _pitch: int,
-    **constants: Any,
-) -> None:
-    """Scores and maxima of one candidate a user."""
-    history, candidates = problem.history, problem.candidates
-    size = history.shape[1]
-    wide = min(512, max(16, triton.next_power_of_2(size)))
-    items = min(128, 16384 // wide)
-    blocks = triton.cdiv(problem.max_history, items)
-    score_one_kernel[(problem.num_users * blocks,)](
-        history, candidates, problem.history_offsets, problem.candidate_offsets, visible, scores,
-        maxima, history.stride(0), candidates.stride(0), maxima.shape[1], blocks,
-        SIZE=size, WIDE=wide, ITEMS=items, num_warps=4, **constants,
-    )  # fmt: skip
-
-
-def _score_many(
+def _score(
     problem: _Problem, visible: Tensor, scores: Tensor, maxima: Tensor, pitch: int, **constants: Any
 ) -> None:
-    """Scores and maxima of many candidates a user, which share the reads of its history."""
+    """Write scores and maxima; many candidates per user share the reads of its history."""
     history, candidates = problem.history, problem.candidates
-    size, items = history.shape[1], 128
-    wide = min(64, max(16, triton.next_power_of_2(size)))
-    together = min(64, max(16, triton.next_power_of_2(problem.max_candidates)))
+    size, most = history.shape[1], problem.max_candidates
+    wide = min(512 if most == 1 else 64, max(16, triton.next_power_of_2(size)))
+    items = min(128, 16384 // wide)
     blocks = triton.cdiv(problem.max_history, items)
-    shares = triton.cdiv(problem.max_candidates, together)
-    score_many_kernel[(problem.num_users * blocks * shares,)](
+    programs, constants = problem.num_users * blocks, {
+        **constants, "SIZE": size, "WIDE": wide, "ITEMS": items, "num_warps": 4,
+    }  # fmt: skip
+    tensors = (
         history, candidates, problem.history_offsets, problem.candidate_offsets, visible, scores,
-        maxima, history.stride(0), candidates.stride(0), pitch, maxima.shape[1], blocks, shares,
-        SIZE=size, WIDE=wide, ITEMS=items, CANDIDATES=together, num_warps=4, num_stages=4,
-        **constants,
+        maxima, history.stride(0), candidates.stride(0),
+    )  # fmt: skip
+    if most == 1:
+        score_one_kernel[(programs,)](*tensors, maxima.shape[1], blocks, **constants)
+        return
+    together = min(64, max(16, triton.next_power_of_2(most)))
+    shares = triton.cdiv(most, together)
+    score_many_kernel[(programs * shares,)](
+        *tensors, pitch, maxima.shape[1], blocks, shares,
+        CANDIDATES=together, num_stages=4, **constants,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)
 def _weight_table(sigma: float, eps: float, longest: int, device: torch.device) -> Tensor:
-    """M by distance, `[radius + 1]` float32, on the device; never changed by anyone."""
+    """M by distance, `[radius + 1]` float32, on the device; shared, so never written to."""
     return gaussian_kernel(sigma, eps, longest).float().to(device)
 
 
 def _group_size(max_history: int, top_k: int) -> int:
-    """Items to a group: about sqrt(N / K), where the groups and the likely items are fewest."""
+    """Items per group: about sqrt(N / K), which gives the fewest numbers to look at."""
     longest = triton.next_power_of_2(max(1, max_history))
     return min(32, max(4, triton.next_power_of_2(math.isqrt(longest // max(1, top_k)))))
 
 
 def _select_warps(numbers: int, programs: int) -> int:
-    """Few programs are to finish soon, many are to leave room for each other."""
+    """Many warps where there are few programs; few where programs compete for the device."""
     per_thread = 16 if programs > _FEW_PROGRAMS else 4
     return min(16, max(1, numbers // (32 * per_thread)))

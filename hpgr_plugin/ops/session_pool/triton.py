@@ -1,14 +1,11 @@
-"""SEM's two passes over the tokens as kernels: sum up every session, and add its context back.
+"""SEM's two passes as kernels that read every token once, and once more backward.
 
-The [CLS] token of a one-layer intra encoder is the same for every session, so its query is too,
-and a key's projection can be taken to the query: `q . (W_k y) = (W_k^T q) . y`. What is left for
-the tokens is attention of H queries over layer-normed rows, keys and values alike; the value's
-projection follows once a session. Nothing is added atomically: every run gives the same bits.
+The [CLS] token is the same for every session, so its queries are too. The tokens only need
+attention of H queries over layer-normed rows that are keys and values alike. Nothing is added
+atomically: every run gives the same bits.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hpgr_plugin.ops.dispatch import dot_precision
+from hpgr_plugin.ops.session_pool.kernels import (
+    add_backward_kernel,
+    add_forward_kernel,
+    pool_backward_kernel,
+    pool_forward_kernel,
+)
+from hpgr_plugin.ops.session_pool.pool import PooledSessions, PoolWeights, Spans
 
 LARGEST_EMBEDDING = 1024
 LARGEST_EMBEDDING_FLOAT32 = 256  # of products in float32, which take more registers
@@ -30,67 +34,41 @@ _KINDS = {
 }  # of products
 
 
-class Spans(NamedTuple):
-    """Where each of S segments lies in the flat tokens: `starts` and `lengths`, int64 `[S]`."""
+def session_pool(
+    tokens: Tensor, position: Tensor, cls: Tensor, weights: PoolWeights, spans: Spans
+) -> PooledSessions:
+    """See `hpgr_plugin.ops.session_pool.session_pool`."""
+    lead = weights.norm(cls.unsqueeze(0))
+    queries = weights.queries_of(lead).squeeze(0)
+    norm = weights.norm_weight, weights.norm_bias
+    means = _PoolSpans.apply(tokens, position, *norm, lead.squeeze(0), queries, spans)
+    return PooledSessions(cls.expand(len(spans.starts), -1), means, None)
 
-    starts: Tensor
-    lengths: Tensor
+
+def add_context(tokens: Tensor, context: Tensor, gate: Tensor, offsets: Tensor) -> Tensor:
+    """See `hpgr_plugin.ops.session_pool.add_context`."""
+    out: Tensor = _AddContext.apply(tokens, context, gate, offsets)
+    return out
 
 
-def why_not(tokens: Tensor, num_heads: int) -> str | None:
-    """Why the kernels do not know the case, or None."""
-    if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+def why_not_session_pool(
+    tokens: Tensor, _position: Tensor, _cls: Tensor, weights: PoolWeights, _spans: Spans
+) -> str | None:
+    """Why the kernels do not support the case, or None."""
+    if len(weights.query) > LARGEST_HEADS:
+        return f"{len(weights.query)} heads, more than {LARGEST_HEADS}"
+    return why_not_add_context(tokens)
+
+
+def why_not_add_context(tokens: Tensor, *_: Tensor) -> str | None:
+    """The same for `add_context`."""
+    if tokens.dtype not in _KINDS:
         return f"dtype {tokens.dtype}"
     kind = _product_dtype(tokens)
     largest = LARGEST_EMBEDDING_FLOAT32 if kind == torch.float32 else LARGEST_EMBEDDING
     if tokens.shape[1] > largest:
         return f"embedding_dim {tokens.shape[1]}, more than {largest} in {kind}"
-    if num_heads > LARGEST_HEADS:
-        return f"{num_heads} heads, more than {LARGEST_HEADS}"
     return None
-
-
-def pool_spans(
-    tokens: Tensor,
-    position: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    lead: Tensor,
-    queries: Tensor,
-    spans: Spans,
-) -> Tensor:
-    """Means of `lead` and `y_i = LayerNorm(tokens_i + position_i)`, weighted by a softmax.
-
-    Head h of span s weights its y by the softmax of `queries_h . y`, the lead's among them.
-
-    Args:
-        tokens: `[T, D]` float32, bfloat16 or float16.
-        position: `[P, D]`, by place in the span; no span is longer than P.
-        norm_weight, norm_bias: `[D]`.
-        lead: `[D]`, normed already.
-        queries: `[H, D]`, scaled already.
-        spans: no token lies in two of them.
-
-    Returns:
-        `[H, S, D]` in the dtype of the tokens.
-    """
-    pooled: Tensor = _PoolSpans.apply(
-        tokens, position, norm_weight, norm_bias, lead, queries, spans
-    )
-    return pooled
-
-
-def add_context(tokens: Tensor, context: Tensor, gate: Tensor, offsets: Tensor) -> Tensor:
-    """`h + gate * rms(h) * context_s` for the tokens h of every segment s.
-
-    Args:
-        tokens: `[T, D]`; no gradient through rms(h).
-        context: `[S, D]`.
-        gate: `[D]`.
-        offsets: int64 `[S + 1]`.
-    """
-    out: Tensor = _AddContext.apply(tokens, context, gate, offsets)
-    return out
 
 
 class _PoolSpans(torch.autograd.Function):
@@ -112,7 +90,7 @@ class _PoolSpans(torch.autograd.Function):
         pooled = tokens.new_empty(num_heads, num_spans, size)
         normaliser = torch.empty(num_spans, num_heads, dtype=torch.float32, device=tokens.device)
         if num_spans:
-            _pool_forward_kernel[(num_spans,)](
+            pool_forward_kernel[(num_spans,)](
                 tokens, position, norm_weight, norm_bias, lead, queries, *spans, pooled,
                 normaliser, num_spans, **constants,
             )  # fmt: skip
@@ -127,7 +105,7 @@ class _PoolSpans(torch.autograd.Function):
         (tokens, position, norm_weight, norm_bias, lead, queries, starts, lengths, pooled,
          normaliser) = ctx.saved_tensors  # fmt: skip
         (num_heads, size), num_spans = queries.shape, len(starts)
-        # A token of no span has no gradient, and any place will do.
+        # A token of no span has gradient zero; its place is arbitrary.
         d_tokens = torch.zeros_like(tokens)
         place = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         programs = max(1, min(_PROGRAMS, num_spans))
@@ -135,7 +113,7 @@ class _PoolSpans(torch.autograd.Function):
         partial = torch.empty(
             programs, 3 + num_heads, size, dtype=torch.float32, device=tokens.device
         )
-        _pool_backward_kernel[(programs,)](
+        pool_backward_kernel[(programs,)](
             grad.contiguous(), tokens, position, norm_weight, norm_bias, lead, queries, starts,
             lengths, pooled, normaliser, d_tokens, place, partial, num_spans, **ctx.constants,
         )  # fmt: skip
@@ -155,7 +133,7 @@ class _AddContext(torch.autograd.Function):
         tokens, context = tokens.contiguous(), context.contiguous()
         out = torch.empty_like(tokens)
         if len(context):
-            _add_forward_kernel[(len(context),)](
+            add_forward_kernel[(len(context),)](
                 tokens, context, gate, offsets, out, **_row_constants(tokens)
             )
         ctx.save_for_backward(tokens, context, gate, offsets)
@@ -168,7 +146,7 @@ class _AddContext(torch.autograd.Function):
         # Of every segment, the sum of grad * rms(h): both gradients follow from it.
         sums = torch.empty(context.shape, dtype=torch.float32, device=grad.device)
         if len(context):
-            _add_backward_kernel[(len(context),)](
+            add_backward_kernel[(len(context),)](
                 grad, tokens, offsets, sums, **_row_constants(tokens)
             )
         d_gate = (sums * context).sum(0).to(gate.dtype)
@@ -201,162 +179,3 @@ def _row_constants(tokens: Tensor) -> dict[str, Any]:
     size = tokens.shape[1]
     wide = triton.next_power_of_2(size)
     return {"SIZE": size, "WIDE": wide, "ROWS": max(1, min(16, 4096 // wide)), "num_warps": 4}
-
-
-@triton.jit
-def _normed_tile(Tokens, Position, Weight, Bias, start, rows, length, EPS: tl.constexpr,
-                 SIZE: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Unit rows, their scale, and `y`; zero rows past the end."""
-    places = tl.arange(0, WIDE)
-    held = places < SIZE
-    inside = (rows < length)[:, None] & held[None, :]
-    x = tl.load(Tokens + (start + rows)[:, None] * SIZE + places[None, :], mask=inside, other=0.0)
-    at = tl.load(Position + rows[:, None] * SIZE + places[None, :], mask=inside, other=0.0)
-    x = x.to(tl.float32) + at.to(tl.float32)
-    mean = tl.sum(x, axis=1) / SIZE
-    centred = tl.where(inside, x - mean[:, None], 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / SIZE + EPS)
-    unit = centred * scale[:, None]
-    weight = tl.load(Weight + places, mask=held, other=0.0).to(tl.float32)
-    bias = tl.load(Bias + places, mask=held, other=0.0).to(tl.float32)
-    y = tl.where(inside, unit * weight[None, :] + bias[None, :], 0.0)
-    return unit, scale, y
-
-
-@triton.jit
-def _pool_forward_kernel(Tokens, Position, Weight, Bias, Lead, Queries, Starts, Lengths, Pooled,
-                         Normaliser, num_spans, EPS: tl.constexpr, H: tl.constexpr,
-                         HEADS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
-                         TOKENS: tl.constexpr, KIND: tl.constexpr,
-                         PRECISION: tl.constexpr):  # fmt: skip
-    span = tl.program_id(0).to(tl.int64)
-    start = tl.load(Starts + span)
-    length = tl.load(Lengths + span).to(tl.int32)
-    heads, places = tl.arange(0, HEADS), tl.arange(0, WIDE)
-    mine = (heads < H)[:, None] & (places < SIZE)[None, :]
-    query = tl.load(Queries + heads[:, None] * SIZE + places[None, :], mask=mine, other=0.0)
-    lead = tl.load(Lead + places, mask=places < SIZE, other=0.0)
-
-    top = tl.sum(query * lead[None, :], axis=1)
-    total = tl.full((HEADS,), 1.0, dtype=tl.float32)
-    acc = tl.zeros((HEADS, WIDE), dtype=tl.float32) + lead[None, :]
-    query = query.to(KIND)
-    for first in range(0, length, TOKENS):
-        rows = first + tl.arange(0, TOKENS)
-        _, _, y = _normed_tile(Tokens, Position, Weight, Bias, start, rows, length, EPS, SIZE, WIDE)
-        y = y.to(KIND)
-        score = tl.dot(query, tl.trans(y), input_precision=PRECISION)
-        score = tl.where((rows < length)[None, :], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, axis=1))
-        share = tl.exp(score - higher[:, None])
-        fade = tl.exp(top - higher)
-        total = total * fade + tl.sum(share, axis=1)
-        acc = tl.dot(share.to(KIND), y, acc * fade[:, None], input_precision=PRECISION)
-        top = higher
-    pooled = (acc / total[:, None]).to(Pooled.dtype.element_ty)
-    out = Pooled + (heads.to(tl.int64)[:, None] * num_spans + span) * SIZE + places[None, :]
-    tl.store(out, pooled, mask=mine)
-    tl.store(Normaliser + span * H + heads, top + tl.log(total), mask=heads < H)
-
-
-@triton.jit
-def _pool_backward_kernel(Grad, Tokens, Position, Weight, Bias, Lead, Queries, Starts, Lengths,
-                          Pooled, Normaliser, DTokens, Place, Partial, num_spans, EPS: tl.constexpr,
-                          H: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
-                          WIDE: tl.constexpr, TOKENS: tl.constexpr, KIND: tl.constexpr,
-                          PRECISION: tl.constexpr):  # fmt: skip
-    heads, places = tl.arange(0, HEADS), tl.arange(0, WIDE)
-    held = places < SIZE
-    mine = (heads < H)[:, None] & held[None, :]
-    exact_query = tl.load(Queries + heads[:, None] * SIZE + places[None, :], mask=mine, other=0.0)
-    query = exact_query.to(KIND)
-    lead = tl.load(Lead + places, mask=held, other=0.0)
-    weight = tl.load(Weight + places, mask=held, other=0.0).to(tl.float32)
-    lead_score = tl.sum(exact_query * lead[None, :], axis=1)
-    d_weight = tl.zeros((WIDE,), dtype=tl.float32)
-    d_bias = tl.zeros((WIDE,), dtype=tl.float32)
-    d_lead = tl.zeros((WIDE,), dtype=tl.float32)
-    d_query = tl.zeros((HEADS, WIDE), dtype=tl.float32)
-    for number in range(tl.program_id(0), num_spans, tl.num_programs(0)):
-        span = tl.full((), number, tl.int64)
-        start = tl.load(Starts + span)
-        length = tl.load(Lengths + span).to(tl.int32)
-        where = (heads.to(tl.int64)[:, None] * num_spans + span) * SIZE + places[None, :]
-        grad = tl.load(Grad + where, mask=mine, other=0.0)
-        pooled = tl.load(Pooled + where, mask=mine, other=0.0).to(tl.float32)
-        normaliser = tl.load(Normaliser + span * H + heads, mask=heads < H, other=float("inf"))
-        exact_grad = grad.to(tl.float32)
-        grad = grad.to(KIND)
-        mean_slope = tl.sum(exact_grad * pooled, axis=1)
-
-        lead_share = tl.exp(lead_score - normaliser)
-        lead_slope = tl.sum(exact_grad * lead[None, :], axis=1) - mean_slope
-        lead_slope = (lead_share * lead_slope)[:, None]
-        d_lead += tl.sum(lead_share[:, None] * exact_grad + lead_slope * exact_query, axis=0)
-        d_query += lead_slope * lead[None, :]
-        for first in range(0, length, TOKENS):
-            rows = first + tl.arange(0, TOKENS)
-            unit, scale, y = _normed_tile(
-                Tokens, Position, Weight, Bias, start, rows, length, EPS, SIZE, WIDE
-            )
-            y = y.to(KIND)
-            inside = (rows < length)[None, :]
-            score = tl.dot(query, tl.trans(y), input_precision=PRECISION)
-            share = tl.where(inside, tl.exp(score - normaliser[:, None]), 0.0)
-            slope = tl.dot(grad, tl.trans(y), input_precision=PRECISION) - mean_slope[:, None]
-            slope = (share * slope).to(KIND)
-            d_query = tl.dot(slope, y, d_query, input_precision=PRECISION)
-            d_y = tl.dot(tl.trans(share.to(KIND)), grad, input_precision=PRECISION)
-            d_y = tl.dot(tl.trans(slope), query, d_y, input_precision=PRECISION)
-            d_weight += tl.sum(d_y * unit, axis=0)
-            d_bias += tl.sum(d_y, axis=0)
-            d_unit = d_y * weight[None, :]
-            mean = tl.sum(d_unit, axis=1) / SIZE
-            product = tl.sum(d_unit * unit, axis=1) / SIZE
-            d_x = (d_unit - mean[:, None] - unit * product[:, None]) * scale[:, None]
-            to = DTokens + (start + rows)[:, None] * SIZE + places[None, :]
-            written = rows < length
-            tl.store(to, d_x.to(DTokens.dtype.element_ty), mask=written[:, None] & held[None, :])
-            tl.store(Place + start + rows, rows.to(tl.int64), mask=written)
-    mine_partial = Partial + tl.program_id(0) * ((3 + H) * SIZE) + places
-    tl.store(mine_partial, d_weight, mask=held)
-    tl.store(mine_partial + SIZE, d_bias, mask=held)
-    tl.store(mine_partial + 2 * SIZE, d_lead, mask=held)
-    tl.store(mine_partial[None, :] + (3 + heads)[:, None] * SIZE, d_query, mask=mine)
-
-
-@triton.jit
-def _add_forward_kernel(Tokens, Context, Gate, Offsets, Out, SIZE: tl.constexpr,
-                        WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    segment = tl.program_id(0).to(tl.int64)
-    start, end = tl.load(Offsets + segment), tl.load(Offsets + segment + 1)
-    places = tl.arange(0, WIDE)
-    held = places < SIZE
-    context = tl.load(Context + segment * SIZE + places, mask=held, other=0.0).to(tl.float32)
-    context = context * tl.load(Gate + places, mask=held, other=0.0).to(tl.float32)
-    for first in range(start, end, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        inside = (rows < end)[:, None] & held[None, :]
-        where = rows[:, None] * SIZE + places[None, :]
-        h = tl.load(Tokens + where, mask=inside, other=0.0).to(tl.float32)
-        rms = tl.sqrt(tl.sum(h * h, axis=1) / SIZE)
-        out = h + rms[:, None] * context[None, :]
-        tl.store(Out + where, out.to(Out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _add_backward_kernel(Grad, Tokens, Offsets, Sums, SIZE: tl.constexpr, WIDE: tl.constexpr,
-                         ROWS: tl.constexpr):  # fmt: skip
-    segment = tl.program_id(0).to(tl.int64)
-    start, end = tl.load(Offsets + segment), tl.load(Offsets + segment + 1)
-    places = tl.arange(0, WIDE)
-    held = places < SIZE
-    acc = tl.zeros((ROWS, WIDE), dtype=tl.float32)
-    for first in range(start, end, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        inside = (rows < end)[:, None] & held[None, :]
-        where = rows[:, None] * SIZE + places[None, :]
-        h = tl.load(Tokens + where, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(Grad + where, mask=inside, other=0.0).to(tl.float32)
-        acc += grad * tl.sqrt(tl.sum(h * h, axis=1) / SIZE)[:, None]
-    tl.store(Sums + segment * SIZE + places, tl.sum(acc, axis=0), mask=held)

@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.components.transformer import plan_buckets
 from hpgr_plugin.hosts.embedded.model.bias import RelativeBias
-from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, initialise_linear
-from hpgr_plugin.hosts.embedded.model.mtgr import MTGRLayer
-from hpgr_plugin.hosts.embedded.model.padded import PaddedTokens, pad
-from hpgr_plugin.hosts.embedded.model.tokens import TokenSequence
-from hpgr_plugin.ops.jagged import ranges
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+from hpgr_plugin.hosts.embedded.model.hstu import SequenceLayer, initialise_linear
+from hpgr_plugin.hosts.embedded.model.tokens import PADDING_MARKS, Marks, TokenSequence
+from hpgr_plugin.ops.compact.parts import row_weights
+from hpgr_plugin.ops.hstu_attention import AttentionSpec, MaskPosition, Places, Visibility
+from hpgr_plugin.ops.jagged import jagged_to_padded_dense, ranges
+from hpgr_plugin.ops.segments import plan_buckets
 
-LAYERS: dict[str, type[nn.Module]] = {"hstu": HSTULayer, "mtgr": MTGRLayer}
+
+class PaddedGroup(NamedTuple):
+    """S sequences padded to N tokens, flattened again: padding is part of the flat tensors.
+
+    Attributes:
+        values: `[S * N, D]`.
+        domains: int64 `[S * N]`.
+        spec: of all tokens.
+        last: of the candidates only, R per sequence, for the last layer.
+        candidate_index: `[C]` where each candidate is in `[S * R]`.
+    """
+
+    values: Tensor
+    domains: Tensor
+    spec: AttentionSpec
+    last: AttentionSpec
+    candidate_index: Tensor
 
 
 class SequenceEncoder(nn.Module):
-    """``num_layers`` layers of one kind; the last computes the candidates' rows alone.
+    """`num_layers` layers of one kind; the last computes only the candidates' rows.
 
     Args:
-        layer: ``"hstu"`` or ``"mtgr"``.
-        embedding_dim: ``D``.
+        layer: `HSTULayer`, `MTGRLayer` or another `SequenceLayer`.
+        embedding_dim: D.
         num_layers: depth.
         num_heads: attention heads.
         dropout: inside the layers.
-        norm_length: the ``n`` of the attention's ``1 / n``, that of a full sequence.
+        norm_length: the n of the attention's `1 / n`, that of a full sequence.
         relative_bias: add the bias by position and time.
+
+    Raises:
+        ValueError: sizes that do not fit together.
     """
 
     def __init__(
         self,
         *,
-        layer: str,
+        layer: type[SequenceLayer],
         embedding_dim: int,
         num_layers: int,
         num_heads: int,
@@ -49,43 +69,27 @@ class SequenceEncoder(nn.Module):
         if num_layers < 1:
             raise ValueError(f"num_layers must be 1 or more, got {num_layers}")
         self.layers = nn.ModuleList(
-            LAYERS[layer](embedding_dim=embedding_dim, num_heads=num_heads, dropout=dropout)
+            layer(embedding_dim=embedding_dim, num_heads=num_heads, dropout=dropout)
             for _ in range(num_layers)
         )
         initialise_linear(self.layers)
         self.bias = RelativeBias(num_layers=num_layers) if relative_bias else None
+        self.alpha = (embedding_dim // num_heads) ** -0.5
         self.norm_length = norm_length
 
-    def forward(
-        self,
-        sequence: TokenSequence,
-        *,
-        mask_position: str = "post",
-        use_column_weights: bool = False,
-        row_plan: PreferencePlan | None = None,
-    ) -> Tensor:
-        """Encode and return the candidates, ``[C, D]``, in the order of the sequences.
+    def forward(self, sequence: TokenSequence, *, mask_position: MaskPosition = "post") -> Tensor:
+        """Encode and return the candidates, `[C, D]`, in the order of the sequences.
 
         Args:
             sequence: the tokens.
-            mask_position: where PGSA's weights go, ``"post"`` or ``"pre"`` the activation.
-            use_column_weights: read the tokens' weights (sequence and user layout).
-            row_plan: weights of the candidates' rows (candidate layout), indices into the tokens.
+            mask_position: where the weights of a plan enter the attention.
         """
-        groups = [None] if row_plan is not None else _length_groups(sequence.offsets.diff())
+        groups = [None] if sequence.row_plan is not None else _length_groups(sequence)
         outputs, places = [], []
         starts = sequence.candidates_per_sequence.cumsum(0) - sequence.candidates_per_sequence
         for chosen in groups:
             part = sequence if chosen is None else sequence.select(chosen)
-            padded = pad(
-                part,
-                bias=self.bias,
-                norm_length=self.norm_length,
-                mask_position=mask_position,
-                use_column_weights=use_column_weights,
-                row_plan=row_plan,
-            )
-            outputs.append(self._encode(padded))
+            outputs.append(self._encode(self._pad(part, mask_position)))
             if chosen is not None:
                 places.append(ranges(starts[chosen], part.candidates_per_sequence))
         if not places:
@@ -93,34 +97,86 @@ class SequenceEncoder(nn.Module):
         back = torch.cat(places).argsort()
         return torch.cat(outputs).index_select(0, back)
 
-    def _encode(self, padded: PaddedTokens) -> Tensor:
-        x = padded.values
-        for depth in range(len(self.layers) - 1):
-            x = self._layer(depth, x, padded)
-        last = self._last_layer(x, padded)
-        return last.flatten(0, 1).index_select(0, padded.candidate_index)
+    def _encode(self, group: PaddedGroup) -> Tensor:
+        x = group.values
+        for depth, layer in enumerate(self.layers):
+            spec = group.last if depth == len(self.layers) - 1 else group.spec
+            bias = None if self.bias is None else self.bias(depth)
+            x = layer(x, domains=group.domains, spec=spec, bias=bias)
+        return x.index_select(0, group.candidate_index)
 
-    def _layer(self, depth: int, x: Tensor, padded: PaddedTokens) -> Tensor:
-        attention = padded.attention
-        bias = None if self.bias is None else self.bias(depth, attention.buckets)
-        return self.layers[depth](x, domains=padded.domains, attention=attention, bias=bias)
-
-    def _last_layer(self, x: Tensor, padded: PaddedTokens) -> Tensor:
-        """Only the candidates' rows are read, so only they are computed."""
-        depth = len(self.layers) - 1
-        attention = padded.attention.take_rows(padded.candidate_rows)
-        bias = None if self.bias is None else self.bias(depth, attention.buckets)
-        return self.layers[depth](
-            x,
-            domains=padded.domains,
-            attention=attention,
-            bias=bias,
-            rows=padded.candidate_rows,
+    def _pad(self, sequence: TokenSequence, mask_position: MaskPosition) -> PaddedGroup:
+        """Pad to the longest sequence, and say who sees whom with what weight."""
+        lengths, counts = sequence.offsets.diff(), sequence.candidates_per_sequence
+        size, length = len(lengths), int(lengths.max())
+        most = int(counts.max()) if size else 0
+        number = torch.arange(size + 1, device=lengths.device)
+        marks = Marks(*_pad_marks(sequence, lengths, length).flatten(0, 1).unbind(1))
+        # Candidates are the last tokens of a sequence; the last one is repeated as padding.
+        row = (lengths - counts).unsqueeze(1) + torch.arange(most, device=lengths.device)
+        row = torch.minimum(row, (lengths - 1).clamp(min=0).unsqueeze(1))
+        rows = (row + number[:-1].unsqueeze(1) * length).flatten()
+        weights = _weights_of_all_rows(sequence, lengths, length)
+        spec = AttentionSpec(
+            offsets=number * length,
+            max_length=length,
+            alpha=self.alpha,
+            norm_length=self.norm_length,
+            visibility=Visibility(marks.key_order, marks.query_order),
+            column_weights=_weights_of_columns(sequence, length),
+            row_weights=weights,
+            mask_position=mask_position,
+            places=Places(marks.positions, marks.timestamps),
+            exact=True,
+            padded=True,
+        )
+        last = spec.replace(
+            query_offsets=number * most,
+            max_query_length=most,
+            query_rows=rows,
+            row_weights=None if weights is None else weights[rows],
+        )
+        return PaddedGroup(
+            values=jagged_to_padded_dense(sequence.values, sequence.offsets, length).flatten(0, 1),
+            domains=marks.domains,
+            spec=spec,
+            last=last,
+            candidate_index=ranges(number[:-1] * most, counts),
         )
 
 
-def _length_groups(lengths: Tensor) -> list[Tensor | None]:
-    """Sequences of similar length, as index tensors; ``[None]`` when one group does."""
+def _pad_marks(sequence: TokenSequence, lengths: Tensor, length: int) -> Tensor:
+    """Marks `[L, 5]` to `[S, N, 5]`."""
+    fill = torch.tensor(PADDING_MARKS, device=lengths.device)
+    padded = fill.repeat(len(lengths), length, 1)
+    padded[torch.arange(length, device=lengths.device) < lengths.unsqueeze(1)] = sequence.marks
+    return padded
+
+
+def _weights_of_columns(sequence: TokenSequence, length: int) -> Tensor | None:
+    """M `[S * N]` of shortened sequences."""
+    if sequence.column_weights is None:
+        return None
+    weights = sequence.column_weights.unsqueeze(1)
+    return jagged_to_padded_dense(weights, sequence.offsets, length).flatten()
+
+
+def _weights_of_all_rows(sequence: TokenSequence, lengths: Tensor, length: int) -> Tensor | None:
+    """M `[S * N, N]` over a shared history: ones, but in the candidates' rows their plan."""
+    if sequence.row_plan is None or sequence.parts is None:
+        return None
+    counts = sequence.candidates_per_sequence
+    starts = torch.arange(len(lengths), device=lengths.device) * length
+    weights = sequence.row_plan.weights.new_ones(len(lengths) * length, length)
+    weights[ranges(starts + lengths - counts, counts)] = row_weights(
+        sequence.parts, sequence.row_plan, length
+    )
+    return weights
+
+
+def _length_groups(sequence: TokenSequence) -> list[Tensor | None]:
+    """Sequences of similar length, as index tensors; `[None]` when one group does."""
+    lengths = sequence.offsets.diff()
     order = lengths.argsort(descending=True, stable=True)
     distinct, counts = (part.flip(0).tolist() for part in lengths.unique(return_counts=True))
     sizes = [rows for rows, _, _ in plan_buckets(distinct, counts)]

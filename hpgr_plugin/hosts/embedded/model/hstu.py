@@ -6,50 +6,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpgr_plugin.hosts.embedded.model.attention import pointwise_attention
-from hpgr_plugin.hosts.embedded.model.padded import AttentionInputs, take_rows
+from hpgr_plugin.ops.hstu_attention import AttentionSpec, PositionTimeBias, hstu_attention
 
 # Attention is divided by the full length: what a short history gives is small before its norm.
 EPSILON = 1e-6
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    num_heads: int,
-    attention: AttentionInputs,
-    bias: Tensor | None,
-) -> Tensor:
-    """Attention of ``num_heads`` heads: q ``[S, Q, D]``, k and v ``[S, K, D]`` -> ``[S, Q, D]``."""
-    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    mixed = pointwise_attention(
-        q,
-        k,
-        v,
-        bias=bias,
-        visible=attention.visible,
-        weights=attention.weights,
-        alpha=q.shape[-1] ** -0.5,
-        norm_length=attention.norm_length,
-        mask_position=attention.mask_position,
-    )
-    return mixed.transpose(1, 2).flatten(2)
+class SequenceLayer(nn.Module):
+    """The interface of an encoder layer; `hpgr.HSTURanker.layer` takes a subclass.
+
+    Attributes:
+        dynamic_mask: whether the history that every candidate may see is fully connected (MTGR)
+            instead of causal.
+    """
+
+    dynamic_mask: bool = False
+
+    def __init__(self, *, embedding_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(
+        self, x: Tensor, *, domains: Tensor, spec: AttentionSpec, bias: PositionTimeBias | None
+    ) -> Tensor:
+        """Encode the tokens.
+
+        Args:
+            x: `[T, D]`.
+            domains: int64 `[T]`, a `Domain` each.
+            spec: sequences and visibility; with `query_rows`, only those rows are computed.
+            bias: of this layer, or None.
+
+        Returns:
+            `[T, D]`, or `[Tq, D]`.
+        """
+        raise NotImplementedError
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, bias: PositionTimeBias | None
+    ) -> Tensor:
+        """Attention of `num_heads` heads: q `[Tq, D]`, k and v `[T, D]` to `[Tq, D]`."""
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
+        return hstu_attention(q, k, v, spec, bias=bias).flatten(1)
 
 
-class HSTULayer(nn.Module):
-    """``Y = f(LN(attention) * U) + X`` with ``U, V, Q, K = SiLU(f(LN(X)))``.
+class HSTULayer(SequenceLayer):
+    """`Y = f(LN(attention) * U) + X` with `U, V, Q, K = SiLU(f(LN(X)))`.
 
     Args:
-        embedding_dim: ``D``; also the width of U, V, Q and K over all heads.
+        embedding_dim: D; also the width of U, V, Q and K over all heads.
         num_heads: attention heads.
         dropout: on the gated output.
     """
 
     def __init__(self, *, embedding_dim: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(embedding_dim=embedding_dim, num_heads=num_heads, dropout=dropout)
         self.input_norm = nn.LayerNorm(embedding_dim, eps=EPSILON)
         self.uvqk = nn.Linear(embedding_dim, 4 * embedding_dim)
         self.attention_norm = nn.LayerNorm(embedding_dim, eps=EPSILON)
@@ -57,41 +68,29 @@ class HSTULayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        *,
-        domains: Tensor,
-        attention: AttentionInputs,
-        bias: Tensor | None,
-        rows: Tensor | None = None,
+        self, x: Tensor, *, domains: Tensor, spec: AttentionSpec, bias: PositionTimeBias | None
     ) -> Tensor:
-        """``x [S, N, D]`` -> ``[S, N, D]``, or ``[S, R, D]`` for the query rows ``rows [S, R]``.
-
-        ``attention`` and ``bias`` are those of the query rows.
-        """
-        del domains  # the same for every token here; MTGR's layer reads it
+        """See `SequenceLayer.forward`; every domain is treated alike."""
         normed = self.input_norm(x)
-        if rows is None:
+        if spec.query_rows is None:
             u, v, q, k = F.silu(self.uvqk(normed)).chunk(4, dim=-1)
         else:
-            u, v, q, k = self._uvqk_for_rows(normed, rows)
-            x = take_rows(x, rows)
-        mixed = attend(q, k, v, num_heads=self.num_heads, attention=attention, bias=bias)
-        gated = self.attention_norm(mixed) * u
+            u, v, q, k = self._uvqk_for_rows(normed, spec.query_rows)
+            x = x.index_select(0, spec.query_rows)
+        gated = self.attention_norm(self.attend(q, k, v, spec, bias)) * u
         return x + self.output(self.dropout(gated))
 
     def _uvqk_for_rows(self, normed: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        """Queries and gates of ``rows`` alone; keys and values of every token."""
-        weight = self.uvqk.weight.chunk(4)
-        offset = self.uvqk.bias.chunk(4)
-        chosen = take_rows(normed, rows)
+        """Queries and gates of `rows` only; keys and values of every token."""
+        weight, offset = self.uvqk.weight.chunk(4), self.uvqk.bias.chunk(4)
+        chosen = normed.index_select(0, rows)
         u, q = (F.silu(F.linear(chosen, weight[i], offset[i])) for i in (0, 2))
         v, k = (F.silu(F.linear(normed, weight[i], offset[i])) for i in (1, 3))
         return u, v, q, k
 
 
 def initialise_linear(module: nn.Module) -> None:
-    """Xavier weights and zero biases for every linear layer below ``module``."""
+    """Xavier weights and zero biases for every linear layer below `module`."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)

@@ -1,8 +1,8 @@
-"""One jagged sequence of tokens a user (or a user-candidate pair), and who may see whom.
+"""One jagged sequence of tokens per user (or per user and candidate), and who sees whom.
 
-Visibility needs two integers a token, the same for every encoder: token i sees token j when
-``key_order[j] < query_order[i]``, and always itself. Orders are counted in the *full* history,
-so they stay right when a plan drops tokens.
+Visibility needs two integers per token, the same for every encoder: token i sees token j when
+`key_order[j] < query_order[i]`, and always itself. Orders are counted in the full history, so they
+stay right when a plan drops tokens.
 
 ==================  =====================  ==========================================
 token               key_order              query_order
@@ -18,11 +18,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hpgr_plugin.ops.jagged import complete_cumsum, ranges
+from hpgr_plugin.components.positions import count_earlier
+from hpgr_plugin.data.batch import Batch
+from hpgr_plugin.ops.compact.parts import SequenceParts, short_sequences
+from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids, segment_positions
+from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
 
 NEVER_SEEN = 2**30
 
@@ -36,75 +41,193 @@ class Domain(IntEnum):
     CANDIDATE = 3
 
 
-@dataclass
-class Tokens:
-    """Token rows of one kind: embeddings and the integers that travel with them.
+class Marks(NamedTuple):
+    """The integers that travel with every token, int64 `[L]` each.
 
     Attributes:
-        values: ``[L, D]`` embeddings.
-        positions: ``[L]`` int64, place in the full sequence (0 for context).
-        timestamps: ``[L]`` int64 seconds.
-        key_order: ``[L]`` int64, see the module's table.
-        query_order: ``[L]`` int64, see the module's table.
-        domains: ``[L]`` int64, a :class:`Domain`.
-        weights: ``[L]`` column weights of the attention (1 = leave as it is).
+        positions: place in the full sequence, 0 for context.
+        timestamps: seconds.
+        key_order, query_order: see the module's table.
+        domains: a `Domain`.
     """
 
-    values: Tensor
     positions: Tensor
     timestamps: Tensor
     key_order: Tensor
     query_order: Tensor
     domains: Tensor
-    weights: Tensor
 
-    def select(self, index: Tensor) -> Tokens:
-        """The rows ``index [P]``, in that order."""
-        return Tokens(*(column.index_select(0, index) for column in self.columns()))
 
-    def columns(self) -> tuple[Tensor, ...]:
-        return (
-            self.values,
-            self.positions,
-            self.timestamps,
-            self.key_order,
-            self.query_order,
-            self.domains,
-            self.weights,
+PADDING_MARKS = (0, 0, NEVER_SEEN, -1, int(Domain.CONTEXT))
+
+
+class RequestIndex(NamedTuple):
+    """Index arithmetic of a batch, done once per step.
+
+    Attributes:
+        history_users: `[T]` the request of every history item.
+        history_ranks: `[T]` its place in the history, from 0.
+        candidate_users: `[C]` the request of every candidate.
+        earlier: `[C]` history items strictly before the candidate: Eq. 4's index less one.
+        visible: `[C]` history items that the candidate may see; they are the first ones.
+    """
+
+    history_users: Tensor
+    history_ranks: Tensor
+    candidate_users: Tensor
+    earlier: Tensor
+    visible: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, *, hide_future: bool) -> RequestIndex:
+        """The index of a batch; without `hide_future` a candidate sees the whole history."""
+        owner = segment_ids(batch.candidate_offsets, batch.num_candidates)
+        earlier = count_earlier(
+            batch.history_timestamps,
+            batch.history_offsets,
+            batch.candidate_timestamps,
+            batch.candidate_offsets,
+        )
+        return cls(
+            history_users=segment_ids(batch.history_offsets, batch.history_items.numel()),
+            history_ranks=segment_positions(batch.history_offsets, batch.history_items.numel()),
+            candidate_users=owner,
+            earlier=earlier,
+            visible=earlier if hide_future else batch.history_offsets.diff()[owner],
         )
 
 
 @dataclass
 class TokenSequence:
-    """Sequences ``[context | history | candidates]``, jagged.
+    """Sequences `[context | history | candidates]`, jagged.
 
     Attributes:
-        tokens: the ``L`` token rows.
-        offsets: ``[S + 1]`` sequence boundaries.
-        candidates_per_sequence: ``[S]`` candidates at the end of each sequence.
+        values: `[L, D]` embeddings.
+        marks: int64 `[L, 5]`, the columns of `Marks`.
+        offsets: `[S + 1]` sequence boundaries.
+        candidates_per_sequence: `[S]` candidates at the end of each sequence.
+        column_weights: M `[L]` of shortened sequences, or None.
+        row_plan: weights of the candidates' rows over a shared history, or None.
+        parts: of the full sequences, which `row_plan` speaks of.
     """
 
-    tokens: Tokens
+    values: Tensor
+    marks: Tensor
     offsets: Tensor
     candidates_per_sequence: Tensor
+    column_weights: Tensor | None = None
+    row_plan: PreferencePlan | None = None
+    parts: SequenceParts | None = None
 
     def select(self, chosen: Tensor) -> TokenSequence:
-        """The sequences ``chosen [R]``, in that order."""
+        """The sequences `chosen` `[R]`, in that order."""
         lengths = self.offsets.diff()[chosen]
         rows = ranges(self.offsets[:-1][chosen], lengths)
+        weights = self.column_weights
         return TokenSequence(
-            self.tokens.select(rows), complete_cumsum(lengths), self.candidates_per_sequence[chosen]
+            values=self.values.index_select(0, rows),
+            marks=self.marks.index_select(0, rows),
+            offsets=complete_cumsum(lengths),
+            candidates_per_sequence=self.candidates_per_sequence[chosen],
+            column_weights=None if weights is None else weights.index_select(0, rows),
         )
 
 
-def concatenate(parts: list[tuple[Tokens, Tensor]]) -> TokenSequence:
-    """Interleave parts ``(tokens, lengths [S])`` sequence by sequence; the last are candidates."""
-    lengths = torch.stack([length for _, length in parts], dim=1)
-    part_starts = torch.zeros_like(lengths)
-    part_starts[1:] = lengths.cumsum(0)[:-1]
-    sizes = torch.tensor([tokens.values.shape[0] for tokens, _ in parts])
-    part_starts += (sizes.cumsum(0) - sizes).to(lengths.device)
-    source = ranges(part_starts.flatten(), lengths.flatten())
-    columns = zip(*(tokens.columns() for tokens, _ in parts), strict=True)
-    merged = Tokens(*map(torch.cat, columns))
-    return TokenSequence(merged.select(source), complete_cumsum(lengths.sum(1)), parts[-1][1])
+def build_sequence(
+    batch: Batch,
+    index: RequestIndex,
+    *,
+    history: Tensor,
+    candidates: Tensor,
+    context: Tensor | None,
+    dynamic_mask: bool,
+    plan: PreferencePlan | None = None,
+    layout: str = "shared_history",
+) -> TokenSequence:
+    """The encoder's tokens, shortened where the plan's layout says so.
+
+    Args:
+        batch: the requests.
+        index: of the same requests.
+        history: `[T, D]` tokens.
+        candidates: `[C, D]` tokens.
+        context: `[B * context tokens per user, D]` tokens, or None.
+        dynamic_mask: MTGR's mask: what every candidate may see is fully connected.
+        plan: of the attention hook; None keeps every history whole.
+        layout: of the plan, see `AttentionHook.layout`.
+    """
+    users = batch.num_requests
+    context_len = 0 if context is None else len(context) // max(1, users)
+    lengths = batch.history_offsets.diff() + batch.candidate_offsets.diff() + context_len
+    parts = SequenceParts(
+        seq_offsets=complete_cumsum(lengths),
+        history_offsets=batch.history_offsets,
+        candidate_offsets=batch.candidate_offsets,
+        contextual_len=context_len,
+        num_history=len(history),
+        num_candidates=len(candidates),
+    )
+    tokens = [history, candidates] if context is None else [context, history, candidates]
+    marks = [_history_marks(batch, index, dynamic_mask), _candidate_marks(batch, index)]
+    rows = [parts.history_rows(), parts.candidate_rows()]
+    if context is not None:
+        marks.insert(0, _context_marks(len(context), history.device))
+        rows.insert(0, ranges(parts.seq_offsets[:-1], torch.full_like(lengths, context_len)))
+    place = torch.cat(rows)
+    sequence = TokenSequence(
+        values=history.new_empty(len(place), history.shape[1]).index_copy(
+            0, place, torch.cat(tokens)
+        ),
+        marks=torch.empty_like(torch.cat(marks)).index_copy_(0, place, torch.cat(marks)),
+        offsets=parts.seq_offsets,
+        candidates_per_sequence=batch.candidate_offsets.diff(),
+    )
+    if plan is None:
+        return sequence
+    if layout == "shared_history":
+        sequence.row_plan, sequence.parts = plan, parts
+        return sequence
+    short = short_sequences(parts, plan, per_user=layout == "per_user")
+    return TokenSequence(
+        values=sequence.values.index_select(0, short.index),
+        marks=sequence.marks.index_select(0, short.index),
+        offsets=complete_cumsum(short.lengths),
+        candidates_per_sequence=short.num_targets,
+        column_weights=short.weights,
+    )
+
+
+def _history_marks(batch: Batch, index: RequestIndex, dynamic_mask: bool) -> Tensor:
+    rank = index.history_ranks
+    key, query = rank, rank
+    domains = torch.full_like(rank, int(Domain.HISTORY))
+    if dynamic_mask:
+        # What every candidate may see is static: fully connected. Later items are real-time.
+        fewest = batch.history_offsets.diff().scatter_reduce(
+            0, index.candidate_users, index.visible, reduce="amin", include_self=True
+        )
+        static = rank < fewest[index.history_users]
+        key = torch.where(static, -1, rank)
+        query = torch.where(static, 0, rank)
+        domains = torch.where(static, int(Domain.HISTORY), int(Domain.REALTIME))
+    return torch.stack(Marks(rank + 1, batch.history_timestamps, key, query, domains), 1)
+
+
+def _candidate_marks(batch: Batch, index: RequestIndex) -> Tensor:
+    visible = index.visible
+    return torch.stack(
+        Marks(
+            positions=index.earlier + 1,
+            timestamps=batch.candidate_timestamps,
+            key_order=torch.full_like(visible, NEVER_SEEN),
+            query_order=visible,
+            domains=torch.full_like(visible, int(Domain.CANDIDATE)),
+        ),
+        1,
+    )
+
+
+def _context_marks(count: int, device: torch.device) -> Tensor:
+    """Context has no time of its own: one far bucket of the bias for all."""
+    row = torch.tensor([0, 0, -1, 0, int(Domain.CONTEXT)], device=device)
+    return row.expand(count, -1)

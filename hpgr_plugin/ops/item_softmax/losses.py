@@ -1,0 +1,60 @@
+"""What the losses over items return, and the sampled softmax."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ItemLosses(NamedTuple):
+    """Per scored position: `losses` `[M]`, and `hits` `[M]` bool, no item scored higher."""
+
+    losses: Tensor
+    hits: Tensor
+
+
+class MeanLoss(NamedTuple):
+    """Over all scored positions: mean `loss`, and `hits`, how many had no item scored higher."""
+
+    loss: Tensor
+    hits: Tensor
+
+
+def sampled_cross_entropy(
+    hidden: Tensor,
+    item_table: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    log_proposal: Tensor,
+    bias: Tensor | None = None,
+) -> ItemLosses:
+    """Softmax cross entropy with the normaliser estimated from shared negatives.
+
+    With K negatives drawn from Q, `Z = exp(s_target) + sum_{j != target} exp(s_j) / (K Q_j)` is
+    unbiased: hence each negative's score minus `log(K Q_j)`, the log-Q correction. A negative that
+    is the position's own target does not count.
+
+    Args:
+        hidden: `[M, D]`.
+        item_table: `[V, D]`.
+        targets: int64 `[M]`.
+        negatives: int64 `[K]`, drawn from Q with replacement.
+        log_proposal: `[V]`, log Q.
+        bias: `[V]`.
+
+    Returns:
+        A loss per position; hits are counted among the target and the negatives.
+    """
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    target_scores = (hidden * F.embedding(targets, item_table)).to(exact).sum(1)
+    scores = F.linear(hidden, F.embedding(negatives, item_table)).to(exact)
+    if bias is not None:
+        target_scores = target_scores + bias[targets]
+        scores = scores + bias[negatives]
+    correction = log_proposal[negatives] + math.log(len(negatives))
+    same = negatives == targets.unsqueeze(1)
+    corrected = (scores - correction.to(exact)).masked_fill(same, -torch.inf)
+    normaliser = torch.cat([target_scores.unsqueeze(1), corrected], 1).logsumexp(1)
+    return ItemLosses(normaliser - target_scores, (scores <= target_scores.unsqueeze(1)).all(1))

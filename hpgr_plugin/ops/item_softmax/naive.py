@@ -1,0 +1,26 @@
+"""The mean cross entropy over all items as a loop over positions: the reference."""
+
+import torch
+from torch import Tensor
+
+from hpgr_plugin.ops.item_softmax.losses import MeanLoss
+
+
+def mean_cross_entropy(
+    hidden: Tensor,
+    item_table: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    chunk_bytes: int | None = None,
+) -> MeanLoss:
+    """`-log(exp(s_target) / sum_j exp(s_j))`, averaged over positions; `chunk_bytes` is unused."""
+    loss, hits = hidden.sum() * 0.0 + item_table.sum() * 0.0, targets.new_zeros(())
+    for row, target in zip(hidden, targets.tolist(), strict=True):
+        scores = torch.stack([row @ item for item in item_table])
+        if bias is not None:
+            scores = scores + bias
+        powers = (scores - scores.max()).exp()
+        loss = loss - (powers[target] / powers.sum()).log()
+        hits = hits + bool(scores[target] >= scores.max())
+    return MeanLoss(loss / max(1, len(hidden)), hits)
