@@ -13,12 +13,13 @@ import gin
 from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from hpgr_plugin.config.registry import build
 from hpgr_plugin.errors import HpgrError
 
 # What a missing file or an unfit slot raises at any time, and what wrong bindings raise besides
 # while a configuration is read and its objects are built.
 USER_ERRORS = (HpgrError, OSError)
-CONFIGURATION_ERRORS = (*USER_ERRORS, ValueError, TypeError, ImportError, RuntimeError)
+CONFIGURATION_ERRORS = (*USER_ERRORS, ValueError, TypeError, SyntaxError, ImportError, RuntimeError)
 
 _EXIT_CODE = 2
 
@@ -38,8 +39,9 @@ def argument_parser(module: str, description: str | None) -> argparse.ArgumentPa
 
 
 def read_config(config_file: str, bindings: list[str], attach: Callable[[], None]) -> None:
-    """Parse the configuration, attach, and show INFO messages, the host's metrics among them."""
+    """Parse the configuration, attach, and show INFO messages, such as the host's metrics."""
     gin.parse_config_files_and_bindings([config_file], bindings)
+    build("set_backends")
     attach()
     # Importing fbgemm raises the root logger's level to WARNING.
     logging.basicConfig(level=logging.INFO, force=True)

@@ -10,6 +10,7 @@ import gin
 import torch
 from generative_recommenders.dlrm_v3.train import utils as train
 
+from hpgr_plugin.config.registry import configured
 from hpgr_plugin.hosts.dlrm_v3.model import DlrmHSTU
 from hpgr_plugin.hosts.seams import host_has_seam, is_bound, replaced
 from hpgr_plugin.transfer.learning_rates import by_lr_scale, lr_scale
@@ -76,7 +77,7 @@ def apply_with_inherited_lr(
 # Name in the host's `dlrm_v3.train.utils` -> its replacement, and the seam of a patched host with
 # which no replacement is needed.
 _REPLACEMENTS: dict[str, tuple[Any, str]] = {
-    "DlrmHSTU": (DlrmHSTU, "model_cls"),
+    "DlrmHSTU": (configured("DlrmHSTU"), "model_cls"),
     "KeyedOptimizerWrapper": (InheritedLrOptimizer, "lr_scale"),
     "DistributedModelParallel": (PretrainedModelParallel, "lr_scale"),
     "apply_optimizer_in_backward": (apply_with_inherited_lr, "lr_scale"),

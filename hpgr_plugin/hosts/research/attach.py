@@ -20,9 +20,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from hpgr_plugin.hosts.research.model import SequentialEncoder
+from hpgr_plugin.config import registry
 from hpgr_plugin.hosts.seams import host_has_seam, is_bound, replaced
-from hpgr_plugin.hosts.slots import SlotError
 from hpgr_plugin.transfer.learning_rates import LR_SCALE, by_lr_scale, lr_scale
 
 _PARAM_GROUPS = "train_fn.param_groups_fn"
@@ -173,11 +172,7 @@ def _with_slots(build: Callable[..., Any]) -> Callable[..., Any]:
 
     def build_with_slots(**arguments: Any) -> Any:
         encoder = build(**arguments)
-        try:
-            slots = SequentialEncoder()
-        except (TypeError, ValueError) as error:
-            raise SlotError(str(error)) from error
-        slots.fill(encoder)
+        registry.build("SequentialEncoder").fill(encoder)
         _check_param_groups(encoder)
         return encoder
 
