@@ -167,7 +167,9 @@ def _is_ours(key: tuple[str, str]) -> bool:
 
 
 def _holds_references(value: Any) -> bool:
-    return any(True for _ in _references(value)) if isinstance(value, list | tuple | dict) else False
+    return (
+        any(True for _ in _references(value)) if isinstance(value, list | tuple | dict) else False
+    )
 
 
 def _references(value: Any) -> Iterator[ConfigurableReference]:

@@ -126,8 +126,6 @@ def test_cases_without_a_kernel_have_a_reason() -> None:
 
 
 def test_bounds_are_required() -> None:
-    inputs = PlanInputs(
-        whole_numbers(5, 4), whole_numbers(1, 4), offsets_of([5]), offsets_of([1])
-    )
+    inputs = PlanInputs(whole_numbers(5, 4), whole_numbers(1, 4), offsets_of([5]), offsets_of([1]))
     with pytest.raises(ValueError, match="max_history and max_candidates, got None and None"):
         triton.select(inputs, PlanSettings(), with_candidates=True)

@@ -70,7 +70,7 @@ def run(
 def _single(mode: str, task: Task, training: TrainingRun) -> dict[str, Any]:
     """One stage, or the evaluation of its checkpoint."""
     if mode == "pretrain":
-        stage1 = pretrain(task.data, build("PretrainSettings"), training)
+        stage1 = pretrain(task, build("PretrainSettings"), training)
         LOG.info("wrote %s", stage1.handoff)
         return {**asdict(stage1), "handoff": str(stage1.handoff)}
     if mode == "evaluate":

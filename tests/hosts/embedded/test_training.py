@@ -36,7 +36,7 @@ def test_a_seed_fixes_both_stages(configure: Configure, training: Training) -> N
     runs = []
     for attempt in ("first", "second"):
         task = configure()
-        stage1 = pretrain(task.data, build("PretrainSettings"), training(f"{attempt}/1", seed=3))
+        stage1 = pretrain(task, build("PretrainSettings"), training(f"{attempt}/1", seed=3))
         with gin.config_scope("pgsa_recent"):
             metrics = finetune(
                 task,
@@ -46,7 +46,7 @@ def test_a_seed_fixes_both_stages(configure: Configure, training: Training) -> N
             )
         runs.append((without_costs(stage1.metrics), without_costs(metrics)))
     assert runs[0] == runs[1]
-    other = pretrain(task.data, build("PretrainSettings"), training("other", seed=4))
+    other = pretrain(task, build("PretrainSettings"), training("other", seed=4))
     assert other.metrics["loss"] != runs[0][0]["loss"]
 
 
@@ -91,7 +91,7 @@ def test_resuming_gives_the_same_numbers(
 def test_stage_2_starts_from_stage_1(configure: Configure, training: Training) -> None:
     task = configure()
     with gin.config_scope("mim_sem"):
-        stage1 = pretrain(task.data, build("PretrainSettings"), training())
+        stage1 = pretrain(task, build("PretrainSettings"), training())
     with gin.config_scope("full"):
         fresh = build_ranker(task)
         ranker = build_ranker(task, pretrained=stage1.handoff)

@@ -83,7 +83,7 @@ def run_ablation(
         for scope, runs in stage1.items():
             with config_scope(scope):
                 handed[scope] = pretrain(
-                    task.data, build("PretrainSettings"), training(scope, scope, seed)
+                    task, build("PretrainSettings"), training(scope, scope, seed)
                 )
             runs.append(handed[scope].metrics)
         for line in table[1:]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.config.registry import build
 from hpgr_plugin.data import PreparedData, RequestLoader, RequestSettings
 from hpgr_plugin.data.baselines import Scored
@@ -48,6 +49,20 @@ class Task:
             world_size=self.process.world_size,
         )
         return loader
+
+    def decide_causal(self, sem: SessionEnhancementModule | None) -> None:
+        """Let SEM take the form that these requests need, the same in both stages.
+
+        Raises:
+            HpgrError: `causal = False` where candidates of different times share a history.
+        """
+        if sem is not None:
+            shared = self.requests.history == "candidate" and self.requests.max_candidates > 1
+            sem.decide_causal(
+                shared,
+                "candidates of different times share a history "
+                "(hpgr.RequestSettings.history = 'candidate')",
+            )
 
     def metrics(self, scored: Scored) -> dict[str, float]:
         """Ranking metrics, and the AUC of users with `MANY_SESSIONS` sessions or more."""

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpgr_plugin.config.registry import ConfigError, build
-from hpgr_plugin.data import Batch, InteractionLog, PreparedData, SequenceBatch, item_mean_scores
+from hpgr_plugin.config.registry import build
+from hpgr_plugin.data import Batch, InteractionLog, SequenceBatch, item_mean_scores
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.evaluation import Task, kept_tokens
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint
@@ -53,19 +53,20 @@ class Stage1:
     metrics: dict[str, Any]
 
 
-def pretrain(data: PreparedData, settings: PretrainSettings, run: TrainingRun) -> Stage1:
+def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1:
     """Stage 1: train a masked item model (Eq. 3) and write its hand-over.
 
     5% of the users are held out; training stops when the loss of their sequences stops falling.
 
     Args:
-        data: prepared data.
+        task: data, and the requests of stage 2, which decide the form of SEM.
         settings: how it is trained.
         run: seed, folder and process.
     """
     seed_everything(run.seed)
-    process = run.process
+    data, process = task.data, run.process
     model = build("MaskedItemModel", num_items=data.log.num_items).to(process.device)
+    task.decide_causal(model.sem)
     held_out = np.random.default_rng(run.seed).random(data.log.num_users) < HELD_OUT_USERS
     sequences = {"prepared": data, "max_length": model.max_sequence_length, "seed": run.seed}
     train = build(
@@ -200,13 +201,7 @@ def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
         },
         **slot,
     )
-    shared = task.requests.history == "candidate" and task.requests.max_candidates > 1
-    if shared and model.sem is not None and not model.sem.causal:
-        raise ConfigError(
-            "hpgr.SessionEnhancementModule.causal must be True where candidates of different "
-            "times share a history (hpgr.RequestSettings.history = 'candidate'): its context "
-            "would hold what comes after the earlier candidates; or set history = 'request'"
-        )
+    task.decide_causal(model.sem)
     return model.to(task.process.device)
 
 

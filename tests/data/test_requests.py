@@ -17,7 +17,7 @@ from hpgr_plugin.data import (
 )
 from hpgr_plugin.data.build import build_log
 from hpgr_plugin.data.events import EventTable, SideTable
-from hpgr_plugin.data.split import SPLITS
+from hpgr_plugin.data.log import SPLITS
 
 
 def prepared(seed: int, *, groups: bool = False) -> PreparedData:

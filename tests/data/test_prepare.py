@@ -2,6 +2,8 @@
 
 import dataclasses
 import multiprocessing
+import resource
+import signal
 import time
 from pathlib import Path
 
@@ -137,7 +139,9 @@ class Slow:
 
 def store_slowly(path: Path, entry: Path, reached: Path) -> None:
     with cache_module.exclusive(entry):
-        cache_module.store(entry, prepare(path, None), {"remark": Slow(reached)})
+        prepared = prepare(path, None)
+        slow = dataclasses.replace(prepared, settings={"remark": Slow(reached)})
+        cache_module.store(entry, slow)
 
 
 def test_a_kill_half_way_leaves_nothing_half(tmp_path: Path) -> None:
@@ -183,6 +187,36 @@ def test_a_damaged_entry_is_named(tmp_path: Path) -> None:
     assert str(entries(cache)[0]) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["item.npy", "user_features.0.npy", "meta.json", "checksums.json"])
+def test_a_flipped_bit_is_an_error_that_names_the_file(tmp_path: Path, name: str) -> None:
+    path, cache = write_log(tmp_path / "data"), tmp_path / "cache"
+    prepare(path, cache)
+    file = entries(cache)[0] / name
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="damaged cache entry") as caught:
+        prepare(path, cache)
+    assert str(file.parent) in str(caught.value)
+    if name != "checksums.json":  # its flipped checksum accuses another file
+        assert str(file) in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    path, cache = write_log(tmp_path / "data"), tmp_path / "cache"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
+    try:
+        with pytest.raises(DataError, match="cannot be written"):
+            prepare(path, cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert entries(cache) == []
+    prepare(path, cache)
+
+
 @dataclasses.dataclass(frozen=True)
 class FixedReader:
     """Two users, four items; the last event of each is the test event."""
@@ -201,7 +235,7 @@ class FixedReader:
         )
 
 
-def test_item_mean_uses_training_labels_alone() -> None:
+def test_item_mean_uses_only_training_labels() -> None:
     data = prepare_data(
         reader=FixedReader(),
         label=label_column(),
