@@ -3,8 +3,8 @@
 import torch
 
 from examples.benchmarks.registry import measure_ceilings, print_table, time_ms
-from hpgr_plugin.ops.preference_plan import triton as plan
 from hpgr_plugin.ops.preference_plan import plan_preferences
+from hpgr_plugin.ops.preference_plan import triton as plan
 
 WIDTH = 512
 SETTINGS = ((50, 2.0, 0), (32, 2.0, 0), (8, 1.0, 32))

@@ -63,9 +63,7 @@ def make_inputs(offsets_of, sorted_times):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_equals_the_loops(make_inputs, lengths, settings, ties, timed):
     inputs = make_inputs(lengths, ties=ties, timed=timed)
-    assert_plans_equal(
-        plan_preferences(**inputs, **settings), loops(inputs, **settings)
-    )
+    assert_plans_equal(plan_preferences(**inputs, **settings), loops(inputs, **settings))
 
 
 def test_int32_offsets_and_half_precision(make_inputs):
