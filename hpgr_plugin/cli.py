@@ -5,46 +5,56 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable
+from typing import Any
 
 import gin
 from absl import app, flags
 from absl import logging as absl_logging
 
+from hpgr_plugin.config.registry import ConfigError, build, configured, register
+from hpgr_plugin.errors import HpgrError
+
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("gin_config_file", None, "the run's gin file")
-flags.DEFINE_multi_string("gin_bindings", [], "bindings that go over those of the file")
+flags.DEFINE_string("gin_config_file", None, "gin file of the run")
+flags.DEFINE_multi_string("gin_bindings", [], "bindings that override those of the file")
 
-
-def user_errors() -> tuple[type[Exception], ...]:
-    """What a wrong config, path or file raises; anything else is a bug and keeps its traceback."""
-    from hpgr_plugin.data.errors import DataError
-    from hpgr_plugin.hosts.embedded.train.checkpoint import CheckpointError
-    from hpgr_plugin.transfer.handoff import HandoffError
-
-    return (ValueError, TypeError, OSError, ImportError, DataError, HandoffError, CheckpointError)
+# What a user can cause. Anything else is a bug and keeps its traceback.
+USER_ERRORS = (HpgrError, OSError, ImportError)
 
 
 def load_configs(config_files: list[str], bindings: list[str]) -> None:
-    """Parse the gin files, in order, and the bindings over them.
+    """Parse the gin files, in order, and then the bindings.
+
+    Args:
+        config_files: paths, also those of shipped files such as "configs/runs/quickstart.gin".
+        bindings: lines of gin.
 
     Raises:
-        ValueError: an unknown configurable or parameter.
+        ConfigError: a syntax error, or an unknown configurable or parameter.
         OSError: no such file.
     """
-    import hpgr_plugin.config.registry  # noqa: F401  (registers every component with gin)
-
-    gin.parse_config_files_and_bindings(config_files, bindings)
+    register("components", "data", "embedded")
+    try:
+        gin.parse_config_files_and_bindings(config_files, bindings)
+    except SyntaxError as error:
+        raise ConfigError(f"{error}: {(error.text or '').strip()}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def one_line(error: Exception) -> str:
-    """The message of ``error`` without line breaks, gin's own additions kept."""
-    return re.sub(r"\s*\n\s*", " | ", str(error).strip())
+    """The message of `error` without line breaks, and without the addresses that gin adds."""
+    message = re.sub(r" \(<[^\n]*>\)", "", str(error).strip())
+    return re.sub(r"\s*\n\s*", " | ", message)
 
 
-def run_app(body: Callable[[], None]) -> None:
-    """Parse the flags and the config, then run ``body``."""
+def run_app(**overrides: Any) -> None:
+    """Parse the flags and the configuration, then call `hpgr.run`.
+
+    Args:
+        overrides: arguments of `hpgr.run` that replace bound ones.
+    """
 
     def main(argv: list[str]) -> None:
         _show_progress()
@@ -54,8 +64,9 @@ def run_app(body: Callable[[], None]) -> None:
             _fail("--gin_config_file is missing; for instance configs/runs/quickstart.gin")
         try:
             load_configs([FLAGS.gin_config_file], FLAGS.gin_bindings)
-            body()
-        except user_errors() as error:
+            build("set_backends")
+            configured("run")(**overrides)
+        except USER_ERRORS as error:
             _fail(one_line(error))
 
     try:
@@ -65,7 +76,7 @@ def run_app(body: Callable[[], None]) -> None:
 
 
 def _show_progress() -> None:
-    """INFO of this package alone: what it imports has nothing to tell a user."""
+    """Show INFO messages of this package only."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     logger = logging.getLogger("hpgr_plugin")
     handler = logging.StreamHandler()

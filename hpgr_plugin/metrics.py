@@ -3,8 +3,8 @@
 Scores are probabilities in [0, 1] (a sigmoid's output), so that one array serves all four.
 
 GAUC is the mean of per-user AUC, weighted by each user's number of candidates ("impressions")
-or equally ("users"), over the users who have both a positive and a negative; the others have
-no AUC and are left out, weight and all.
+or equally ("users"). Users without both a positive and a negative candidate have no AUC and are
+left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-# Keeps a score of exactly 0 or 1 that turns out wrong from costing infinitely much.
+# Keeps the log loss finite where a score of exactly 0 or 1 is wrong.
 _EPSILON = 1e-7
 
 
@@ -38,27 +38,24 @@ def ranking_metrics(labels: Any, scores: Any, users: Any) -> dict[str, float]:
 
 
 def auc(labels: Any, scores: Any) -> float:
-    """Area under the ROC curve, exact, ties averaged; NaN where only one label occurs."""
-    labels, scores = _checked(labels, scores)
-    if labels.all() or not labels.any():
-        return math.nan
-    # Here and not above: importing it takes seconds.
-    import torch
-    from torchmetrics.functional.classification import binary_auroc
-
-    # Ranks keep every order that the scores have, in a range that the library leaves alone.
-    distinct, rank = np.unique(scores, return_inverse=True)
-    ranks = torch.from_numpy(rank / len(distinct))
-    return float(binary_auroc(ranks, torch.from_numpy(labels).long()))
-
-
-def gauc(labels: Any, scores: Any, users: Any, weighting: str = "impressions") -> float:
-    """Mean per-user AUC; see the module's page. NaN where no user has both labels.
+    """Area under the ROC curve, exact, ties averaged; NaN where only one label occurs.
 
     Args:
         labels: [C] 0 or 1.
         scores: [C] probabilities.
-        users: [C].
+    """
+    labels, scores = _checked(labels, scores)
+    each, _ = _auc_by_user(labels, scores, np.zeros(len(labels), dtype=np.int64))
+    return float(each[0]) if len(each) else math.nan
+
+
+def gauc(labels: Any, scores: Any, users: Any, weighting: str = "impressions") -> float:
+    """Weighted mean of per-user AUC; NaN where no user has both labels.
+
+    Args:
+        labels: [C] 0 or 1.
+        scores: [C] probabilities.
+        users: [C] whose candidate each is.
         weighting: "impressions" | "users".
     """
     if weighting not in ("impressions", "users"):
@@ -67,30 +64,43 @@ def gauc(labels: Any, scores: Any, users: Any, weighting: str = "impressions") -
     users = np.asarray(users)
     if users.shape != labels.shape:
         raise ValueError(f"users has shape {users.shape}, labels {labels.shape}")
-    _, user = np.unique(users, return_inverse=True)
-    count = np.bincount(user)
-    positives = np.bincount(user, weights=labels)
-    negatives = count - positives
-    # Mann and Whitney: AUC = (sum of the positives' ranks - n(n+1)/2) / (n m), ranks within user.
-    rank_sum = np.bincount(user, weights=labels * _ranks_within(user, scores))
-    both = (positives > 0) & (negatives > 0)
-    if not both.any():
+    each, counts = _auc_by_user(labels, scores, np.unique(users, return_inverse=True)[1])
+    if not len(each):
         return math.nan
-    positives, negatives = positives[both], negatives[both]
-    each = (rank_sum[both] - positives * (positives + 1) / 2) / (positives * negatives)
-    weights = count[both] if weighting == "impressions" else None
-    return float(np.average(each, weights=weights))
+    return float(np.average(each, weights=counts if weighting == "impressions" else None))
+
+
+def _auc_by_user(
+    labels: np.ndarray, scores: np.ndarray, user: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """AUC and number of candidates, [G] each, of the users who have both labels.
+
+    Mann and Whitney: AUC = (R - n (n + 1) / 2) / (n m), where R is the sum of the ranks of the n
+    positives among all n + m candidates of the user.
+
+    Args:
+        labels: bool [C].
+        scores: float64 [C].
+        user: int64 [C], 0..U-1.
+    """
+    counts = np.bincount(user)
+    positives = np.bincount(user, weights=labels)
+    rank_sum = np.bincount(user, weights=labels * _ranks_within(user, scores))
+    both = (positives > 0) & (positives < counts)
+    counts, positives, rank_sum = counts[both], positives[both], rank_sum[both]
+    pairs = positives * (counts - positives)
+    return (rank_sum - positives * (positives + 1) / 2) / pairs, counts
 
 
 def log_loss(labels: Any, scores: Any) -> float:
-    """Mean binary cross entropy (Eq. 6), nats."""
+    """Mean binary cross entropy (Eq. 6) in nats."""
     labels, scores = _checked(labels, scores)
     scores = np.clip(scores, _EPSILON, 1 - _EPSILON)
     return float(-np.where(labels, np.log(scores), np.log1p(-scores)).mean())
 
 
 def normalized_entropy(labels: Any, scores: Any) -> float:
-    """Log loss over that of always saying the mean label; below 1 is better than that."""
+    """Log loss divided by that of predicting the mean label; below 1 is better than the mean."""
     labels, scores = _checked(labels, scores)
     mean = float(labels.mean())
     if mean in (0.0, 1.0):
@@ -100,7 +110,7 @@ def normalized_entropy(labels: Any, scores: Any) -> float:
 
 
 def _ranks_within(user: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """1-based ranks of each user's scores [C], ties sharing their mean rank."""
+    """1-based rank of each score among its user's [C]; equal scores get their mean rank."""
     order = np.lexsort((scores, user))
     sorted_user, sorted_scores = user[order], scores[order]
     new_user = np.ones(len(order), dtype=bool)

@@ -1,4 +1,4 @@
-"""What importing the package brings with it."""
+"""Which packages an import of this package loads."""
 
 import subprocess
 import sys

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-NAMES = ("kernels", "plan", "stack", "rivals", "candidates", "growth", "sem", "mim", "cpu")
+NAMES = ("hosts", "kernels", "plan", "stack", "rivals", "candidates", "growth", "sem", "mim", "cpu")
 
 
 class Ceilings(NamedTuple):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from hpgr_plugin.components.sessions import partition_sessions
-from hpgr_plugin.components.transformer import segment_layout
 from hpgr_plugin.ops.jagged import complete_cumsum, ranges
+from hpgr_plugin.ops.segments import segment_layout
 
 
 def read_times(path: Path) -> list[Tensor]:

@@ -1,19 +1,20 @@
-"""What fills the `attention_hook` slot: preference-guided sparse attention, or stochastic length.
+"""The `attention_hook` slot: preference-guided sparse attention (PGSA), or stochastic length.
 
-A hook only plans. The host gathers the kept rows (layouts "per_candidate" and "per_user") or
-weighs the candidate's row (layout "shared_history"); it reads the plan, `layout` and
-`mask_position`, nothing else.
+A hook plans which history items are kept, and with what weight. The host carries the plan out: it
+gathers the kept rows (layouts "per_candidate" and "per_user") or weighs the candidate's row of the
+attention (layout "shared_history"). It reads the plan, `layout` and `mask_position`, nothing else.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-import gin
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.ops.jagged import jagged_to_padded_dense, segment_ids
+from hpgr_plugin.components.checks import check_at_least, check_choice
+from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.ops.jagged import complete_cumsum, jagged_to_padded_dense, segment_ids
 from hpgr_plugin.ops.preference_plan import PlanSettings, PreferencePlan, plan_preferences
 
 Layout = Literal["per_candidate", "shared_history", "per_user"]
@@ -22,62 +23,72 @@ Table = Literal["live", "frozen"]
 Selection = Literal["weighted", "recent", "uniform"]
 
 
-class AttentionHook(nn.Module):
-    """The one interface of the `attention_hook` slot.
+class HookInputs(NamedTuple):
+    """What a hook sees of a batch: B users, T history items, C candidates.
 
     Attributes:
-        layout: what a row of the plan is, and what the host does with it.
-            "per_candidate": a candidate; the pair (user, candidate) is one shortened sequence.
-            "shared_history": a candidate; the plan weighs the candidate's row against the history.
-            "per_user": a user; the history is shortened once, and shared by all its candidates.
-        mask_position: where the weights enter the attention, s being the scores with their bias:
-            "post" A' = SiLU(s) * M, "pre" A' = SiLU(M * s).
+        history_embeddings: `[T, D]`, raw rows of the item table.
+        candidate_embeddings: `[C, D]`, raw rows of the item table.
+        history_offsets: `[B + 1]`; user b owns history items
+            `history_offsets[b]:history_offsets[b + 1]`.
+        candidate_offsets: `[B + 1]`, the same for candidates.
+        history_timestamps: `[T]` seconds.
+        candidate_timestamps: `[C]` seconds; None hides no history item from any candidate.
+        history_ids: `[T]`, rows of the item table.
+        candidate_ids: `[C]`, rows of the item table.
+    """
+
+    history_embeddings: Tensor
+    candidate_embeddings: Tensor
+    history_offsets: Tensor
+    candidate_offsets: Tensor
+    history_timestamps: Tensor | None = None
+    candidate_timestamps: Tensor | None = None
+    history_ids: Tensor | None = None
+    candidate_ids: Tensor | None = None
+
+
+class AttentionHook(nn.Module):
+    """The interface of the `attention_hook` slot.
+
+    Attributes:
+        layout: what a row of the plan belongs to, and what the host does with it.
+            "per_candidate": a candidate; every (user, candidate) pair is one shortened sequence.
+            "shared_history": a candidate; the history stays whole, and the row is the candidate's
+            weights on it.
+            "per_user": a user; the history is shortened once, for all candidates of the user.
+        mask_position: where the weights M enter the attention with scores s (bias included):
+            "post" `A' = SiLU(s) * M`, "pre" `A' = SiLU(M * s)`.
     """
 
     layout: Layout = "per_candidate"
     mask_position: MaskPosition = "post"
 
-    def plan(
-        self,
-        *,
-        history_embeddings: Tensor,
-        candidate_embeddings: Tensor,
-        history_offsets: Tensor,
-        candidate_offsets: Tensor,
-        history_timestamps: Tensor | None = None,
-        candidate_timestamps: Tensor | None = None,
-        history_ids: Tensor | None = None,
-        candidate_ids: Tensor | None = None,
-    ) -> PreferencePlan | None:
-        """What is kept of each history; None leaves every history whole.
+    def plan(self, inputs: HookInputs) -> PreferencePlan | None:
+        """What is kept of each history, one row per candidate or user (see `layout`).
 
-        Args:
-            history_embeddings: `[T, D]`, raw rows of the item table.
-            candidate_embeddings: `[C, D]`, raw rows of the item table.
-            history_offsets: `[B + 1]`.
-            candidate_offsets: `[B + 1]`.
-            history_timestamps: `[T]` seconds; with the candidates' given, the future is hidden.
-            candidate_timestamps: `[C]` seconds.
-            history_ids: `[T]`, rows of the item table.
-            candidate_ids: `[C]`, rows of the item table.
+        Returns:
+            The plan, or None to leave every history whole.
         """
         raise NotImplementedError
 
 
-@gin.configurable(module="hpgr")
 class PreferenceGuidedSparseAttention(AttentionHook):
-    """PGSA (Eq. 5): anchors by e_C . e_i, a Gaussian around each, the rest dropped.
+    """PGSA (Eq. 5): a candidate attends to its anchors and their neighbours only.
 
-    No gradient goes through the selection.
+    The anchors p_1..p_K are the K items with the largest `e_C . e_i`, and item j has the weight
+    `M_j = max_k exp(-(j - p_k)^2 / (2 sigma^2))`. The selection has no gradient.
 
     Args:
-        top_k: K, number of anchors of a candidate.
+        top_k: K, the number of anchors of a candidate.
         sigma: width of the Gaussian, in positions of the history.
-        eps: weights below it are dropped.
-        recent: r most recent visible items kept with weight 1 beside the anchors; 0 in the paper.
+        eps: items of smaller weight are dropped.
+        recent: the number of most recent visible items that are kept with weight 1 beside the
+            anchors; 0 in the paper.
         layout: "per_candidate" or "shared_history", see `AttentionHook`.
-        mask_position: "post" or "pre", see `AttentionHook.mask_position`.
-        table: what scores: the "live" item table, or a "frozen" copy taken by `freeze`.
+        mask_position: "post" or "pre", see `AttentionHook`.
+        table: the embeddings that score: "live", those of the item table, or "frozen", a copy of
+            it taken by `freeze`.
 
     Raises:
         ValueError: an argument out of its range.
@@ -96,11 +107,11 @@ class PreferenceGuidedSparseAttention(AttentionHook):
     ) -> None:
         super().__init__()
         PlanSettings(top_k, sigma, eps, recent).check()
-        _check_choice("layout", layout, ("per_candidate", "shared_history"))
-        _check_choice("mask_position", mask_position, get_args(MaskPosition))
-        _check_choice("table", table, get_args(Table))
+        check_choice(("per_candidate", "shared_history"), layout=layout)
+        check_choice(get_args(MaskPosition), mask_position=mask_position)
+        check_choice(get_args(Table), table=table)
         if top_k == 0 and recent == 0:
-            raise ValueError("top_k and recent are both 0: nothing of the history would be kept")
+            raise HpgrError("top_k and recent are both 0: nothing of the history would be kept")
         self.top_k = top_k
         self.sigma = sigma
         self.eps = eps
@@ -113,7 +124,10 @@ class PreferenceGuidedSparseAttention(AttentionHook):
 
     @torch.no_grad()
     def freeze(self, table_weight: Tensor) -> None:
-        """Take the copy `[V, D]` of the item table that scores from now on.
+        """Score with a copy of this item table from now on.
+
+        Args:
+            table_weight: `[V, D]`.
 
         Raises:
             ValueError: the hook scores on the live table, or the table is not 2-d.
@@ -124,42 +138,33 @@ class PreferenceGuidedSparseAttention(AttentionHook):
             raise ValueError(f"table_weight must be [V, D], got {list(table_weight.shape)}")
         self.frozen_table = table_weight.detach().clone()
 
-    def plan(
-        self,
-        *,
-        history_embeddings: Tensor,
-        candidate_embeddings: Tensor,
-        history_offsets: Tensor,
-        candidate_offsets: Tensor,
-        history_timestamps: Tensor | None = None,
-        candidate_timestamps: Tensor | None = None,
-        history_ids: Tensor | None = None,
-        candidate_ids: Tensor | None = None,
-    ) -> PreferencePlan:
+    def plan(self, inputs: HookInputs) -> PreferencePlan:
         """One row per candidate, see `plan_preferences`.
 
         Raises:
-            ValueError: with table="frozen", there is no copy yet or the ids are missing.
+            ValueError: table="frozen" without a copy of the table, or without ids.
         """
         if self.table == "frozen":
             if self.frozen_table is None:
                 raise ValueError("table='frozen' needs freeze(table_weight) before the first plan")
-            if history_ids is None or candidate_ids is None:
+            if inputs.history_ids is None or inputs.candidate_ids is None:
                 raise ValueError("table='frozen' needs history_ids and candidate_ids, got None")
-            history_embeddings = self.frozen_table[history_ids]
-            candidate_embeddings = self.frozen_table[candidate_ids]
+            inputs = inputs._replace(
+                history_embeddings=self.frozen_table[inputs.history_ids],
+                candidate_embeddings=self.frozen_table[inputs.candidate_ids],
+            )
+        has_times = inputs.candidate_timestamps is not None
         return plan_preferences(
-            history_embeddings,
-            candidate_embeddings,
-            history_offsets,
-            candidate_offsets,
+            inputs.history_embeddings,
+            inputs.candidate_embeddings,
+            inputs.history_offsets,
+            inputs.candidate_offsets,
             top_k=self.top_k,
             sigma=self.sigma,
             eps=self.eps,
             recent=self.recent,
-            # without the candidates' times nothing is hidden
-            history_timestamps=None if candidate_timestamps is None else history_timestamps,
-            candidate_timestamps=candidate_timestamps,
+            history_timestamps=inputs.history_timestamps if has_times else None,
+            candidate_timestamps=inputs.candidate_timestamps,
         )
 
     def extra_repr(self) -> str:
@@ -171,30 +176,29 @@ class PreferenceGuidedSparseAttention(AttentionHook):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # A checkpoint brings its frozen table along, also where none was frozen before.
+        # The frozen table of a checkpoint is loaded, also where none was frozen before.
         saved = state_dict.get(prefix + "frozen_table")
         if saved is not None and self.table == "frozen" and self.frozen_table is None:
             self.frozen_table = torch.empty_like(saved)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-@gin.configurable(module="hpgr")
 class StochasticLength(AttentionHook):
-    """Stochastic length (HSTU, Eq. 4): in training, long histories are sampled down.
+    """Stochastic length (Eq. 4 of the HSTU paper): long histories are sampled down in training.
 
-    With N_c the bound on the length, a history of n > N_c^(alpha / 2) items stays whole with
-    probability N_c^alpha / n^2, else floor(N_c^(alpha / 2)) of its items are kept, in their
+    With N_c the bound on the length, a history of `n > N_c^(alpha / 2)` items stays whole with
+    probability `N_c^alpha / n^2`; else `floor(N_c^(alpha / 2))` of its items are kept, in their
     order and with weight 1. In evaluation every history stays whole (the plan is None).
 
-    Draws come from an own generator, so they repeat for a seed whatever else is drawn; its state
-    is part of `state_dict`, so a resumed training goes on with the same draws.
+    The draws come from a generator of the hook, so they repeat for a seed whatever else is drawn.
+    Its state is part of `state_dict`, so a resumed training continues with the same draws.
 
     Args:
-        alpha: in (1, 2]; the smaller, the sparser.
-        selection: which items are kept. "recent": the last ones; "uniform": any, without
-            replacement; "weighted": the same with weights 1 - f_i / sum f, f_i = t_n - t_i the
-            age of the item.
-        max_history: N_c; None takes the longest history of each batch.
+        alpha: in (1, 2]; fewer items are kept the smaller it is.
+        selection: which items are kept. "recent": the last ones; "uniform": drawn without
+            replacement; "weighted": so drawn with weights `1 - f_i / sum f`, where
+            `f_i = t_n - t_i` is the age of an item.
+        max_history: N_c, items; None takes the longest history of each batch.
         seed: of the generator.
 
     Raises:
@@ -213,58 +217,47 @@ class StochasticLength(AttentionHook):
     ) -> None:
         super().__init__()
         if not 1.0 < alpha <= 2.0:
-            raise ValueError(f"alpha must be in (1, 2], got {alpha}")
-        _check_choice("selection", selection, get_args(Selection))
-        if max_history is not None and max_history < 1:
-            raise ValueError(f"max_history must be at least 1 or None, got {max_history}")
+            raise HpgrError(f"alpha must be in (1, 2], got {alpha}")
+        check_choice(get_args(Selection), selection=selection)
+        if max_history is not None:
+            check_at_least(1, max_history=max_history)
         self.alpha = alpha
         self.selection = selection
         self.max_history = max_history
         self._generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def plan(
-        self,
-        *,
-        history_embeddings: Tensor,
-        candidate_embeddings: Tensor,
-        history_offsets: Tensor,
-        candidate_offsets: Tensor,
-        history_timestamps: Tensor | None = None,
-        candidate_timestamps: Tensor | None = None,
-        history_ids: Tensor | None = None,
-        candidate_ids: Tensor | None = None,
-    ) -> PreferencePlan | None:
+    def plan(self, inputs: HookInputs) -> PreferencePlan | None:
         """One row per user; None in evaluation.
 
         Raises:
-            ValueError: selection is "weighted" and there are no `history_timestamps`.
+            ValueError: selection="weighted" without `history_timestamps`.
         """
         if not self.training:
             return None
-        if self.selection == "weighted" and history_timestamps is None:
+        if self.selection == "weighted" and inputs.history_timestamps is None:
             raise ValueError("selection='weighted' needs history_timestamps, got None")
-        lengths = history_offsets.long().diff()
-        kept_lengths = self._kept_lengths(lengths)
-        priority = self._priority(history_offsets, history_timestamps, len(history_embeddings))
-        index = _largest(priority, history_offsets, kept_lengths)
-        dtype = torch.promote_types(history_embeddings.dtype, torch.float32)
-        offsets = nn.functional.pad(kept_lengths.cumsum(0), (1, 0))
-        return PreferencePlan(index, index.new_ones(len(index), dtype=dtype), offsets)
+        kept_lengths = self._kept_lengths(inputs.history_offsets.long().diff())
+        index = _largest(self._priority(inputs), inputs.history_offsets, kept_lengths)
+        dtype = torch.promote_types(inputs.history_embeddings.dtype, torch.float32)
+        weights = index.new_ones(len(index), dtype=dtype)
+        return PreferencePlan(index, weights, complete_cumsum(kept_lengths))
 
     def _kept_lengths(self, lengths: Tensor) -> Tensor:
         """How many items each history keeps in this draw, `[B]`."""
         bound = self.max_history
         if bound is None:
             bound = max(lengths.tolist(), default=0)
-        # A whole power may come out a rounding error short: 64^(2/3) is 15.999... in floats.
+        # A whole power may come out just below: 64^(2/3) is 15.999... in floats.
         short = math.floor(bound ** (self.alpha / 2.0) + 1e-9)
         whole_probability = bound**self.alpha / lengths.double().square()
         whole = self._uniform(lengths) < whole_probability
         return torch.where(whole | (lengths <= short), lengths, short)
 
-    def _priority(self, offsets: Tensor, timestamps: Tensor | None, total: int) -> Tensor:
-        """A number per history item, `[T]`: the items with the largest are kept."""
+    def _priority(self, inputs: HookInputs) -> Tensor:
+        """One number for each history item, `[T]`: the items with the largest are kept."""
+        offsets, timestamps = inputs.history_offsets, inputs.history_timestamps
+        total = len(inputs.history_embeddings)
         if self.selection == "recent":
             return torch.arange(total, device=offsets.device, dtype=torch.float64)
         # Gumbel's trick: the m largest of log w + noise are m draws without replacement.
@@ -274,7 +267,7 @@ class StochasticLength(AttentionHook):
         return gumbel + _recency_weights(offsets, timestamps).log()
 
     def _uniform(self, like: Tensor) -> Tensor:
-        """Draws in (0, 1) in the shape of `like`, drawn on the CPU: the same on every device."""
+        """Draws in (0, 1) in the shape of `like`; made on the CPU: the same on every device."""
         draws = torch.rand(like.shape, generator=self._generator, dtype=torch.float64)
         return draws.clamp(min=torch.finfo(torch.float64).tiny).to(like.device)
 
@@ -292,7 +285,7 @@ class StochasticLength(AttentionHook):
 
 
 def _recency_weights(offsets: Tensor, timestamps: Tensor) -> Tensor:
-    """1 - f_i / sum f, f_i = t_n - t_i the age of an item, `[T]`; all 1 where nothing has aged."""
+    """`1 - f_i / sum f` with ages `f_i = t_n - t_i`, `[T]`; 1 where all ages are 0."""
     ids = segment_ids(offsets, len(timestamps))
     last = offsets[1:].long()[ids] - 1
     age = (timestamps[last] - timestamps).double()
@@ -301,7 +294,7 @@ def _recency_weights(offsets: Tensor, timestamps: Tensor) -> Tensor:
 
 
 def _largest(priority: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
-    """Flat index of the counts[b] rows with the largest priority in each row, ascending."""
+    """Flat index of the `counts[b]` items of largest priority in each row b, ascending."""
     longest = max(offsets.diff().tolist(), default=0)
     padded = jagged_to_padded_dense(priority, offsets, longest, -math.inf)
     order = padded.argsort(dim=1, descending=True, stable=True)
@@ -309,8 +302,3 @@ def _largest(priority: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
     keep = torch.zeros_like(taken).scatter(1, order, taken)
     row, place = keep.nonzero(as_tuple=True)
     return offsets.long()[row] + place
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-import gin
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpgr_plugin.components.checks import check_at_least, check_choice
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
-from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder, segment_layout
-from hpgr_plugin.ops.item_softmax.torch import MeanLoss, mean_cross_entropy, sampled_cross_entropy
+from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
+from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.ops.item_softmax import MeanLoss, mean_cross_entropy, sampled_cross_entropy
 from hpgr_plugin.ops.jagged import segment_ids, segment_positions
+from hpgr_plugin.ops.segments import segment_layout
 
 Masking = Literal["item", "session", "mixed"]
 
 
 class MaskedItemOutput(NamedTuple):
-    """What one batch of masked item modelling gives.
+    """The result of masked item modelling on one batch.
 
     Attributes:
         loss: scalar, mean over the masked items; zero when there are none.
-        num_masked: how many items were masked, so scored.
-        accuracy: scalar without gradient, the share of them whose item scored highest (among the
+        num_masked: the number of masked items.
+        accuracy: scalar without gradient, the share of masked items that score highest (among the
             sampled items, where the softmax is sampled).
     """
 
@@ -34,12 +36,12 @@ class MaskedItemOutput(NamedTuple):
 
 
 class Corruption(NamedTuple):
-    """A history with some items masked.
+    """Histories with some items masked.
 
     Attributes:
-        items: int64 `[T]`, masked items partly replaced by random ones.
+        items: int64 `[T]`, some of the masked items replaced by random ones.
         masked: bool `[T]`, the items to predict.
-        hidden: bool `[T]`, those of them that the mask vector stands for.
+        hidden: bool `[T]`, the masked items that the mask vector replaces.
     """
 
     items: Tensor
@@ -57,17 +59,18 @@ def choose_masked(
 ) -> Tensor:
     """Choose the items to predict, bool `[T]`.
 
-    A user of n items has a budget of `mask_ratio * n`, rounded at random, at least 1 and at most
-    n - 1; a user with a single item is left whole and takes no part in the loss.
+    A user of n items has a budget of `mask_ratio * n` items, rounded up or down at random, at
+    least 1 and at most n - 1. Nothing is masked for a user with a single item.
 
     Args:
         offsets: `[B + 1]`.
         sessions: of the same histories.
-        mask_ratio: in (0, 1).
-        masking: "item", independent items, as many as the budget; "session", whole sessions in
-            random order, as many as come nearest the budget, and where the first one drawn is over
-            twice the budget, that many items inside it; "mixed", one of the two for each user.
-        generator: of any device.
+        mask_ratio: share of the items, in (0, 1).
+        masking: "item" masks as many independent items as the budget. "session" masks whole
+            sessions in random order, up to the count that is nearest the budget; where the first
+            one has more than twice the budget, it masks the budget inside that session. "mixed"
+            draws one of the two for each user.
+        generator: on any device.
     """
     total = sessions.session_index.numel()
     offsets = offsets.long()
@@ -91,43 +94,44 @@ def choose_masked(
     masked = torch.empty_like(whole).index_copy(0, drawn, whole)[sessions.session_index]
     drawn_first = torch.empty_like(whole).index_copy(0, drawn, before == 0)[sessions.session_index]
 
-    # Who got no whole session: the first items in random order, those of the first session ahead.
+    # Users without a whole session: items in random order, those of the session drawn first ahead.
     has_whole = torch.zeros_like(by_session)
     has_whole[drawn_user[whole]] = True
     later = by_session[user] & ~drawn_first
     tokens = (2 * user + later + _rand(total, device, generator)).argsort()
     rank = torch.arange(total, device=device) - offsets[user]
-    single = (rank < budget[user]) & ~has_whole[user]  # `user` stays as it is under this sort
+    single = (rank < budget[user]) & ~has_whole[user]  # sorted inside each user: `user` stays
     return masked | torch.empty_like(single).index_copy(0, tokens, single)
 
 
-@gin.configurable(module="hpgr")
 class MaskedItemModel(nn.Module):
     """A bidirectional encoder that predicts masked items, with a softmax tied to the item table.
 
-    Eq. 3: `L = - sum_{i masked} log P(h_i | unmasked)`, here as a mean. What stage 2 inherits is
+    Eq. 3: `L = - sum_{i masked} log P(h_i | unmasked)`, here as a mean. Stage 2 inherits
     `item_table` and `sem`.
-
-    Of the masked items 80% are replaced by a learned mask vector (kept beside the item table,
-    whose rows are the items alone), 10% by a random item, 10% stay.
 
     Args:
         num_items: V, 2 or more.
         embedding_dim: D, a multiple of `num_heads`.
-        num_heads, num_layers, dropout: of the encoder.
+        num_heads: attention heads of the encoder.
+        num_layers: layers of the encoder.
+        dropout: inside the encoder.
         max_sequence_length: the longest history, in items.
-        sem: session enhancement of the same `embedding_dim`, or None.
-        mask_before_sem: True masks the input of SEM. False is the order of the paper's figure: SEM
-            then sees the items to be predicted, and its context gives them away.
-        mask_ratio, masking: see `choose_masked`.
-        mask_vector_share, random_item_share: of the masked items; the rest stay.
-        gap_seconds: of the sessions to mask, seconds; None takes SEM's, or 1800 without SEM.
-        output_bias: a learned bias for each item in the softmax.
-        full_softmax_max_items: up to so many items the softmax is over all of them; beyond, it is
-            sampled with log-Q correction.
+        sem: a session enhancement module of the same `embedding_dim`, or None.
+        mask_before_sem: True masks the input of SEM. False is the order of the paper's figure, in
+            which SEM sees the items to predict, so its context gives them away.
+        mask_ratio: see `choose_masked`.
+        masking: see `choose_masked`.
+        mask_vector_share: share of the masked items that a learned mask vector replaces.
+        random_item_share: share of the masked items that a random item replaces; the rest stay.
+        gap_seconds: the longest pause inside a session, seconds, for masking; None takes that of
+            `sem`, or 1800 without one.
+        output_bias: whether the softmax has a learned bias for each item.
+        full_softmax_max_items: up to this number of items the softmax is over all items; beyond,
+            it is sampled with log-Q correction.
         num_sampled: negatives of a sampled softmax, shared by the batch.
-        item_counts: `[V]`, how often each item occurs: negatives are then drawn in proportion to
-            count + 1, and uniformly without.
+        item_counts: `[V]`, how often each item occurs; negatives are drawn in proportion to
+            count + 1, or uniformly when None.
 
     Raises:
         ValueError: an argument out of its range, or a SEM of another size.
@@ -158,26 +162,19 @@ class MaskedItemModel(nn.Module):
         item_counts: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if num_items < 2:
-            raise ValueError(f"num_items must be 2 or more, got {num_items}")
-        if max_sequence_length < 1:
-            raise ValueError(f"max_sequence_length must be 1 or more, got {max_sequence_length}")
-        if num_sampled < 1:
-            raise ValueError(f"num_sampled must be 1 or more, got {num_sampled}")
+        check_at_least(2, num_items=num_items)
+        check_at_least(1, max_sequence_length=max_sequence_length, num_sampled=num_sampled)
+        check_choice(get_args(Masking), masking=masking)
         if not 0.0 < mask_ratio < 1.0:
-            raise ValueError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")
-        if masking not in ("item", "session", "mixed"):
-            raise ValueError(f'masking must be "item", "session" or "mixed", got {masking!r}')
+            raise HpgrError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")
         shares = (mask_vector_share, random_item_share)
         if min(shares) < 0.0 or sum(shares) > 1.0 + 1e-9:
-            raise ValueError(
+            raise HpgrError(
                 "mask_vector_share and random_item_share must be 0 or more and at most 1 "
                 f"together, got {mask_vector_share} and {random_item_share}"
             )
         if sem is not None and sem.embedding_dim != embedding_dim:
-            raise ValueError(
-                f"sem must have embedding_dim {embedding_dim}, got {sem.embedding_dim}"
-            )
+            raise HpgrError(f"sem must have embedding_dim {embedding_dim}, got {sem.embedding_dim}")
         if item_counts is not None and item_counts.shape != (num_items,):
             raise ValueError(f"item_counts must be [{num_items}], got {list(item_counts.shape)}")
         self.num_items = num_items
@@ -225,7 +222,7 @@ class MaskedItemModel(nn.Module):
             items: int64 `[T]`, in `[0, V)`, in order of time inside every user.
             offsets: `[B + 1]`; a user may have no items.
             timestamps: int64 `[T]`, seconds.
-            generator: of all randomness but dropout; the same state gives the same masks.
+            generator: draws masks, random items and negatives, all but dropout.
 
         Raises:
             ValueError: a history longer than `max_sequence_length`, or from `partition_sessions`.
@@ -249,7 +246,7 @@ class MaskedItemModel(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Corruption:
-        """Choose the items to predict and what stands in their place."""
+        """Choose the items to predict and what replaces them; arguments as in `forward`."""
         masked = choose_masked(
             offsets,
             partition_sessions(timestamps, offsets, self.gap_seconds),
@@ -272,31 +269,44 @@ class MaskedItemModel(nn.Module):
         *,
         read: Tensor | None = None,
     ) -> Tensor:
-        """The encoder's output for every token `[T, D]`, or for the tokens `read` `[R]` alone."""
+        """Encode corrupted histories.
+
+        Args:
+            items: int64 `[T]`, the original items.
+            corruption: of these items.
+            offsets: `[B + 1]`.
+            timestamps: int64 `[T]`, seconds.
+            read: int64 `[R]`, the tokens whose output is needed; None is all.
+
+        Returns:
+            `[T, D]`, or `[R, D]` for the tokens `read`.
+
+        Raises:
+            ValueError: as in `forward`.
+        """
         lengths = offsets.diff()
         if (lengths > self.max_sequence_length).any():
             row = int(lengths.argmax())
-            raise ValueError(
+            raise HpgrError(
                 f"a history must have at most max_sequence_length = {self.max_sequence_length} "
                 f"items, user row {row} has {int(lengths[row])}"
             )
+        hidden = corruption.hidden.unsqueeze(1)
         if self.mask_before_sem:
-            x = self._hide(self.item_table(corruption.items), corruption)
-            x = x if self.sem is None else self.sem(x, offsets, timestamps)
+            x = torch.where(hidden, self.mask_vector, self.item_table(corruption.items))
         else:
             x = self.item_table(items)
-            x = x if self.sem is None else self.sem(x, offsets, timestamps)
+        if self.sem is not None:
+            x = self.sem(x, offsets, timestamps)
+        if not self.mask_before_sem:
             replaced = (corruption.items != items).unsqueeze(1)
             x = torch.where(replaced, self.item_table(corruption.items), x)
-            x = self._hide(x, corruption)
+            x = torch.where(hidden, self.mask_vector, x)
         total = items.numel()
         from_end = lengths[segment_ids(offsets, total)] - 1 - segment_positions(offsets, total)
         x = x + F.embedding(from_end, self.position)
         encoded: Tensor = self.encoder(x, segment_layout(offsets), read)
         return encoded
-
-    def _hide(self, x: Tensor, corruption: Corruption) -> Tensor:
-        return torch.where(corruption.hidden.unsqueeze(1), self.mask_vector, x)
 
     def _score(
         self, hidden: Tensor, targets: Tensor, generator: torch.Generator | None
@@ -311,6 +321,6 @@ class MaskedItemModel(nn.Module):
 
 
 def _rand(size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Uniform float64 `[size]`, drawn where the generator lives."""
+    """Uniform float64 `[size]`, drawn on the generator's device."""
     where = device if generator is None else generator.device
     return torch.rand(size, dtype=torch.float64, device=where, generator=generator).to(device)

@@ -1,4 +1,4 @@
-"""Small components as loops that read like the formulas: the reference for their tests."""
+"""Small components as loops that follow the formulas: the references of their tests."""
 
 import math
 
@@ -12,7 +12,7 @@ def time_aware_index(
     candidate_timestamps: Tensor,
     candidate_offsets: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 4: each candidate inserted alone into its user's history, numbered 1..N+1.
+    """Eq. 4: every candidate by itself inserted into its user's history, numbered 1..N+1.
 
     Returns:
         `history_index [sum over candidates of N_b]` and `candidate_index [C]`, int64.

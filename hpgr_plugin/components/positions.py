@@ -1,9 +1,12 @@
 """Time-aware positions (Eq. 4): a candidate stands where its time puts it in the history."""
 
-import gin
+import warnings
+
 import torch
 from torch import Tensor, nn
 
+from hpgr_plugin.components.checks import check_at_least, check_jagged
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.jagged import check_sorted, ranges, segment_ids, segment_positions
 
 
@@ -13,9 +16,9 @@ def time_aware_index(
     candidate_timestamps: Tensor,
     candidate_offsets: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 4: Index(C) = 1 + sum_i [t_i < t_C], strictly; the merged sequence is numbered 1..N+1.
+    """Eq. 4: `Index(C) = 1 + sum_i [t_i < t_C]`; history and candidate are numbered 1..N+1.
 
-    Each candidate is inserted alone: history items at or after t_C move up by one for it.
+    Every candidate is inserted by itself: history items at or after t_C move up by one for it.
 
     Args:
         history_timestamps: `[T]`, ascending in every history.
@@ -30,11 +33,9 @@ def time_aware_index(
     Raises:
         ValueError: a history out of order (which row), or shapes that do not match.
     """
-    _check_shapes(history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
-    check_sorted(history_timestamps, history_offsets, "history_timestamps")
-    earlier = count_earlier(
-        history_timestamps, history_offsets, candidate_timestamps, candidate_offsets
-    )
+    times = (history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
+    _check_times(*times)
+    earlier = count_earlier(*times)
     users = segment_ids(candidate_offsets, len(candidate_timestamps))
     lengths = history_offsets.long().diff()[users]
     number = 1 + ranges(torch.zeros_like(lengths), lengths)
@@ -42,14 +43,13 @@ def time_aware_index(
     return number + (number > earlier_of_pair), 1 + earlier
 
 
-@gin.configurable(module="hpgr")
 class TimeAwarePositionalEncoder(nn.Module):
     """Adds a learned vector for the time-aware index (Eq. 4) to histories and candidates.
 
-    This is the form with one history shared by all candidates of a user. With `hide_future`, the
-    items that a candidate may see (t_i < t_C) have the same numbers for every candidate, so
-    sharing is exact; items at or after t_C are the host's to mask. Without it, those items
-    would need another number for each candidate, so every user may have one candidate at most.
+    All candidates of a user share one history. With `hide_future`, the items that a candidate may
+    see (t_i < t_C) have the same numbers for every candidate, so sharing is exact; the host masks
+    the items at or after t_C. Without it, those items would need another number for each
+    candidate, so every user may have at most one.
 
     Args:
         embedding_dim: D.
@@ -62,13 +62,10 @@ class TimeAwarePositionalEncoder(nn.Module):
 
     def __init__(self, *, embedding_dim: int, max_positions: int, hide_future: bool = True) -> None:
         super().__init__()
-        for name, value in (("embedding_dim", embedding_dim), ("max_positions", max_positions)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, embedding_dim=embedding_dim, max_positions=max_positions)
         self.max_positions = max_positions
         self.hide_future = hide_future
-        # Index 1 is row 0.
-        self.table = nn.Embedding(max_positions, embedding_dim)
+        self.table = nn.Embedding(max_positions, embedding_dim)  # index 1 is row 0
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(
@@ -92,14 +89,12 @@ class TimeAwarePositionalEncoder(nn.Module):
 
         Raises:
             ValueError: a history out of order, a history too long for `max_positions`, several
-                candidates a user without `hide_future`, or shapes that do not match.
+                candidates of one user without `hide_future`, or shapes that do not match.
         """
-        _check_shapes(history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
-        check_sorted(history_timestamps, history_offsets, "history_timestamps")
+        times = (history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
+        _check_times(*times)
         self._check_lengths(history_offsets, candidate_offsets)
-        earlier = count_earlier(
-            history_timestamps, history_offsets, candidate_timestamps, candidate_offsets
-        )
+        earlier = count_earlier(*times)
         # Row of the table = index - 1: a place in the history, or the number of earlier items.
         rows = segment_positions(history_offsets, len(history_timestamps))
         if not self.hide_future:
@@ -112,22 +107,94 @@ class TimeAwarePositionalEncoder(nn.Module):
     def _check_lengths(self, history_offsets: Tensor, candidate_offsets: Tensor) -> None:
         lengths = history_offsets.diff().tolist()
         candidates = candidate_offsets.diff().tolist()
-        # A user without a candidate has no index N + 1.
-        needed = max(
-            (n + (c > 0) for n, c in zip(lengths, candidates, strict=True)),
-            default=0,
-        )
+        # A user without a candidate needs no index N + 1.
+        needed = max((n + (c > 0) for n, c in zip(lengths, candidates, strict=True)), default=0)
         if needed > self.max_positions:
-            raise ValueError(
+            raise HpgrError(
                 f"max_positions is {self.max_positions}, but a history with its candidate "
                 f"needs positions up to {needed}"
             )
         if not self.hide_future and max(candidates, default=0) > 1:
-            raise ValueError(
+            raise HpgrError(
                 "hide_future=False numbers a history anew for every candidate, so a shared "
-                f"history takes one candidate a user, got {max(candidates)}; expand to one "
-                "sequence per candidate first"
+                f"history takes one candidate for each user, got {max(candidates)}; give every "
+                "candidate a sequence of its own first"
             )
+
+
+class VisibilityCheck:
+    """Finds candidates that see none of their history because of the times in the log.
+
+    With `hide_future` a candidate sees only items with t_i < t_C. In a log whose candidates carry
+    no time of their own that is nothing, and a model trains without history and without an error.
+    A host calls the check with its first batches, and `finish` where a run may have fewer.
+
+    Args:
+        times: the feature that holds the candidates' times, for the message.
+        binding: what switches hiding off, for the message.
+        max_blind_share: share of the candidates with history that may see nothing of it.
+        batches: how many batches are counted before the verdict.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        times: str = "candidate_timestamps",
+        binding: str = "hide_future = False",
+        max_blind_share: float = 0.5,
+        batches: int = 10,
+    ) -> None:
+        if not 0.0 <= max_blind_share <= 1.0:
+            raise HpgrError(f"max_blind_share must be in [0, 1], got {max_blind_share}")
+        check_at_least(1, batches=batches)
+        self.times = times
+        self.binding = binding
+        self.max_blind_share = max_blind_share
+        self._batches_left = batches
+        self._counts: list[Tensor] = []
+
+    def __call__(self, visible: Tensor, history_lengths: Tensor) -> None:
+        """Count one batch; after the last one, give the verdict. Later calls do nothing.
+
+        Args:
+            visible: `[C]`, how many history items each candidate sees (`count_earlier`).
+            history_lengths: `[C]`, the length of each candidate's history.
+
+        Raises:
+            HpgrError: see `finish`.
+        """
+        if self._batches_left == 0:
+            return
+        has_history = history_lengths > 0
+        blind = has_history & (visible == 0)
+        self._counts.append(torch.stack([blind.sum(), has_history.sum()]))  # no wait for the device
+        self._batches_left -= 1
+        if self._batches_left == 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """The verdict on the batches so far: a warning where some candidates see nothing.
+
+        Raises:
+            HpgrError: more than `max_blind_share` of them see nothing.
+        """
+        self._batches_left = 0
+        if not self._counts:
+            return
+        blind, candidates = torch.stack(self._counts).sum(0).tolist()
+        self._counts.clear()
+        if blind == 0:
+            return
+        message = (
+            f"{blind} of {candidates} candidates ({blind / candidates:.0%}) have a history but see "
+            f"none of it: by {self.times} all of it happened at or after their own time"
+        )
+        if blind > self.max_blind_share * candidates:
+            raise HpgrError(f"{message}. For a log without times of requests, set {self.binding}")
+        warnings.warn(message, stacklevel=2)
 
 
 def count_earlier(
@@ -136,7 +203,10 @@ def count_earlier(
     candidate_timestamps: Tensor,
     candidate_offsets: Tensor,
 ) -> Tensor:
-    """How many items of its user's history lie before each candidate, strictly, `[C]` int64."""
+    """How many items of its user's history lie before each candidate, `[C]` int64.
+
+    The count of Eq. 4, `sum_i [t_i < t_C]`; arguments as in `time_aware_index`, unchecked.
+    """
     users = segment_ids(candidate_offsets, len(candidate_timestamps))
     start = history_offsets[:-1].long()[users]
     low, high = start, history_offsets[1:].long()[users]
@@ -163,23 +233,16 @@ def _moved_up(
     return (rows >= boundary[segment_ids(history_offsets, len(rows))]).long()
 
 
-def _check_shapes(
-    history_timestamps: Tensor,
-    history_offsets: Tensor,
-    candidate_timestamps: Tensor,
-    candidate_offsets: Tensor,
-) -> None:
-    if history_offsets.shape != candidate_offsets.shape or history_offsets.numel() == 0:
+def _check_times(*times: Tensor) -> None:
+    """Check what `time_aware_index` takes."""
+    history_timestamps, history_offsets, candidate_timestamps, candidate_offsets = times
+    if history_offsets.shape != candidate_offsets.shape:
         raise ValueError(
             "history_offsets and candidate_offsets must both be [B + 1], got "
             f"{list(history_offsets.shape)} and {list(candidate_offsets.shape)}"
         )
-    for name, times, offsets in (
-        ("history_timestamps", history_timestamps, history_offsets),
-        ("candidate_timestamps", candidate_timestamps, candidate_offsets),
-    ):
-        if times.shape != (int(offsets[-1]),):
-            raise ValueError(
-                f"{name} must have the {int(offsets[-1])} rows that its offsets end at, "
-                f"got shape {list(times.shape)}"
-            )
+    check_jagged(history_timestamps, history_offsets, "history_timestamps", "history_offsets")
+    check_jagged(
+        candidate_timestamps, candidate_offsets, "candidate_timestamps", "candidate_offsets"
+    )
+    check_sorted(history_timestamps, history_offsets, "history_timestamps")

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import gin
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpgr_plugin.components.checks import check_at_least, check_choice
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
-from hpgr_plugin.components.transformer import (
-    INIT_STD,
-    JaggedEncoder,
-    SegmentLayout,
-    segment_layout,
-    segment_mean,
-)
+from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.jagged import (
     complete_cumsum,
     lead_with,
@@ -24,52 +19,54 @@ from hpgr_plugin.ops.jagged import (
     segment_ids,
     segment_positions,
 )
-from hpgr_plugin.ops.session_pool import PoolWeights, Spans, add_context, gather_spans, session_pool
+from hpgr_plugin.ops.segments import SegmentLayout, segment_layout, segment_mean
+from hpgr_plugin.ops.session_pool import Spans, add_context, gather_spans, session_pool
 
 
 class _EncodedSessions(NamedTuple):
-    """Which sessions, and which of their tokens, SEM encodes.
+    """The sessions, and the tokens of each, that SEM encodes.
 
-    token_starts, token_lengths: `[S']` the tokens of each session, in the flat history.
-    user_offsets: `[B + 1]` into these sessions.
+    Attributes:
+        spans: where the encoded tokens of S' sessions lie in the flat history.
+        user_offsets: `[B + 1]` into these sessions.
     """
 
-    token_starts: Tensor
-    token_lengths: Tensor
+    spans: Spans
     user_offsets: Tensor
 
 
-@gin.configurable(module="hpgr")
 class SessionEnhancementModule(nn.Module):
-    """Adds what a user's sessions say together to every history token.
+    """Adds a summary of the user's sessions to every history token.
 
-    Eq. 1: `s_k = IntraTransformer([CLS], Emb(S_k))[CLS]`, one shared encoder, each session alone.
+    Eq. 1: `s_k = IntraTransformer([CLS], Emb(S_k))[CLS]`, one shared encoder on every session.
     Eq. 2: `F = InterTransformer(s_1..s_M)`, pooled, and `H_enhanced = fusion(H_emb, F)`.
 
-    In causal form the context of a token comes only from sessions that ended before its own
-    session began, and a token of the first session is left as it is. The sessions are then
-    numbered from the user's first one, because a number counted from the end would tell how many
-    sessions are still to come; numbers past `max_sessions` share the last position.
+    In causal form the summary for a token comes only from sessions that ended before its own
+    session began, and tokens of the first session stay as they are. The sessions are then numbered
+    from the user's first one, because a number counted from the end would tell how many sessions
+    are still to come; numbers past `max_sessions` share the last position.
 
-    Caps keep the most recent. A session longer than `max_session_length` is summarised by its last
-    `max_session_length` tokens. With more than `max_sessions` sessions, the inter-session encoder
-    reads the last `max_sessions` of the user; in causal form each of its layers lets a session
-    look at itself and the `max_sessions - 1` before it (a cut counted from the user's end would
-    depend on the future). Tokens outside the caps receive the context all the same.
+    Both limits keep the most recent. A session longer than `max_session_length` is encoded by its
+    last `max_session_length` tokens. Of more than `max_sessions` sessions, the inter-session
+    encoder reads the user's last `max_sessions`; in causal form a session attends to itself and
+    the `max_sessions - 1` before it in each layer, because a cut counted from the user's last
+    session would depend on the future. Tokens outside the limits receive the summary too.
 
     Args:
         embedding_dim: D, a multiple of `num_heads`.
-        num_heads, num_layers: of each of the two encoders.
+        num_heads: attention heads of each of the two encoders.
+        num_layers: layers of each of the two encoders.
         gap_seconds: the longest pause inside a session, seconds.
-        pooling: "cls", a second [CLS] reads the sessions (in causal form it leads them, and the
-            context is the output at the last earlier session), or "mean" of the encoded sessions.
-        fusion: "add", the paper's `H_emb + F`, or "gate": `h + gate * rms(h) * LayerNorm(F)` with
-            `gate` `[D]` starting at zero, so the module starts as the identity. The item table
-            lives on a scale near 0.02: rms(h), the token's own root mean square, keeps F on that
-            scale as the table grows, and the gate says its share. No gradient through rms(h).
-        causal: for next-item objectives.
-        max_session_length: tokens.
-        max_sessions: sessions.
+        pooling: "cls", a second [CLS] reads the sessions (in causal form it comes first, and the
+            summary is the output at the last earlier session), or "mean" of the encoded sessions.
+        fusion: "add", the paper's `H_emb + F`, or "gate", `h + gate * rms(h) * LayerNorm(F)`. The
+            gate `[D]` starts at zero, so the module starts as the identity. `rms(h)`, the root
+            mean square of the token (without gradient), keeps F on the scale of the item table,
+            near 0.02 at the start, while the table grows.
+        causal: whether a token's summary comes from earlier sessions only. None leaves the choice
+            to the host, see `decide_causal`.
+        max_session_length: most recent tokens of a session that are encoded.
+        max_sessions: most recent sessions that are encoded.
         dropout: inside the encoders.
 
     Raises:
@@ -85,24 +82,16 @@ class SessionEnhancementModule(nn.Module):
         gap_seconds: int = 1800,
         pooling: Literal["cls", "mean"] = "cls",
         fusion: Literal["gate", "add"] = "gate",
-        causal: bool = False,
+        causal: bool | None = None,
         max_session_length: int = 512,
         max_sessions: int = 128,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if pooling not in ("cls", "mean"):
-            raise ValueError(f'pooling must be "cls" or "mean", got {pooling!r}')
-        if fusion not in ("gate", "add"):
-            raise ValueError(f'fusion must be "gate" or "add", got {fusion!r}')
-        for name, value in (
-            ("max_session_length", max_session_length),
-            ("max_sessions", max_sessions),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
-        if gap_seconds < 0:
-            raise ValueError(f"gap_seconds must be 0 or more seconds, got {gap_seconds}")
+        check_choice(("cls", "mean"), pooling=pooling)
+        check_choice(("gate", "add"), fusion=fusion)
+        check_at_least(1, max_session_length=max_session_length, max_sessions=max_sessions)
+        check_at_least(0, gap_seconds=gap_seconds)
         self.embedding_dim = embedding_dim
         self.num_heads = num_heads
         self.num_layers = num_layers
@@ -134,6 +123,29 @@ class SessionEnhancementModule(nn.Module):
         if fusion == "gate":
             self.gate = nn.Parameter(torch.zeros(embedding_dim))
 
+    def decide_causal(self, required: bool, reason: str) -> None:
+        """The host's choice of the form, where the constructor left it open.
+
+        The causal form is required wherever a token may be read by a prediction for an earlier
+        time: candidates (or predicted tokens) of different times share a history, or a history may
+        reach past its candidate's time. Elsewhere the other form sees more. An explicit
+        `causal=True` always stands.
+
+        Args:
+            required: whether the host reads histories in such a way.
+            reason: which setting of the host makes it so, for the message.
+
+        Raises:
+            HpgrError: `causal=False` where the causal form is required.
+        """
+        if self.causal is None:
+            self.causal = required
+        elif required and not self.causal:
+            raise HpgrError(
+                f"hpgr.SessionEnhancementModule.causal must be True or None here, got False: "
+                f"{reason}, so SEM would show predictions their own future"
+            )
+
     def forward(self, embeddings: Tensor, offsets: Tensor, timestamps: Tensor) -> Tensor:
         """Enhance the tokens of B histories.
 
@@ -146,57 +158,56 @@ class SessionEnhancementModule(nn.Module):
             H_enhanced `[T, D]`, in the dtype of `embeddings`.
 
         Raises:
-            ValueError: from `partition_sessions`, or embeddings that are not `[T, D]`.
+            ValueError: from `partition_sessions`, embeddings that are not `[T, D]`, or `causal`
+                still undecided.
         """
+        if self.causal is None:
+            raise ValueError(
+                "causal is undecided: pass causal=True or False, or let the host call decide_causal"
+            )
         if embeddings.shape != (timestamps.numel(), self.embedding_dim):
             raise ValueError(
-                f"embeddings must be [{timestamps.numel()}, {self.embedding_dim}], one row a "
+                f"embeddings must be [{timestamps.numel()}, {self.embedding_dim}], one row per "
                 f"timestamp, got {list(embeddings.shape)}"
             )
         sessions = partition_sessions(timestamps, offsets, self.gap_seconds)
         history = embeddings.to(self.session_cls.dtype)
         encoded = self._choose(sessions)
-        vectors = self._encode_sessions(history, encoded)
-        context = self._context(vectors, encoded, sessions)
-        return self._fuse(history, context, sessions).to(embeddings.dtype)
+        vectors = self._encode_sessions(history, encoded.spans)
+        summary = self._summarise(vectors, encoded, sessions)
+        return self._fuse(history, summary, sessions).to(embeddings.dtype)
 
     def _choose(self, sessions: Sessions) -> _EncodedSessions:
-        """The sessions somebody will read, and their most recent tokens."""
+        """The sessions that some token's summary needs, and their most recent tokens."""
         available = sessions.user_offsets.diff()
-        if self.causal:  # nobody comes after a user's last session
+        if self.causal:  # no token comes after a user's last session
             counts, starts = (available - 1).clamp(min=0), sessions.user_offsets[:-1]
         else:
             counts = available.clamp(max=self.max_sessions)
             starts = sessions.user_offsets[1:] - counts
         chosen = ranges(starts, counts)
         lengths = sessions.session_offsets.diff()[chosen].clamp(max=self.max_session_length)
-        return _EncodedSessions(
-            token_starts=sessions.session_offsets[1:][chosen] - lengths,
-            token_lengths=lengths,
-            user_offsets=complete_cumsum(counts),
-        )
+        spans = Spans(sessions.session_offsets[1:][chosen] - lengths, lengths)
+        return _EncodedSessions(spans, complete_cumsum(counts))
 
-    def _encode_sessions(self, history: Tensor, encoded: _EncodedSessions) -> Tensor:
-        """Eq. 1: `[T, D]` -> one vector a session `[S', D]`."""
-        spans = Spans(encoded.token_starts, encoded.token_lengths)
+    def _encode_sessions(self, history: Tensor, spans: Spans) -> Tensor:
+        """Eq. 1: tokens `[T, D]` -> one vector per session `[S', D]`."""
         inputs = history, self.item_position, self.session_cls
         if self.num_layers > 1:
             x, offsets = gather_spans(*inputs, spans)
             return self.intra_encoder.first_tokens(x, segment_layout(offsets))
         layer = self.intra_encoder.first_layer
-        norm, heads = layer.attention_norm, layer.head_weights()
-        weights = PoolWeights(norm.weight, norm.bias, heads.query, heads.query_bias, heads.key)
-        pooled = session_pool(*inputs, weights, spans)
-        x = self.intra_encoder.final_norm(layer.finish_pooled(pooled.lead, pooled.means, heads))
+        weights = layer.head_weights()
+        pooled = session_pool(*inputs, weights.pool, spans)
+        x = self.intra_encoder.final_norm(layer.finish_pooled(pooled.lead, pooled.means, weights))
         return x if pooled.place is None else x.index_select(0, pooled.place)
 
-    def _context(self, vectors: Tensor, encoded: _EncodedSessions, sessions: Sessions) -> Tensor:
-        """Eq. 2: session vectors `[S', D]` -> the F of every session's tokens `[S, D]`."""
+    def _summarise(self, vectors: Tensor, encoded: _EncodedSessions, sessions: Sessions) -> Tensor:
+        """Eq. 2: vectors of the encoded sessions `[S', D]` -> F for the tokens of each `[S, D]`."""
         count = sessions.session_offsets.numel() - 1
         user = segment_ids(sessions.user_offsets, count)
         x, rows = self._number_sessions(vectors, encoded.user_offsets)
-        # Rows are broadcast by F.embedding, not by indexing: its backward adds up a user's
-        # sessions in a fixed order on CUDA too.
+        # F.embedding instead of indexing: its backward adds up in a fixed order on CUDA too.
         if self.causal:
             leads = int(self.pooling == "cls")
             layout = segment_layout(rows, causal=True, window=self.max_sessions, sink=leads == 1)
@@ -210,7 +221,7 @@ class SessionEnhancementModule(nn.Module):
         return F.embedding(rows[user], self._pool_all(x, layout))
 
     def _number_sessions(self, vectors: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Add positions to the session vectors and lead with the second [CLS], if there is one."""
+        """Add positions to the session vectors, and the second [CLS] in front for pooling "cls"."""
         user = segment_ids(offsets, len(vectors))
         place = torch.arange(len(vectors), device=offsets.device)
         if self.causal:
@@ -223,12 +234,13 @@ class SessionEnhancementModule(nn.Module):
         return lead_with(self.history_cls, x, offsets, user)
 
     def _pool_all(self, x: Tensor, layout: SegmentLayout) -> Tensor:
-        """The pooled context as each row sees it, `[R, D]` -> `[R, D]`."""
+        """The pooled summary of the rows that each row sees, `[R, D]` -> `[R, D]`."""
         x = self.inter_encoder(x, layout)
         return segment_mean(x, layout) if self.pooling == "mean" else x
 
-    def _fuse(self, history: Tensor, context: Tensor, sessions: Sessions) -> Tensor:
+    def _fuse(self, history: Tensor, summary: Tensor, sessions: Sessions) -> Tensor:
+        """H_enhanced `[T, D]` from the tokens `[T, D]` and the F of every session `[S, D]`."""
         if self.fusion == "add":
-            return history + F.embedding(sessions.session_index, context)
-        context = F.layer_norm(context, context.shape[1:])
-        return add_context(history, context, self.gate, sessions.session_offsets)
+            return history + F.embedding(sessions.session_index, summary)
+        summary = F.layer_norm(summary, summary.shape[1:])
+        return add_context(history, summary, self.gate, sessions.session_offsets)

@@ -1,244 +1,57 @@
-"""A small pre-norm transformer encoder over jagged segments, shared by SEM and MIM.
+"""A small pre-norm transformer encoder over jagged segments, for SEM and MIM.
 
-Everything but the attention itself runs on flat tokens `[T, D]`, so padding costs nothing there.
-For the attention, segments are sorted by length and cut into buckets that waste at most
-`PADDING_BUDGET` of their slots; each bucket is padded and attended on its own.
+Everything but the attention itself runs on flat tokens `[T, D]`, without padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hpgr_plugin.ops.jagged import complete_cumsum, dense_to_jagged, jagged_to_padded_dense, ranges
+from hpgr_plugin.components.checks import check_at_least
+from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.ops.segments import SegmentLayout, first_token_attention, segment_attention
+from hpgr_plugin.ops.session_pool import PoolWeights
 
-PADDING_BUDGET = 0.2  # share of a bucket's slots that may be padding
-# On CUDA a launch costs more than this many slots: so many are one bucket, padded or not.
-SMALL_BUCKET_SLOTS_CUDA = 2**15
-MAX_BUCKET_ROWS = 16384  # batch x heads stays inside the launch grid of every attention kernel
-# Not cuDNN's: it compiles a plan for every new shape, and bucket shapes are new at every step.
-_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-INIT_STD = 0.02  # of every weight, as of the item table, so that both start at one scale
-
-
-class Bucket(NamedTuple):
-    """Segments of nearly one length that are padded and attended together.
-
-    Attributes:
-        offsets: int64 `[R + 1]` into the bucket's own tokens.
-        num_tokens: tokens in the bucket.
-        width: length of the longest segment.
-        mask: bool, True where a query may look, broadcastable to `[R, heads, width, width]`, or
-            None where every slot (or, if `is_causal`, every earlier slot) may be seen.
-        is_causal: look at oneself and backwards only (when `mask` is None).
-    """
-
-    offsets: Tensor
-    num_tokens: int
-    width: int
-    mask: Tensor | None
-    is_causal: bool
-
-
-class SegmentLayout(NamedTuple):
-    """How `[T]` tokens of S segments are ordered and cut for attention.
-
-    Attributes:
-        order: int64 `[T]`, tokens with the longest segments first.
-        inverse: int64 `[T]`, back to the given order.
-        starts: int64 `[S]`, where the segments start in that order, ascending.
-        segment_inverse: int64 `[S]`, of every given segment, its place in `starts`.
-        buckets: consecutive slices of the ordered tokens.
-    """
-
-    order: Tensor
-    inverse: Tensor
-    starts: Tensor
-    segment_inverse: Tensor
-    buckets: tuple[Bucket, ...]
-
-    @property
-    def num_slots(self) -> int:
-        """Slots after padding; the padding share is `1 - T / num_slots`."""
-        return sum((bucket.offsets.numel() - 1) * bucket.width for bucket in self.buckets)
-
-
-def plan_buckets(
-    lengths: Sequence[int],
-    counts: Sequence[int],
-    padding_budget: float = PADDING_BUDGET,
-    small_slots: int = 0,
-) -> list[tuple[int, int, int]]:
-    """Cut segments, longest first, into buckets of `(rows, tokens, width)`.
-
-    A bucket grows while its padding stays within `padding_budget` of its slots, or it has at most
-    `small_slots` of them.
-
-    Args:
-        lengths: distinct positive lengths, descending.
-        counts: how many segments have each length.
-    """
-    buckets: list[tuple[int, int, int]] = []
-    rows = tokens = width = 0
-    for length, count in zip(lengths, counts, strict=True):
-        while count:
-            width = width or length
-            taken = min(count, MAX_BUCKET_ROWS - rows)
-            slots = (rows + taken) * width
-            waste = slots - (tokens + taken * length)
-            if taken == 0 or (waste > padding_budget * slots and slots > small_slots):
-                buckets.append((rows, tokens, width))
-                rows = tokens = width = 0
-                continue
-            rows, tokens, count = rows + taken, tokens + taken * length, count - taken
-    if rows:
-        buckets.append((rows, tokens, width))
-    return buckets
-
-
-def segment_layout(
-    offsets: Tensor, *, causal: bool = False, window: int | None = None, sink: bool = False
-) -> SegmentLayout:
-    """Plan the attention inside segments `offsets` `[S + 1]`; empty segments are allowed.
-
-    Args:
-        causal: a token sees itself and what stands before it; otherwise its whole segment.
-        window: (causal only) the number of tokens, itself included, that a token sees.
-        sink: (with `window`) the first token of the segment is seen by all, beside the window.
-    """
-    lengths = offsets.long().diff()
-    segment_order = lengths.argsort(descending=True, stable=True)
-    sorted_lengths = lengths[segment_order]
-    order = ranges(offsets[:-1].long()[segment_order], sorted_lengths)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    segment_inverse = torch.empty_like(segment_order)
-    segment_inverse[segment_order] = torch.arange(len(lengths), device=order.device)
-
-    distinct, counts = torch.stack(lengths[lengths > 0].unique(return_counts=True)).flip(1).tolist()
-    buckets = []
-    first_row = 0
-    small_slots = SMALL_BUCKET_SLOTS_CUDA if offsets.is_cuda else 0
-    for rows, tokens, width in plan_buckets(distinct, counts, small_slots=small_slots):
-        bucket_lengths = sorted_lengths[first_row : first_row + rows]
-        mask = _visible(bucket_lengths, width, rows * width == tokens, causal, window, sink)
-        buckets.append(
-            Bucket(complete_cumsum(bucket_lengths), tokens, width, mask, causal and mask is None)
-        )
-        first_row += rows
-    starts = complete_cumsum(sorted_lengths)[:-1]
-    return SegmentLayout(order, inverse, starts, segment_inverse, tuple(buckets))
-
-
-def _visible(
-    lengths: Tensor, width: int, full: bool, causal: bool, window: int | None, sink: bool
-) -> Tensor | None:
-    slot = torch.arange(width, device=lengths.device)
-    if not causal:
-        return None if full else (slot < lengths[:, None])[:, None, None, :]
-    if window is None or width <= window:
-        return None  # padding stands behind every real token, so causality hides it
-    back = slot[:, None] - slot[None, :]
-    seen = (back >= 0) & (back < window)
-    return seen | ((slot == 0)[None, :] & (back >= 0)) if sink else seen
-
-
-def segment_attention(qkv: Tensor, layout: SegmentLayout) -> Tensor:
-    """Softmax attention inside every segment.
-
-    Args:
-        qkv: `[T, 3, H, d]`, tokens in the layout's order.
-
-    Returns:
-        `[T, H * d]`, in the layout's order.
-    """
-    _, _, heads, head_dim = qkv.shape
-    flat = qkv.flatten(1)
-    if not layout.buckets:
-        return flat[:, : heads * head_dim]
-    pieces = []
-    sizes = [bucket.num_tokens for bucket in layout.buckets]
-    for chunk, bucket in zip(flat.split(sizes), layout.buckets, strict=True):
-        padded = jagged_to_padded_dense(chunk, bucket.offsets, bucket.width)
-        rows = padded.shape[0]
-        q, k, v = padded.view(rows, bucket.width, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-        with sdpa_kernel(_BACKENDS):
-            attended = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bucket.mask, is_causal=bucket.is_causal
-            )
-        attended = attended.transpose(1, 2).reshape(rows, bucket.width, heads * head_dim)
-        pieces.append(dense_to_jagged(attended, bucket.offsets, bucket.num_tokens))
-    return torch.cat(pieces)
-
-
-def first_token_attention(queries: Tensor, tokens: Tensor, layout: SegmentLayout) -> Tensor:
-    """For every segment, means of its tokens weighted by the softmax of `queries . tokens`.
-
-    Args:
-        queries: `[S, H, D]`, scaled already, segments with the longest first.
-        tokens: `[T, D]`, in the layout's order; the layout is not causal.
-
-    Returns:
-        `[S, H, D]`, in the order of `queries`.
-    """
-    if not layout.buckets:
-        return queries
-    pieces = []
-    rows = [bucket.offsets.numel() - 1 for bucket in layout.buckets]
-    sizes = [bucket.num_tokens for bucket in layout.buckets]
-    chunks = zip(queries.split(rows), tokens.split(sizes), layout.buckets, strict=True)
-    for query, chunk, bucket in chunks:
-        padded = jagged_to_padded_dense(chunk, bucket.offsets, bucket.width)
-        scores = torch.bmm(query, padded.transpose(1, 2))
-        if bucket.mask is not None:
-            scores = scores.masked_fill(~bucket.mask.squeeze(1), -torch.inf)
-        pieces.append(torch.bmm(scores.softmax(-1).to(padded.dtype), padded))
-    return torch.cat(pieces)
-
-
-def segment_mean(values: Tensor, layout: SegmentLayout) -> Tensor:
-    """The mean of what each token sees, `[T, D]` -> `[T, D]`: attention with equal scores."""
-    equal = torch.zeros_like(values)
-    qkv = torch.stack([equal, equal, values], dim=1).index_select(0, layout.order)
-    return segment_attention(qkv.unsqueeze(2), layout).index_select(0, layout.inverse)
+INIT_STD = 0.02  # of every weight and of the item table, so that both start at the same scale
 
 
 class HeadWeights(NamedTuple):
-    """Projections of H heads of size d: weights `[H, d, D]`, biases `[H, d]`."""
+    """Norm and projections of a layer by head, H heads of size d.
 
-    query: Tensor
-    key: Tensor
+    Attributes:
+        pool: norm, query and key.
+        value: `[H, d, D]`.
+        value_bias: `[H, d]`.
+    """
+
+    pool: PoolWeights
     value: Tensor
-    query_bias: Tensor
     value_bias: Tensor
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm attention and GELU feed-forward on flat tokens."""
+    """Pre-norm attention and a GELU feed-forward of width 4 D on flat tokens."""
 
-    def __init__(
-        self, *, embedding_dim: int, num_heads: int, feedforward_dim: int, dropout: float
-    ) -> None:
+    def __init__(self, *, embedding_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention_norm = nn.LayerNorm(embedding_dim)
         self.qkv = nn.Linear(embedding_dim, 3 * embedding_dim)
         self.attention_output = nn.Linear(embedding_dim, embedding_dim)
         self.feedforward_norm = nn.LayerNorm(embedding_dim)
-        self.expand = nn.Linear(embedding_dim, feedforward_dim)
-        self.contract = nn.Linear(feedforward_dim, embedding_dim)
+        self.expand = nn.Linear(embedding_dim, 4 * embedding_dim)
+        self.contract = nn.Linear(4 * embedding_dim, embedding_dim)
         self.dropout = nn.Dropout(dropout)
         for linear in (self.qkv, self.attention_output, self.expand, self.contract):
             nn.init.normal_(linear.weight, std=INIT_STD)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, layout: SegmentLayout, read: Tensor | None = None) -> Tensor:
-        """`[T, D]` -> `[T, D]`, tokens in the layout's order, or only the rows `read` of it."""
+        """Tokens `[T, D]` in the layout's order -> `[T, D]`, or `[R, D]` of the rows `read`."""
         tokens, width = x.shape
         qkv = self.qkv(self.attention_norm(x))
         qkv = qkv.view(tokens, 3, self.num_heads, width // self.num_heads)
@@ -250,39 +63,36 @@ class EncoderLayer(nn.Module):
     def first_tokens(self, x: Tensor, layout: SegmentLayout) -> Tensor:
         """`forward` for the first token of every segment, `[T, D]` -> `[S, D]`, longest first.
 
-        The other tokens are only looked at, so they need no queries and no feed-forward; nor keys
-        and values of their own, see `queries_of`.
+        The other tokens are only attended to, so they need no queries and no feed-forward, and by
+        `PoolWeights.queries_of` and `finish_pooled` no keys and values either.
         """
         normed, weights = self.attention_norm(x), self.head_weights()
-        queries = self.queries_of(normed.index_select(0, layout.starts), weights)
+        queries = weights.pool.queries_of(normed.index_select(0, layout.starts))
         pooled = first_token_attention(queries, normed, layout)
         x = x.index_select(0, layout.starts)
         return self.finish_pooled(x, pooled.transpose(0, 1), weights)
 
     def head_weights(self) -> HeadWeights:
-        """The projections by head. To be asked for once a step: their gradients are one write."""
+        """The weights by head; call it once per step, so that gradients are written once."""
         shape = (3, self.num_heads, -1)
         query, key, value = self.qkv.weight.view(*shape, self.qkv.in_features).unbind()
         query_bias, _, value_bias = self.qkv.bias.view(shape).unbind()
-        return HeadWeights(query, key, value, query_bias, value_bias)
-
-    def queries_of(self, normed: Tensor, weights: HeadWeights) -> Tensor:
-        """Queries on normed tokens themselves, `[S, D]` -> `[S, H, D]`, scaled.
-
-        `q . (W_k y + b_k) = (W_k^T q) . y + q . b_k`, and a softmax does not see the constant: so
-        the keys of all tokens are one projection a query.
-        """
-        q = torch.baddbmm(
-            weights.query_bias.unsqueeze(1),
-            normed.expand(self.num_heads, *normed.shape),
-            weights.query.transpose(1, 2),
-        )
-        return torch.bmm(q, weights.key).transpose(0, 1) * q.shape[2] ** -0.5
+        norm = self.attention_norm
+        pool = PoolWeights(norm.weight, norm.bias, query, query_bias, key)
+        return HeadWeights(pool, value, value_bias)
 
     def finish_pooled(self, x: Tensor, pooled: Tensor, weights: HeadWeights) -> Tensor:
-        """The layer's output `[S, D]` of tokens x `[S, D]` for which `pooled` `[H, S, D]` was read.
+        """The layer's output for tokens whose attended tokens were averaged before projection.
 
-        A mean's value is the mean of the values.
+        The value projection is linear, so it is applied once to each weighted mean.
+
+        Args:
+            x: `[S, D]`, the tokens that attend.
+            pooled: `[H, S, D]`, the weighted means of the normed tokens they attend to.
+            weights: from `head_weights`.
+
+        Returns:
+            `[S, D]`.
         """
         attended = torch.baddbmm(
             weights.value_bias.unsqueeze(1), pooled, weights.value.transpose(1, 2)
@@ -296,15 +106,17 @@ class EncoderLayer(nn.Module):
 
 
 class JaggedEncoder(nn.Module):
-    """A stack of pre-norm layers in which every segment attends to itself alone.
+    """A stack of pre-norm layers in which tokens attend inside their own segment only.
 
     Args:
         embedding_dim: D, a multiple of `num_heads`.
-        feedforward_dim: width of the feed-forward part, 4 D when None.
-        final_norm: layer-normalise the output.
+        num_heads: attention heads.
+        num_layers: layers.
+        dropout: in [0, 1).
+        final_norm: whether the output is layer-normalised.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: an argument out of its range.
     """
 
     def __init__(
@@ -313,27 +125,20 @@ class JaggedEncoder(nn.Module):
         embedding_dim: int,
         num_heads: int,
         num_layers: int,
-        feedforward_dim: int | None = None,
         dropout: float = 0.0,
         final_norm: bool = False,
     ) -> None:
         super().__init__()
         if num_heads < 1 or embedding_dim < 1 or embedding_dim % num_heads:
-            raise ValueError(
+            raise HpgrError(
                 f"embedding_dim must be a positive multiple of num_heads, "
                 f"got embedding_dim {embedding_dim}, num_heads {num_heads}"
             )
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be 1 or more, got {num_layers}")
+        check_at_least(1, num_layers=num_layers)
         if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+            raise HpgrError(f"dropout must be in [0, 1), got {dropout}")
         self.layers = nn.ModuleList(
-            EncoderLayer(
-                embedding_dim=embedding_dim,
-                num_heads=num_heads,
-                feedforward_dim=feedforward_dim or 4 * embedding_dim,
-                dropout=dropout,
-            )
+            EncoderLayer(embedding_dim=embedding_dim, num_heads=num_heads, dropout=dropout)
             for _ in range(num_layers)
         )
         self.final_norm = nn.LayerNorm(embedding_dim) if final_norm else nn.Identity()
@@ -343,9 +148,9 @@ class JaggedEncoder(nn.Module):
 
         Args:
             x: `[T, D]`, tokens in the order of the offsets the layout was made from.
-            layout: how the segments are attended.
-            read: int64 `[R]`, the tokens whose output is wanted; the last layer's feed-forward then
-                runs for them alone.
+            layout: of the segments.
+            read: int64 `[R]`, the tokens whose output is needed; the feed-forward of the last
+                layer then runs for them only. None is all.
 
         Returns:
             `[T, D]` in the order of `x`, or `[R, D]` in that of `read`.
@@ -362,11 +167,11 @@ class JaggedEncoder(nn.Module):
         return cast(EncoderLayer, self.layers[0])
 
     def first_tokens(self, x: Tensor, layout: SegmentLayout) -> Tensor:
-        """What `forward` gives for the first token of every segment, at less cost.
+        """The output of `forward` for the first token of every segment, at less cost.
 
         Args:
             x: `[T, D]`, as in `forward`.
-            layout: not causal, of segments that all have tokens.
+            layout: of segments that all have tokens, not causal.
 
         Returns:
             `[S, D]`, in the order of the offsets.

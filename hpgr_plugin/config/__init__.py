@@ -1,0 +1,1 @@
+"""Gin: what can be configured (`registry`), and checks of a configuration (`scopes`)."""

@@ -1,7 +1,180 @@
-"""Importing this registers every component with gin, so that a config needs no imports."""
+"""Everything that gin configures, one line each, and how code obtains it.
 
-from hpgr_plugin import data
-from hpgr_plugin.components import attention_hooks, mim, positions, sem
-from hpgr_plugin.hosts import embedded
+A name in gin is `hpgr.` and the name of the class or function. Its parameters can be bound, and
+`@hpgr.Name()` in a gin file is an instance of it. Modules of the package do not import gin: they
+are listed here, and registered in groups, because some need a host or optional packages.
+"""
 
-__all__ = ["attention_hooks", "data", "embedded", "mim", "positions", "sem"]
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gin
+
+from hpgr_plugin.errors import HpgrError
+
+
+class ConfigError(HpgrError):
+    """A configuration that does not fit; the message names the binding or the argument."""
+
+
+class Entry(NamedTuple):
+    """One configurable.
+
+    Attributes:
+        target: "module:name"; `hpgr.name` in gin.
+        slot: the slot that it can fill, if any.
+        denylist: parameters that code sets, so that gin must not.
+    """
+
+    target: str
+    slot: str | None = None
+    denylist: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name in gin, without `hpgr.`."""
+        return self.target.rpartition(":")[2]
+
+
+SEM, POSITIONS, HOOK, LAYER = SLOTS = ("sem", "positional_encoder", "attention_hook", "layer")
+
+_REQUESTS = ("prepared", "split", "settings", "rank", "world_size")
+_SEQUENCES = ("prepared", "users", "rank", "world_size")
+_LAYER = ("embedding_dim", "num_heads", "dropout")
+_RANKER = ("num_items", "num_actions", "vocabulary_digest")
+
+GROUPS: dict[str, tuple[Entry, ...]] = {
+    "components": (
+        Entry("hpgr_plugin.components.attention_hooks:PreferenceGuidedSparseAttention", HOOK),
+        Entry("hpgr_plugin.components.attention_hooks:StochasticLength", HOOK),
+        Entry("hpgr_plugin.components.mim:MaskedItemModel"),
+        Entry("hpgr_plugin.components.positions:TimeAwarePositionalEncoder", POSITIONS),
+        Entry("hpgr_plugin.components.sem:SessionEnhancementModule", SEM),
+        Entry("hpgr_plugin.ops.dispatch:set_backends"),
+    ),
+    "data": (
+        Entry("hpgr_plugin.data:EBNeRDReader"),
+        Entry("hpgr_plugin.data:GlobalTimeSplit"),
+        Entry("hpgr_plugin.data:KuaiRandReader"),
+        Entry("hpgr_plugin.data:LastFractionSplit"),
+        Entry("hpgr_plugin.data:LastNSplit"),
+        Entry("hpgr_plugin.data:MovieLensReader"),
+        Entry("hpgr_plugin.data:RequestLoader", denylist=_REQUESTS),
+        Entry("hpgr_plugin.data:RequestSettings"),
+        Entry("hpgr_plugin.data:SequenceLoader", denylist=_SEQUENCES),
+        Entry("hpgr_plugin.data:SyntheticReader"),
+        Entry("hpgr_plugin.data:TableReader"),
+        Entry("hpgr_plugin.data:label_column"),
+        Entry("hpgr_plugin.data:prepare_data"),
+        Entry("hpgr_plugin.data:rating_at_least"),
+    ),
+    "embedded": (
+        Entry("hpgr_plugin.hosts.embedded.model.hstu:HSTULayer", LAYER, denylist=_LAYER),
+        Entry("hpgr_plugin.hosts.embedded.model.mtgr:MTGRLayer", LAYER, denylist=_LAYER),
+        Entry("hpgr_plugin.hosts.embedded.model.ranker:HSTURanker", denylist=_RANKER),
+        Entry("hpgr_plugin.hosts.embedded.report.ablation:AblationRow"),
+        Entry("hpgr_plugin.hosts.embedded.run:run"),
+        Entry("hpgr_plugin.hosts.embedded.train.stages:FinetuneSettings"),
+        Entry("hpgr_plugin.hosts.embedded.train.stages:PretrainSettings"),
+    ),
+    "dlrm_v3": (Entry("hpgr_plugin.hosts.dlrm_v3.model:DlrmHSTU"),),
+    "research": (
+        Entry("hpgr_plugin.hosts.research.model:SequentialEncoder"),
+        Entry("hpgr_plugin.hosts.research.pretrain:research_pretrain"),
+    ),
+}
+
+_registered: dict[str, Entry] = {}
+
+
+def register(*groups: str) -> None:
+    """Make groups of configurables known to gin, and the shipped gin files found from anywhere.
+
+    A group that is registered already is left as it is.
+
+    Args:
+        groups: keys of `GROUPS`.
+
+    Raises:
+        ConfigError: an unknown group, a name that is taken, or a target that does not exist.
+    """
+    _add_shipped_files()
+    for group in groups:
+        if group not in GROUPS:
+            raise ConfigError(f"group must be one of {sorted(GROUPS)}, got {group!r}")
+        for entry in GROUPS[group]:
+            register_entry(entry)
+
+
+def register_entry(entry: Entry) -> None:
+    """Make one configurable known to gin.
+
+    Raises:
+        ConfigError: the name is taken, or the target does not exist.
+    """
+    known = _registered.get(entry.name)
+    if known is not None and known != entry:
+        raise ConfigError(f"hpgr.{entry.name} is registered twice: {known.target}, {entry.target}")
+    if known is None:
+        with gin.unlock_config():
+            gin.external_configurable(
+                load(entry.target), name=entry.name, module="hpgr", denylist=list(entry.denylist)
+            )
+        _registered[entry.name] = entry
+
+
+def load(target: str) -> Any:
+    """The class or function at "module:name".
+
+    Raises:
+        ConfigError: the module has no such name.
+    """
+    module, _, name = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except AttributeError:
+        raise ConfigError(f"module {module} has no {name!r} (config/registry.py)") from None
+
+
+def configured(name: str) -> Any:
+    """Gin's version of `hpgr.name`: called, it takes the bound parameters of the active scope.
+
+    What it makes is an instance of the registered class itself.
+
+    Raises:
+        ConfigError: nothing of this name is registered.
+    """
+    if name not in _registered:
+        raise ConfigError(f"hpgr.{name} is not registered; names: {sorted(_registered)}")
+    return gin.get_configurable(f"hpgr.{name}")
+
+
+def build(name: str, **arguments: Any) -> Any:
+    """Call `hpgr.name` with the bound parameters and `arguments`, which have precedence.
+
+    Raises:
+        ConfigError: the configuration does not fit what `hpgr.name` takes.
+    """
+    try:
+        return configured(name)(**arguments)
+    except HpgrError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+@functools.cache
+def _add_shipped_files() -> None:
+    """Let gin find `configs/...` in the checkout or in the installed package.
+
+    The reader comes before gin's own reader of package resources, which logs an error for every
+    path that is not a package, and fails on folders that could be one.
+    """
+    package = Path(__file__).parents[1]
+    root = package if (package / "configs").is_dir() else package.parent
+    reader = (lambda path: (root / path).open(), lambda path: (root / path).is_file())
+    gin.config._FILE_READERS.insert(1, reader)

@@ -1,35 +1,45 @@
-"""A gin scope that nothing enters would silently bind nothing: here that is an error."""
+"""Scopes of a configuration: one that nothing enters, or that binds nothing, is an error."""
 
 from __future__ import annotations
 
-import re
+from gin import config_scope, operative_config_str
+from gin.config import _CONFIG, iterate_references
 
-import gin
+from hpgr_plugin.config.registry import ConfigError
 
-# Lines of the configuration as gin writes it, names shortened to what is unambiguous.
-_SCOPED_BINDING = re.compile(r"^([\w/]+)/[\w.]+\.\w+ = ", re.MULTILINE)
-# A reference that enters a scope itself: @scope/name()
-_SCOPED_REFERENCE = re.compile(r"@([\w/]+)/[\w.]+")
-# A row of an ablation, also one that this run leaves out, and the stage 1 it starts from.
-_ROW_SCOPE = re.compile(r"^([\w/]+)/(?:hpgr\.)?row\.\w+ = ", re.MULTILINE)
-_STAGE1_SCOPE = re.compile(r"(?:^|/)(?:hpgr\.)?row\.stage1 = '([\w/]+)'", re.MULTILINE)
+__all__ = ["check_scopes", "config_scope", "operative_config_str"]
+
+_ROW = "hpgr.AblationRow"
 
 
 def check_scopes() -> None:
-    """Every scope of the configuration is an ablation row's, its stage 1's, or a reference's.
+    """Check the scopes of all `hpgr` bindings.
+
+    A scope is entered by a row of an ablation (also one that this run leaves out), by the stage 1
+    of a row, or by a reference such as `@scope/hpgr.Name()`.
 
     Raises:
-        ValueError: naming the scope, and those in use.
+        ConfigError: a scope with bindings that nothing enters, or a scope that is entered and has
+            no bindings.
     """
-    config = gin.config_str()
-    used = {
-        scope
-        for pattern in (_ROW_SCOPE, _STAGE1_SCOPE, _SCOPED_REFERENCE)
-        for scope in pattern.findall(config)
+    ours = {key: bound for key, bound in _CONFIG.items() if key[1].startswith("hpgr.")}
+    bound = {scope for scope, _ in ours if scope}
+    rows = {scope: values for (scope, name), values in ours.items() if name == _ROW}
+    stage1 = {values["stage1"] for values in rows.values() if values.get("stage1") is not None}
+    references = {
+        "/".join(reference.scopes)
+        for reference in iterate_references(ours)
+        if reference.scopes and reference.config_key[1].startswith("hpgr.")
     }
-    for scope in _SCOPED_BINDING.findall(config):
-        if scope not in used:
-            raise ValueError(
-                f"nothing reads the gin scope {scope!r} (a typo, or a row without "
-                f"hpgr.row.title); scopes in use: {sorted(used)}"
+    entered = {*rows, *stage1, *references}
+    for scope in sorted(entered - bound):
+        raise ConfigError(
+            f"gin scope {scope!r} is entered and has no bindings (a typo?); scopes with "
+            f"bindings: {sorted(bound)}"
+        )
+    for scope in sorted(bound):
+        if not any(f"{other}/".startswith(f"{scope}/") for other in entered):
+            raise ConfigError(
+                f"nothing enters the gin scope {scope!r} (a typo, or a row without "
+                f"hpgr.AblationRow.title); scopes in use: {sorted(entered)}"
             )

@@ -1,18 +1,17 @@
 """Data: logs on disk -> user sequences -> batches.
 
 reader -> EventTable -> build_log -> InteractionLog -> split -> PreparedData (cached) -> requests
--> batches. Every part is a gin configurable of module `hpgr`; `import hpgr_plugin.data` in a gin
-file makes them known. Needs pandas and pyarrow (extra `data`).
+-> batches. Needs pandas and pyarrow (extra `data`).
 """
 
 from hpgr_plugin.data.baselines import item_mean_scores
 from hpgr_plugin.data.batch import Batch, SequenceBatch
 from hpgr_plugin.data.batches import RequestLoader
-from hpgr_plugin.data.errors import DataError
+from hpgr_plugin.data.check_splits import check_sequences, check_splits
+from hpgr_plugin.data.events import DataError
 from hpgr_plugin.data.labels import LabelRule, label_column, rating_at_least
-from hpgr_plugin.data.log import CategoricalFeature, InteractionLog
+from hpgr_plugin.data.log import CategoricalFeature, InteractionLog, PreparedData
 from hpgr_plugin.data.prepare import prepare_data
-from hpgr_plugin.data.prepared import PreparedData
 from hpgr_plugin.data.readers.ebnerd import EBNeRDReader
 from hpgr_plugin.data.readers.kuairand import KuaiRandReader
 from hpgr_plugin.data.readers.movielens import MovieLensReader
@@ -44,6 +43,8 @@ __all__ = [
     "SyntheticTruth",
     "TableReader",
     "build_requests",
+    "check_sequences",
+    "check_splits",
     "item_mean_scores",
     "label_column",
     "prepare_data",

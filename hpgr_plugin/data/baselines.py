@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpgr_plugin.data.prepared import PreparedData
+from hpgr_plugin.data.log import TRAIN, PreparedData
 from hpgr_plugin.data.requests import RequestSettings, build_requests
-from hpgr_plugin.data.split import TRAIN
 
 
 class Scored(NamedTuple):
-    """Candidates of a split, in the order of its requests: what ranking_metrics takes.
+    """Scored candidates of a split, in the order of its requests: input of ranking_metrics.
 
     Attributes:
         labels: int8 [C].
@@ -27,18 +26,18 @@ class Scored(NamedTuple):
 
 def item_mean_scores(
     prepared: PreparedData,
-    split: str = "test",
+    split: str,
+    settings: RequestSettings,
     *,
-    settings: RequestSettings | None = None,
     prior_events: float = 20.0,
 ) -> Scored:
-    """The mean training label of each item, drawn to the overall mean.
+    """The mean training label of each item, shrunk towards the overall mean.
 
     Args:
         prepared: the data.
         split: whose requests are scored.
-        settings: of the requests; None: as gin has them.
-        prior_events: how many events the overall mean counts for.
+        settings: of the requests.
+        prior_events: weight of the overall mean, in events.
     """
     log = prepared.log
     train = prepared.is_candidate & (prepared.split == TRAIN)

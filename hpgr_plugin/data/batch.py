@@ -1,10 +1,11 @@
-"""What a host receives: jagged tensors of requests (ranking) or of sequences (pre-training)."""
+"""The batches that hosts take: jagged tensors of requests (ranking) or sequences (pre-training)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 _T = TypeVar("_T", bound="_OnDevice")
@@ -28,8 +29,8 @@ class _OnDevice:
 class Batch(_OnDevice):
     """B requests: a history and some candidates each. T history items, C candidates in all.
 
-    A history holds what happened strictly before the request's last (or first) candidate; a
-    host must still hide, for each candidate, the history items with t_i >= t_C.
+    A history holds events strictly before the request's last (or first) candidate; a host must
+    still hide, for each candidate, the history items with t_i >= t_C.
 
     Attributes:
         history_items: [T] int64, 0..num_items-1, oldest first.
@@ -82,3 +83,8 @@ class SequenceBatch(_OnDevice):
     timestamps: torch.Tensor
     offsets: torch.Tensor
     users: torch.Tensor
+
+
+def tensor(values: np.ndarray, dtype: type = np.int64) -> torch.Tensor:
+    """A writable tensor of a copy of the values, which may be a read-only memory map."""
+    return torch.from_numpy(np.array(values, dtype=dtype))

@@ -1,27 +1,29 @@
-"""Which requests or sequences go into which batch: shuffled, of like length, sharded, resumable."""
+"""Which requests go into which batch: shuffled, of similar length, sharded, resumable."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Generic, TypeVar
 
-import gin
 import numpy as np
 
-from hpgr_plugin.data.batch import Batch
-from hpgr_plugin.data.gather import gather_batch
-from hpgr_plugin.data.prepared import PreparedData
+from hpgr_plugin.data.batch import Batch, tensor
+from hpgr_plugin.data.log import PreparedData, concatenated_ranges, offsets_of
 from hpgr_plugin.data.requests import RequestSettings, build_requests
 
 _Item = TypeVar("_Item")
-# Lengths are sorted inside windows of so many batches: like lengths meet, and still by chance.
-_BATCHES_A_WINDOW = 32
+# Lengths are sorted inside windows of this many batches: similar lengths meet, still by chance.
+_BATCHES_PER_WINDOW = 32
 
 
-class BatchPlan:
-    """Cuts R examples of given lengths into batches.
+class Loader(ABC, Generic[_Item]):
+    """Batches of R examples of given lengths.
+
+    `batches(epoch, start)` repeats exactly: the same epoch gives the same batches, and `start`
+    skips the first ones without gathering them, which is how a run resumes.
 
     Args:
         lengths: [R] tokens of each example.
@@ -29,9 +31,10 @@ class BatchPlan:
         max_batch_size: most examples of a batch. None: no limit.
         shuffle: a new order each epoch, by (seed, epoch). False: by length, always the same.
         seed: of the shuffling.
-        rank, world_size: this process takes every world_size-th batch. Shuffled, all ranks
-            get the same number, and up to world_size - 1 batches sit an epoch out. Not
+        rank, world_size: this process takes every world_size-th batch. Shuffled, all ranks get
+            the same number, and up to world_size - 1 batches are left out of an epoch. Not
             shuffled, none is left out, and the first ranks may get one batch more.
+        prefetch: batches gathered ahead by a thread; 0: none.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class BatchPlan:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        prefetch: int = 2,
     ) -> None:
         if batch_tokens < 1 or (max_batch_size is not None and max_batch_size < 1):
             raise ValueError(
@@ -59,8 +63,36 @@ class BatchPlan:
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
+        self._prefetch = prefetch
 
-    def batches(self, epoch: int) -> list[np.ndarray]:
+    @abstractmethod
+    def gather(self, places: np.ndarray) -> _Item:
+        """The batch of the examples at these places, int64 [B]."""
+
+    def num_batches(self, epoch: int = 0) -> int:
+        """Batches of this rank in the epoch; differs slightly between epochs."""
+        return len(self._plan(epoch))
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[_Item]:
+        """The batches of the epoch from number `start` on, some of them gathered ahead."""
+        plan = self._plan(epoch)[start:]
+        if not self._prefetch:
+            yield from map(self.gather, plan)
+            return
+        waiting: deque[Future[_Item]] = deque()
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            try:
+                for places in plan:
+                    waiting.append(executor.submit(self.gather, places))
+                    if len(waiting) > self._prefetch:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _plan(self, epoch: int) -> list[np.ndarray]:
         """The batches of this rank: places of examples, int64 each."""
         if not self._shuffle:
             whole = self._cut(np.argsort(self._lengths, kind="stable"))
@@ -69,7 +101,7 @@ class BatchPlan:
         order = random.permutation(len(self._lengths))
         mean = max(1.0, float(self._lengths.mean())) if len(order) else 1.0
         batch_size = min(self._batch_tokens / mean, self._max_batch_size)
-        window = np.arange(len(order)) // max(1, int(batch_size * _BATCHES_A_WINDOW))
+        window = np.arange(len(order)) // max(1, int(batch_size * _BATCHES_PER_WINDOW))
         order = order[np.lexsort((self._lengths[order], window))]
         batches = self._cut(order)
         shares = len(batches) // self._world_size
@@ -94,23 +126,17 @@ class BatchPlan:
         return batches
 
 
-@gin.configurable(module="hpgr", denylist=["prepared", "split", "rank", "world_size"])
-class RequestLoader:
+class RequestLoader(Loader[Batch]):
     """Batches of the requests of one split.
-
-    `batches(epoch, start)` repeats exactly: the same epoch gives the same batches, and `start`
-    skips the first ones without gathering them, which is how a run resumes.
 
     Args:
         prepared: the data.
         split: "train" (shuffled by epoch) | "validation" | "test" (every request once over
-            all ranks, those of like length together).
-        settings: RequestSettings; None: as gin has them.
+            all ranks, those of similar length together).
+        settings: how candidates are grouped into requests.
         batch_tokens: most tokens of a batch, history and candidates together.
         max_batch_requests: most requests of a batch. None: no limit.
-        seed: of the shuffling.
-        rank, world_size: see BatchPlan.
-        prefetch: batches gathered ahead by a thread; 0: none.
+        seed, rank, world_size, prefetch: see Loader.
     """
 
     def __init__(
@@ -118,7 +144,7 @@ class RequestLoader:
         *,
         prepared: PreparedData,
         split: str,
-        settings: RequestSettings | None = None,
+        settings: RequestSettings,
         batch_tokens: int = 16384,
         max_batch_requests: int | None = None,
         seed: int = 0,
@@ -129,8 +155,7 @@ class RequestLoader:
         self.prepared = prepared
         self.split = split
         self.requests = build_requests(prepared, split, settings)
-        self._prefetch = prefetch
-        self._plan = BatchPlan(
+        super().__init__(
             self.requests.history_count + self.requests.candidate_count,
             batch_tokens=batch_tokens,
             max_batch_size=max_batch_requests,
@@ -138,37 +163,28 @@ class RequestLoader:
             seed=seed,
             rank=rank,
             world_size=world_size,
+            prefetch=prefetch,
         )
 
-    def num_batches(self, epoch: int = 0) -> int:
-        """Batches of this rank in the epoch; by a few different from epoch to epoch."""
-        return len(self._plan.batches(epoch))
-
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of the epoch from number `start` on."""
-
-        def gather(places: np.ndarray) -> Batch:
-            return gather_batch(self.prepared, self.requests.take(places))
-
-        return ahead(self._plan.batches(epoch)[start:], gather, self._prefetch)
-
-
-def ahead(
-    places: list[np.ndarray], gather: Callable[[np.ndarray], _Item], count: int
-) -> Iterator[_Item]:
-    """gather(p) for each p, in order, `count` of them computed ahead by one thread."""
-    if not count:
-        yield from map(gather, places)
-        return
-    waiting: deque[Future[_Item]] = deque()
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        try:
-            for place in places:
-                waiting.append(executor.submit(gather, place))
-                if len(waiting) > count:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    def gather(self, places: np.ndarray) -> Batch:
+        """The batch of the requests at these places, in their order."""
+        log, requests = self.prepared.log, self.requests.take(places)
+        history = self.prepared.history_rows[
+            concatenated_ranges(requests.history_start, requests.history_count)
+        ]
+        candidates = requests.all_candidate_rows()
+        return Batch(
+            history_items=tensor(log.item[history]),
+            history_timestamps=tensor(log.timestamp[history]),
+            history_actions=tensor(log.action[history]),
+            history_offsets=tensor(offsets_of(requests.history_count)),
+            candidate_items=tensor(log.item[candidates]),
+            candidate_timestamps=tensor(log.timestamp[candidates]),
+            candidate_labels=tensor(log.label[candidates], np.float32),
+            candidate_offsets=tensor(offsets_of(requests.candidate_count)),
+            users=tensor(requests.users),
+            user_features={
+                name: tensor(feature.codes[requests.users])
+                for name, feature in log.user_features.items()
+            },
+        )

@@ -8,15 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.events import EventTable, SideTable
+from hpgr_plugin.data.events import DataError, EventTable, SideTable
 from hpgr_plugin.data.log import (
     CategoricalFeature,
     InteractionLog,
+    offsets_of,
     sessions_per_user,
     vocabulary_digest,
 )
-from hpgr_plugin.data.ranges import offsets_of
 
 
 class BuiltLog(NamedTuple):
@@ -38,8 +37,8 @@ def build_log(
 ) -> BuiltLog:
     """Codes users, items and actions, applies the minimum counts and sorts.
 
-    The counts are taken once over the whole log, users and items together, and not repeated
-    until nothing changes: a user may end below the minimum because items went.
+    The counts are taken once, for users and items together, and not repeated: a user may end
+    below the minimum because some of its items were dropped.
 
     Args:
         events: what a reader returned.
@@ -72,7 +71,7 @@ def build_log(
         user_offsets=offsets_of(np.bincount(user, minlength=len(user_ids))),
         item=item.astype(np.int32),
         timestamp=events.timestamp[order],
-        action=action_codes.astype(np.int16),
+        action=action_codes.astype(np.int16 if len(kinds) <= 2**15 else np.int32),
         label=label[order],
         item_ids=item_ids,
         user_ids=user_ids,
@@ -115,7 +114,7 @@ def _sessions(user: np.ndarray, timestamp: np.ndarray, num_users: int, gap: int)
 
 
 def _compact(codes: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same without the ids that no event uses any more."""
+    """Codes and ids without the ids that no event uses any more."""
     used = np.bincount(codes, minlength=len(ids)) > 0
     return (np.cumsum(used) - 1)[codes], ids[used]
 

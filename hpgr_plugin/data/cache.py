@@ -1,12 +1,12 @@
-"""The cache of prepared data: written aside and renamed whole, so a kill leaves no half of it."""
+"""The cache of prepared data: one folder per log, renamed whole, its checksums checked at load."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -14,25 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.log import CategoricalFeature, InteractionLog
-from hpgr_plugin.data.prepared import PreparedData
+from hpgr_plugin.data.events import DataError
+from hpgr_plugin.data.log import CategoricalFeature, InteractionLog, PreparedData
 
-# Raise it when the meaning of a stored array changes: old entries are then never found.
-FORMAT = 1
-_LOG_ARRAYS = (
-    "user_offsets",
-    "item",
-    "timestamp",
-    "action",
-    "label",
-    "item_ids",
-    "user_ids",
-    "group",
-)
-_PART_ARRAYS = ("split", "is_history", "is_candidate")
-_META = "meta.json"
+# Raise it when the meaning of a stored array changes: older entries are then not found.
+FORMAT = 2
+_FEATURES = ("user_features", "item_features")
+_META, _CHECKSUMS = "meta.json", "checksums.json"
 
 
 def cache_key(sources: Sequence[Path], settings: dict[str, Any]) -> str:
@@ -47,14 +37,13 @@ def cache_key(sources: Sequence[Path], settings: dict[str, Any]) -> str:
 def file_digest(path: Path) -> str:
     """sha256 of the content."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for block in _blocks(path):
+        digest.update(block)
     return digest.hexdigest()
 
 
 def settings_of(component: Any) -> dict[str, Any]:
-    """Name and values of a frozen dataclass, without where its data lies."""
+    """Name and values of a frozen dataclass, without the paths of its data."""
     values = {
         f.name: getattr(component, f.name)
         for f in fields(component)
@@ -64,66 +53,83 @@ def settings_of(component: Any) -> dict[str, Any]:
 
 
 def load(entry: Path) -> PreparedData | None:
-    """The entry, its arrays mapped from the files; None where there is none.
+    """The entry, its arrays memory-mapped; None where there is none.
+
+    Every file is read once for its checksum, at about 1 GB per second.
 
     Raises:
-        DataError: the entry is damaged.
+        DataError: a file of the entry is damaged.
     """
-    if not (entry / _META).exists():
+    if not entry.exists():
         return None
+    name = _CHECKSUMS
     try:
+        for name, expected in json.loads((entry / _CHECKSUMS).read_text()).items():
+            if (found := _crc32(entry / name)) != expected:
+                raise ValueError(f"crc32 is {found:08x}, expected {expected:08x}")
+        name = _META
         meta = json.loads((entry / _META).read_text())
         arrays: dict[str, Any] = {name: _map(entry / f"{name}.npy") for name in meta["arrays"]}
-        features: dict[str, Any] = {
-            side: {
-                name: CategoricalFeature(_map(entry / f"{side}.{number}.npy"), num_values)
-                for number, (name, num_values) in enumerate(meta[side].items())
-            }
-            for side in ("user_features", "item_features")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        problem = f"damaged cache entry ({error}); delete its folder"
+        raise DataError(problem, file=entry / name) from error
+    log = meta["log"] | {
+        side: {
+            name: CategoricalFeature(arrays.pop(f"{side}.{number}"), num_values)
+            for number, (name, num_values) in enumerate(meta[side].items())
         }
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"damaged cache entry ({error}); delete the folder", file=entry) from error
-    parts = {name: arrays.pop(name) for name in _PART_ARRAYS}
-    log = InteractionLog(**arrays, **features, **meta["log"])
-    return PreparedData(log=log, **parts, dropped=meta["dropped"])
-
-
-def store(entry: Path, prepared: PreparedData, about: dict[str, Any]) -> None:
-    """Writes the entry; `about` goes into its meta.json for people to read."""
-    aside = entry.with_name(f"{entry.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True)
-    log = prepared.log
-    arrays = {name: getattr(log, name) for name in _LOG_ARRAYS if getattr(log, name) is not None}
-    arrays |= {name: getattr(prepared, name) for name in _PART_ARRAYS}
-    for name, array in arrays.items():
-        np.save(aside / f"{name}.npy", array)
-    meta: dict[str, Any] = {
-        "about": about,
-        "arrays": list(arrays),
-        "log": {
-            "num_actions": log.num_actions,
-            "item_vocabulary_digest": log.item_vocabulary_digest,
-        },
-        "dropped": prepared.dropped,
+        for side in _FEATURES
     }
-    for side in ("user_features", "item_features"):
-        features = getattr(log, side)
+    log |= {f.name: arrays.pop(f.name) for f in fields(InteractionLog) if f.name in arrays}
+    return PreparedData(log=InteractionLog(**log), **arrays, **meta["prepared"])
+
+
+def store(entry: Path, prepared: PreparedData) -> None:
+    """Writes the entry; its folder appears only when everything in it is written.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    aside = entry.with_name(f"{entry.name}.{os.getpid()}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        _write(aside, prepared)
+        aside.rename(entry)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        problem = f"the cache cannot be written ({error}); see hpgr.prepare_data.cache_dir"
+        raise DataError(problem, file=entry) from error
+
+
+def _write(folder: Path, prepared: PreparedData) -> None:
+    values = {f.name: getattr(prepared.log, f.name) for f in fields(InteractionLog)}
+    values |= {f.name: getattr(prepared, f.name) for f in fields(PreparedData) if f.name != "log"}
+    meta: dict[str, Any] = {}
+    for side in _FEATURES:
+        features = values.pop(side)
         meta[side] = {name: feature.num_values for name, feature in features.items()}
-        for number, feature in enumerate(features.values()):
-            np.save(aside / f"{side}.{number}.npy", feature.codes)
-    (aside / _META).write_text(json.dumps(meta, indent=1, default=str))
-    aside.rename(entry)
+        values |= {f"{side}.{n}": feature.codes for n, feature in enumerate(features.values())}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    meta |= {
+        "arrays": list(arrays),
+        "log": {name: values[name] for name in ("num_actions", "item_vocabulary_digest")},
+        "prepared": {name: values[name] for name in ("dropped", "settings")},
+    }
+    (folder / _META).write_text(json.dumps(meta, indent=1, default=str))
+    checksums = {path.name: _crc32(path) for path in sorted(folder.iterdir())}
+    (folder / _CHECKSUMS).write_text(json.dumps(checksums, indent=1))
 
 
 @contextmanager
 def exclusive(entry: Path) -> Iterator[None]:
-    """One process at a time for this entry; what a killed one left aside is removed.
+    """One process at a time for this entry; removes what a killed process left behind.
 
-    The lock is the kernel's and goes with the process that held it.
+    The lock is the operating system's and ends with the process that held it.
     """
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with entry.with_name(f"{entry.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(entry.with_name(f"{entry.name}.lock")):
         for leftover in entry.parent.glob(f"{entry.name}.*.tmp"):
             shutil.rmtree(leftover)
         yield
@@ -131,3 +137,16 @@ def exclusive(entry: Path) -> Iterator[None]:
 
 def _map(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    for block in _blocks(path):
+        checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            yield block

@@ -1,14 +1,44 @@
-"""What a reader hands over: the source's events in columns, ids still as the source has them."""
+"""What a reader returns: the source's events in columns, with the source's ids; and its error."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+
+from hpgr_plugin.errors import HpgrError
+
+_LONGEST_PROBLEM = 600
+
+
+class DataError(HpgrError):
+    """A source that cannot be read: names the file, the 1-based data row and the field.
+
+    The message is one line: control characters are escaped, and what is too long is cut.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | Path | None = None,
+        row: int | None = None,
+        field: str | None = None,
+    ) -> None:
+        where = [str(file)] if file is not None else []
+        where += [f"row {row}"] if row is not None else []
+        where += [f"field {field!r}"] if field is not None else []
+        if len(problem) > _LONGEST_PROBLEM:
+            problem = f"{problem[: _LONGEST_PROBLEM - 100]} ... {problem[-95:]}"
+        message = f"{', '.join(where)}: {problem}" if where else problem
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        self.file = file
+        self.row = row
+        self.field = field
 
 
 @dataclass(frozen=True)
@@ -32,8 +62,8 @@ class EventTable:
         user, item: [E] integers or text.
         timestamp: int64 [E] seconds.
         values: the fields that labels and actions are made of, [E] each.
-        candidate: bool [E]; False marks an event that is only ever history. None: all True.
-        group: int64 [E]; events shown together share a value. None: no such thing.
+        candidate: bool [E]; False: the event is only history. None: all True.
+        group: int64 [E]; events shown together share a value. None: unknown.
         dropped: file name -> number of bad rows left out.
     """
 
@@ -47,9 +77,21 @@ class EventTable:
     item_features: SideTable | None = None
     dropped: dict[str, int] = field(default_factory=dict)
 
+    def take(self, kept: np.ndarray) -> EventTable:
+        """The events where `kept`, bool [E]; side features and counts stay."""
+        return replace(
+            self,
+            user=self.user.filter(pa.array(kept)),
+            item=self.item.filter(pa.array(kept)),
+            timestamp=self.timestamp[kept],
+            values={name: value[kept] for name, value in self.values.items()},
+            candidate=None if self.candidate is None else self.candidate[kept],
+            group=None if self.group is None else self.group[kept],
+        )
+
 
 class Reader(Protocol):
-    """Anything prepare_data can read from; a frozen dataclass, so that it has settings."""
+    """What prepare_data reads from; a frozen dataclass, so that its settings key the cache."""
 
     def sources(self) -> list[Path]:
         """The files read, which together with the settings key the cache."""
@@ -61,5 +103,5 @@ class Reader(Protocol):
 
 
 def location(default: Any = None) -> Any:
-    """A reader's argument that says where the data lies: no part of its settings."""
+    """A field of a reader that holds a path, which is not part of the cache key."""
     return field(default=default, metadata={"location": True})

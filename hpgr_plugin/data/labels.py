@@ -4,29 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import gin
 import numpy as np
+
+from hpgr_plugin.data.events import DataError
 
 
 @dataclass(frozen=True)
 class LabelRule:
-    """label = 1 where `field` >= threshold, else 0."""
+    """label = 1 where `field` >= threshold, else 0; `binary`: the field takes only 0 and 1."""
 
     field: str
     threshold: float
+    binary: bool = False
 
     def labels(self, values: np.ndarray) -> np.ndarray:
-        """int8 [E] of values [E]."""
+        """int8 [E] of values [E].
+
+        Raises:
+            DataError: a binary field holds another value.
+        """
+        other = values[(values != 0) & (values != 1)] if self.binary else values[:0]
+        if len(other):
+            problem = f"takes 0 or 1 as a label, got {other[0]:g}; see hpgr.rating_at_least"
+            raise DataError(problem, field=self.field)
         return (values >= self.threshold).astype(np.int8)
 
 
-@gin.configurable(module="hpgr")
 def rating_at_least(threshold: float = 4.0, field: str = "rating") -> LabelRule:
     """A rating of at least `threshold` is a positive."""
     return LabelRule(field=field, threshold=threshold)
 
 
-@gin.configurable(module="hpgr")
 def label_column(field: str = "label") -> LabelRule:
     """The field holds the label itself, 0 or 1."""
-    return LabelRule(field=field, threshold=0.5)
+    return LabelRule(field=field, threshold=0.5, binary=True)

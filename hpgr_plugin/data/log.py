@@ -1,11 +1,16 @@
-"""The interaction log: every event of every user, once, in flat arrays."""
+"""The interaction log: every event of every user in flat arrays, and its split."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+
+SPLITS = ("train", "validation", "test")
+TRAIN, VALIDATION, TEST = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,10 @@ class InteractionLog:
         user_offsets: int64 [U + 1]; user u owns events user_offsets[u]:user_offsets[u + 1].
         item: int32 [E], 0..num_items-1. There is no padding item.
         timestamp: int64 [E] seconds.
-        action: int16 [E], 0..num_actions-1: what the user did, as the source codes it.
+        action: int16 [E] (int32 where there are more than 32,768), 0..num_actions-1: what the
+            user did, as the source codes it.
         label: int8 [E], 0 or 1.
-        item_ids: [V] the source's item ids; code v stands for item_ids[v].
+        item_ids: [V] the source's item ids, by code.
         user_ids: [U] the source's user ids.
         num_actions: number of distinct actions.
         item_vocabulary_digest: sha256 over item_ids in order: equal codes mean equal items.
@@ -72,8 +78,65 @@ class InteractionLog:
         return np.repeat(np.arange(self.num_users, dtype=np.int32), np.diff(self.user_offsets))
 
 
+@dataclass(frozen=True)
+class PreparedData:
+    """The log, and what each event is used for.
+
+    Attributes:
+        log: every event.
+        split: int8 [E], index into SPLITS.
+        is_history: bool [E]; events that later requests of the user may see.
+        is_candidate: bool [E]; events that are ranked.
+        dropped: file name -> bad rows left out.
+        settings: how it was made: reader, label rule, split rule and minimum counts.
+    """
+
+    log: InteractionLog
+    split: np.ndarray
+    is_history: np.ndarray
+    is_candidate: np.ndarray
+    dropped: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def history_rows(self) -> np.ndarray:
+        """Rows of the log that are history, int64 [H]."""
+        return np.flatnonzero(self.is_history)
+
+    @cached_property
+    def history_offsets(self) -> np.ndarray:
+        """User u owns history_rows[history_offsets[u]:history_offsets[u + 1]]; int64 [U + 1]."""
+        return offsets_of(self.is_history)[self.log.user_offsets]
+
+    def summary(self) -> str:
+        """One line: users, items, events and how the candidates are split."""
+        log = self.log
+        counts = np.bincount(self.split[self.is_candidate], minlength=len(SPLITS))
+        parts = ", ".join(f"{n:,} {name}" for n, name in zip(counts, SPLITS, strict=True))
+        positive = log.label[self.is_candidate].mean() if self.is_candidate.any() else 0.0
+        dropped = sum(self.dropped.values())
+        return (
+            f"{log.num_users:,} users, {log.num_items:,} items, {log.num_events:,} events; "
+            f"candidates: {parts}; {positive:.1%} positive"
+            + (f"; {dropped:,} bad rows dropped" if dropped else "")
+        )
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Offsets int64 [R + 1] of segments with these lengths [R]."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0]+1, ... (lengths[0] numbers), then the next: int64 [sum(lengths)]."""
+    offsets = offsets_of(lengths)
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+
+
 def vocabulary_digest(ids: np.ndarray) -> str:
-    """sha256 over the ids in order, as text: int32 and int64 ids of one value agree."""
+    """sha256 over the ids in order, as text, so that the integer type does not matter."""
     digest = hashlib.sha256()
     for identifier in ids.tolist():
         text = str(identifier).encode()

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpgr_plugin.data.cache import file_digest
-from hpgr_plugin.data.errors import DataError
+from hpgr_plugin.data.events import DataError
 
 WHEEL = "recbole==1.2.1"
 _INSIDE_WHEEL = "recbole/dataset_example/ml-100k"
@@ -33,7 +33,7 @@ _HEADER = b"user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 
 
 def fetch(out: Path, source: Path | None = None) -> Path:
-    """Puts the verified files into the folder `out`, all or none; nothing to do if they are there.
+    """Puts the verified files into the folder `out`, all or none; does nothing if they are there.
 
     Args:
         out: the folder; its name appears only when everything in it is verified.
@@ -61,13 +61,15 @@ def fetch(out: Path, source: Path | None = None) -> Path:
 
 
 def _from_wheel(folder: Path, aside: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-    done = subprocess.run([*command, str(aside), WHEEL], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    # Only a wheel: building a source distribution would run its code.
+    command += ["--only-binary=:all:", "--dest", str(aside), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(aside.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise DataError(
-            f"pip could not download {WHEEL} ({reason}); with a copy of the data at hand, "
+            f"pip could not download {WHEEL} ({reason}); if you have a copy of the data, "
             "name its folder in the environment variable ML100K"
         )
     with zipfile.ZipFile(wheels[0]) as wheel:

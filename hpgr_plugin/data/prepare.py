@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-
-import gin
-import numpy as np
+from typing import Any
 
 from hpgr_plugin.data import cache
 from hpgr_plugin.data.build import build_log
 from hpgr_plugin.data.events import Reader
 from hpgr_plugin.data.labels import LabelRule
-from hpgr_plugin.data.prepared import PreparedData
+from hpgr_plugin.data.log import PreparedData
 from hpgr_plugin.data.split import Split
 
 logger = logging.getLogger(__name__)
 
 
-@gin.configurable(module="hpgr")
 def prepare_data(
     *,
-    reader: Reader = gin.REQUIRED,
-    label: LabelRule = gin.REQUIRED,
-    split: Split = gin.REQUIRED,
+    reader: Reader,
+    label: LabelRule,
+    split: Split,
     action: str | None = None,
     history_events: str = "all",
     min_user_events: int = 1,
@@ -32,12 +29,12 @@ def prepare_data(
     session_gap_seconds: int = 1800,
     cache_dir: str | None = "cache",
 ) -> PreparedData:
-    """Reads, labels, codes, sorts and splits a log; the second time it comes from the cache.
+    """Reads, labels, codes, sorts and splits a log, or takes it from the cache.
 
     Args:
         reader: where the events come from, such as @hpgr.MovieLensReader().
-        label: which of them are positives, such as @hpgr.rating_at_least().
-        split: such as @hpgr.last_fraction_split().
+        label: which events are positives, such as @hpgr.rating_at_least().
+        split: such as @hpgr.LastFractionSplit().
         action: the field whose values become the actions of the history. None: the label.
         history_events: "all" | "positives": which events later requests may see.
         min_user_events, min_item_events: minimum counts, applied once (see build_log).
@@ -57,9 +54,7 @@ def prepare_data(
         "min_user_sessions": min_user_sessions,
         "session_gap_seconds": session_gap_seconds,
     }
-    if cache_dir is None:
-        return _prepare(reader, split, label, action, history_events, counts)
-    settings = {
+    settings: dict[str, Any] = {
         "reader": cache.settings_of(reader),
         "label": cache.settings_of(label),
         "split": cache.settings_of(split),
@@ -67,39 +62,31 @@ def prepare_data(
         "history_events": history_events,
         **counts,
     }
-    sources = reader.sources()
-    entry = Path(cache_dir).expanduser() / cache.cache_key(sources, settings)
+
+    def prepare() -> PreparedData:
+        events = reader.read(list(dict.fromkeys([label.field, action or label.field])))
+        labels = label.labels(events.values[label.field])
+        log, is_candidate = build_log(
+            events, label=labels, action=events.values[action] if action else labels, **counts
+        )
+        dropped = {file: count for file, count in events.dropped.items() if count}
+        for file, count in dropped.items():
+            logger.warning("%s: dropped %d bad rows", file, count)
+        return PreparedData(
+            log=log,
+            split=split.assign(log, is_candidate),
+            is_history=(log.label == 1) | (history_events == "all"),
+            is_candidate=is_candidate,
+            dropped=dropped,
+            settings=settings,
+        )
+
+    if cache_dir is None:
+        return prepare()
+    entry = Path(cache_dir).expanduser() / cache.cache_key(reader.sources(), settings)
     with cache.exclusive(entry):
-        if (found := cache.load(entry)) is not None:
-            return found
-        prepared = _prepare(reader, split, label, action, history_events, counts)
-        cache.store(entry, prepared, {"sources": [str(s) for s in sources], **settings})
-        found = cache.load(entry)
+        if (found := cache.load(entry)) is None:
+            cache.store(entry, prepare())
+            found = cache.load(entry)
     assert found is not None
     return found
-
-
-def _prepare(
-    reader: Reader,
-    split: Split,
-    label: LabelRule,
-    action: str | None,
-    history_events: str,
-    counts: dict[str, int],
-) -> PreparedData:
-    events = reader.read(list(dict.fromkeys([label.field, action or label.field])))
-    labels = label.labels(events.values[label.field])
-    log, is_candidate = build_log(
-        events, label=labels, action=events.values[action] if action else labels, **counts
-    )
-    dropped = {file: count for file, count in events.dropped.items() if count}
-    for file, count in dropped.items():
-        logger.warning("%s: dropped %d bad rows", file, count)
-    everything = np.ones(log.num_events, dtype=bool)
-    return PreparedData(
-        log=log,
-        split=split.assign(log, is_candidate),
-        is_history=everything if history_events == "all" else log.label == 1,
-        is_candidate=is_candidate,
-        dropped=dropped,
-    )

@@ -1,37 +1,33 @@
 """Requests: runs of one user's candidates, each with the history they share.
 
-A request is four numbers into the flat log. Nothing is copied until a batch is gathered.
+A request is four indices into the flat log; nothing is copied until a batch is gathered.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import gin
 import numpy as np
 
-from hpgr_plugin.data.prepared import PreparedData
-from hpgr_plugin.data.ranges import concatenated_ranges
-from hpgr_plugin.data.split import SPLITS, TRAIN
+from hpgr_plugin.data.log import SPLITS, TRAIN, PreparedData, concatenated_ranges
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class RequestSettings:
-    """How candidates are put together into requests.
+    """How candidates are grouped into requests.
 
     Args:
-        max_history: the most recent so many history events are kept.
-        max_candidates: most candidates of a request.
+        max_history: at most this many history events are kept, the most recent.
+        max_candidates: at most this many candidates per request.
         request_span_seconds: a request ends before the first candidate later than this many
             seconds after its first one. None: no such end.
-        history: "candidate": events strictly before the last candidate's second, so the host
+        history: "candidate": events strictly before the last candidate's time, so the host
             hides t_i >= t_C for each candidate, and earlier candidates of the request are
-            history of later ones. "request": events strictly before the first candidate's.
-            With either, max_history counts back from there, once a request.
+            history of later ones. "request": events strictly before the first candidate's time.
+            With either, max_history counts back from there, once per request.
         min_history: training requests with a shorter history are left out.
         min_history_in_evaluation: the same for validation and test.
-        max_train_candidates_per_user: only the most recent so many train. None: all.
+        max_train_candidates_per_user: at most this many are trained on, the most recent. None: all.
         train_fraction: train on this fraction of the requests, drawn by `seed`.
         seed: of that draw.
     """
@@ -101,19 +97,16 @@ class Requests:
         return self.candidate_rows[concatenated_ranges(self.candidate_start, self.candidate_count)]
 
 
-def build_requests(
-    prepared: PreparedData, split: str, settings: RequestSettings | None = None
-) -> Requests:
+def build_requests(prepared: PreparedData, split: str, settings: RequestSettings) -> Requests:
     """All requests of a split.
 
     Args:
         prepared: the data.
         split: "train", "validation" or "test".
-        settings: RequestSettings; None: as gin has them.
+        settings: how candidates are grouped.
     """
     if split not in SPLITS:
         raise ValueError(f"split is one of {', '.join(SPLITS)}, got {split!r}")
-    settings = settings or RequestSettings()
     code = SPLITS.index(split)
     rows = np.flatnonzero(prepared.is_candidate & (prepared.split == code))
     users = np.searchsorted(prepared.log.user_offsets, rows, side="right") - 1

@@ -1,26 +1,19 @@
-"""User sequences for masked item modelling: training events alone, cut to a length."""
+"""User sequences for masked item modelling: only training events, cut to a length."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import gin
 import numpy as np
 
-from hpgr_plugin.data.batch import SequenceBatch
-from hpgr_plugin.data.batches import BatchPlan, ahead
-from hpgr_plugin.data.gather import tensor
-from hpgr_plugin.data.prepared import PreparedData
-from hpgr_plugin.data.ranges import concatenated_ranges, offsets_of
-from hpgr_plugin.data.split import TRAIN
+from hpgr_plugin.data.batch import SequenceBatch, tensor
+from hpgr_plugin.data.batches import Loader
+from hpgr_plugin.data.log import TRAIN, PreparedData, concatenated_ranges, offsets_of
 
 
-@gin.configurable(module="hpgr", denylist=["prepared", "users", "rank", "world_size"])
-class SequenceLoader:
+class SequenceLoader(Loader[SequenceBatch]):
     """Batches of user sequences: the history events of the train split, nothing later.
 
     A sequence longer than max_length is cut from its recent end: the last chunk is full and
-    the oldest may be short. Chunks under min_length are left out.
+    the oldest may be short. Chunks shorter than min_length are left out.
 
     Args:
         prepared: the data.
@@ -28,9 +21,7 @@ class SequenceLoader:
         min_length: fewest events of a chunk.
         batch_tokens: most events of a batch.
         users: bool [U], whose sequences; None: everyone's.
-        seed: of the shuffling, as in RequestLoader.
-        rank, world_size: see BatchPlan.
-        prefetch: batches gathered ahead by a thread; 0: none.
+        seed, rank, world_size, prefetch: see Loader.
     """
 
     def __init__(
@@ -51,15 +42,20 @@ class SequenceLoader:
                 f"max_length and min_length are 1 or more, got {max_length} and {min_length}"
             )
         self.prepared = prepared
+        self.min_length = min_length
         in_train = prepared.is_history & (prepared.split == TRAIN)
         if users is not None:
             in_train &= users[prepared.log.event_users()]
         self._rows = np.flatnonzero(in_train)
         offsets = offsets_of(in_train)[prepared.log.user_offsets]
-        self._users, self._starts, self._lengths = _chunks(offsets, max_length, min_length)
-        self._prefetch = prefetch
-        self._plan = BatchPlan(
-            self._lengths, batch_tokens=batch_tokens, seed=seed, rank=rank, world_size=world_size
+        self._users, self._starts, lengths = _chunks(offsets, max_length, min_length)
+        super().__init__(
+            lengths,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            prefetch=prefetch,
         )
 
     @property
@@ -67,15 +63,8 @@ class SequenceLoader:
         """Chunks of all users."""
         return len(self._users)
 
-    def num_batches(self, epoch: int = 0) -> int:
-        """Batches of this rank in the epoch; by a few different from epoch to epoch."""
-        return len(self._plan.batches(epoch))
-
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[SequenceBatch]:
-        """The batches of the epoch from number `start` on."""
-        return ahead(self._plan.batches(epoch)[start:], self._gather, self._prefetch)
-
-    def _gather(self, places: np.ndarray) -> SequenceBatch:
+    def gather(self, places: np.ndarray) -> SequenceBatch:
+        """The batch of the chunks at these places, in their order."""
         lengths = self._lengths[places]
         rows = self._rows[concatenated_ranges(self._starts[places], lengths)]
         return SequenceBatch(

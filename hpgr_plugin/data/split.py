@@ -11,25 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import gin
 import numpy as np
 
-from hpgr_plugin.data.log import InteractionLog
-from hpgr_plugin.data.ranges import offsets_of
-
-SPLITS = ("train", "validation", "test")
-TRAIN, VALIDATION, TEST = 0, 1, 2
+from hpgr_plugin.data.log import InteractionLog, offsets_of
 
 
 class Split(Protocol):
-    """A rule; a frozen dataclass, so that it has settings."""
+    """A rule for splitting; a frozen dataclass, so that its settings are part of the cache key."""
 
     def assign(self, log: InteractionLog, is_candidate: np.ndarray) -> np.ndarray:
         """int8 [E]: TRAIN, VALIDATION or TEST."""
         ...
 
 
-@gin.configurable("global_time_split", module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class GlobalTimeSplit:
     """The last `test` of all candidates in time, and `validation` before it.
@@ -45,7 +39,7 @@ class GlobalTimeSplit:
         _check_fractions(self.test, self.validation)
 
     def assign(self, log: InteractionLog, is_candidate: np.ndarray) -> np.ndarray:
-        """By the time of the event alone."""
+        """Depends only on the time of the event."""
         times = np.sort(log.timestamp[is_candidate])
         code = np.zeros(log.num_events, dtype=np.int8)
         for fraction in (self.test + self.validation, self.test):
@@ -55,7 +49,6 @@ class GlobalTimeSplit:
         return code
 
 
-@gin.configurable("last_fraction_split", module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class LastFractionSplit:
     """The last `test` of each user's candidates, and `validation` before it, both rounded."""
@@ -74,7 +67,6 @@ class LastFractionSplit:
         return _assign_last(log, is_candidate, num_test, num_validation)
 
 
-@gin.configurable("last_n_split", module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class LastNSplit:
     """The last `test` candidates of each user, and `validation` candidates before them."""
@@ -129,7 +121,7 @@ def _whole_groups(
 
 
 def _places(log: InteractionLog, is_candidate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many of the user's candidates come before each event [E]; how many there are [U]."""
+    """Candidates of the user before each event [E], and candidates of each user [U]."""
     before = offsets_of(is_candidate)
     first = before[log.user_offsets[:-1]]
     counts = before[log.user_offsets[1:]] - first

@@ -1,10 +1,10 @@
 """A log whose right answers are known: planted sessions and planted preferences.
 
-Items fall into clusters, and every user likes some of them. The old part of a history shows
+Items fall into clusters, and every user likes some of them. The oldest part of a history shows
 the taste: events on tasting clusters, positive where the user likes the cluster. Then follow
 distractors, from clusters that no candidate comes from. The candidates come last, from tasting
-clusters: the label is known only to who finds, among many recent distractors, the old events of
-the candidate's cluster. Sessions are parted by a gap longer than any inside them.
+clusters: predicting their labels takes the old events of the candidate's cluster, behind many
+recent distractors. Sessions are separated by a longer gap than any inside them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gin
 import numpy as np
 import pyarrow as pa
 
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.events import EventTable
+from hpgr_plugin.data.events import DataError, EventTable
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class SyntheticTruth:
         event_item: int64 [E] item id of each event.
         event_user: int64 [E] user id of each event.
         session_start: bool [E].
-        tells: bool [E]; events of the old part, which show the taste.
+        tells: bool [E]; events of the oldest part, which show the taste.
     """
 
     item_cluster: np.ndarray
@@ -48,10 +46,9 @@ class SyntheticTruth:
         return np.flatnonzero(same_user & self.tells & (cluster == cluster[event]))
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class SyntheticReader:
-    """Makes the log; the field for labels and actions is `is_click`.
+    """Generates the log; the field for labels and actions is `is_click`.
 
     Args:
         num_users: users, ids 0..num_users-1.
@@ -60,12 +57,12 @@ class SyntheticReader:
         items_per_cluster: item id i lies in cluster i // items_per_cluster.
         liked_clusters: how many tasting clusters each user likes.
         tells_per_cluster: old events of each user on each tasting cluster.
-        distractors: events of each user between the old part and the candidates; their label
-            is a coin.
+        distractors: events of each user between the oldest part and the candidates; their
+            label is random.
         candidates: candidate events of each user.
-        session_length: events of a session.
+        session_length: events per session.
         session_gap_seconds: pause between sessions; more than the 60 s inside them.
-        label_noise: probability that a candidate's label is turned round.
+        label_noise: probability that a candidate's label is flipped.
         seed: of everything.
     """
 
@@ -96,7 +93,7 @@ class SyntheticReader:
         """The events, users ascending, each in time."""
         for name in fields:
             if name != "is_click":
-                raise DataError("the synthetic log has the field 'is_click' alone", field=name)
+                raise DataError("the synthetic log has only the field 'is_click'", field=name)
         truth, label = self._make()
         place = np.tile(np.arange(self._events_per_user), self.num_users)
         return EventTable(

@@ -1,26 +1,26 @@
-"""What an adapter relies on in its host, written down as data and checked when it attaches.
+"""Checks the host when an adapter attaches: its commit, its imports and its signatures.
 
-A host adapter subclasses and calls code of a project that moves. Each adapter lists every name
-it touches as a `Requirement`; `require` looks all of them up, and when the host has moved it
-says exactly what is missing and which commits of the host are known to work. Nothing here
-imports a host before `check` is called.
+An adapter subclasses and calls code of a project that moves. `requirements.py` lists, per adapter,
+the names it imports and the parameters it passes. `require` imports them all and, if the host has
+moved or a package is missing, stops with everything that is wrong and the commits that are tested.
 """
 
-import hashlib
-import importlib
 import importlib.util
 import inspect
+import pkgutil
 import subprocess
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
-HOST_PACKAGE = "generative_recommenders"
+from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.hosts.requirements import HOST_PACKAGE, Requirement
+from hpgr_plugin.patches.checkout import blob_id
+
 HOST_URL = "https://github.com/meta-recsys/generative-recommenders"
 
-# The commits every adapter is tested on, newest first, each with the blob ids (as git computes
-# them) of files of the package that tell it apart: a copy without .git is recognised too.
+# The tested commits, newest first, each with the git blob ids of the files that tell it from
+# others, so that a copy without .git is recognised too.
 KNOWN_COMMITS: dict[str, dict[str, str]] = {
     "db1bf8f": {
         "modules/dlrm_hstu.py": "7f841067e2f5081c6e3d0f2c3218ab6363cbc793",
@@ -38,41 +38,24 @@ KNOWN_COMMITS: dict[str, dict[str, str]] = {
     },
 }
 
-Kind = Literal["class", "function", "value", "field"]
+# Packages that the host imports, and what to give to pip for each.
+PIP_NAMES = {
+    "fbgemm_gpu": "fbgemm-gpu-cpu",
+    "torchrec": "torchrec",
+    "triton": "triton",
+    "tensordict": "tensordict",
+    "pyre_extensions": "pyre-extensions",
+    "torchmetrics": "torchmetrics==1.0.3",
+    "pandas": "pandas",
+    "tensorboard": "tensorboard",
+}
 
 
-@dataclass(frozen=True)
-class Requirement:
-    """One name of the host that an adapter uses.
-
-    Args:
-        module: dotted module path, such as "generative_recommenders.modules.stu".
-        name: a name in it; a dot reaches into a class ("STULayer.forward").
-        kind: "class" and "function" are callables whose `parameters` are looked up (a class:
-            those of its constructor); "value" is any other module attribute; "field" is an
-            attribute that the class's constructor sets on the instance ("STULayer._num_heads").
-        parameters: parameter names it must take; "a|b" means either.
-    """
-
-    module: str
-    name: str
-    kind: Kind
-    parameters: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {get_args(Kind)}, got {self.kind!r}")
-        if self.parameters and self.kind not in ("class", "function"):
-            raise ValueError(f"parameters belong to a class or function, not to a {self.kind}")
-        if self.kind == "field" and "." not in self.name:
-            raise ValueError(f"a field is named Class.attribute, got {self.name!r}")
-
-
-class HostContractError(ImportError):
-    """The host is absent, or is not the one an adapter was written for.
+class HostContractError(HpgrError, ImportError):
+    """The host or one of its packages is missing, or the host lacks a name the adapter uses.
 
     Attributes:
-        problems: one line for every requirement that is not met.
+        problems: One line for every requirement that is not met.
     """
 
     def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
@@ -80,73 +63,68 @@ class HostContractError(ImportError):
         self.problems = problems
 
 
-@dataclass(frozen=True)
-class HostVersion:
-    """What can be known of the host on the path.
+class HostVersion(NamedTuple):
+    """What is known about the host on the path.
 
     Attributes:
-        root: the checkout's top folder, None if the host is absent or has no files.
-        commit: short commit id, None if it cannot be told.
-        source: "files" (blob ids of a known commit), "git" (HEAD of the checkout; its files
-            may be edited, by the project's own patch series for one) or "unknown".
+        root: The checkout's top folder, None if there is no host.
+        commit: Short commit id, None if it cannot be told.
+        source: "files" if the files are those of a tested commit, "git" if the commit is HEAD of
+            an unedited checkout, "edited" if files differ from HEAD (the patch series edits some),
+            "unknown" otherwise.
     """
 
     root: Path | None
     commit: str | None
-    source: Literal["files", "git", "unknown"]
+    source: Literal["files", "git", "edited", "unknown"]
 
     def __str__(self) -> str:
-        if self.commit is None:
-            return f"version unknown, at {self.root}"
-        edited = "" if self.source == "files" else ", files differ from that commit"
-        return f"commit {self.commit}{edited}, at {self.root}"
-
-
-def check(requirements: Iterable[Requirement]) -> list[str]:
-    """Look every requirement up in the host.
-
-    Returns:
-        One line for each requirement not met, naming what is missing; empty if all hold.
-    """
-    problems: list[str] = []
-    unimportable: set[str] = set()
-    for requirement in requirements:
-        if requirement.module in unimportable:
-            continue
-        try:
-            module = importlib.import_module(requirement.module)
-        except Exception as error:  # a host module may die of anything at import
-            unimportable.add(requirement.module)
-            problems.append(
-                f"{requirement.module}: does not import ({type(error).__name__}: {error})"
-            )
-            continue
-        problem = _problem(requirement, module)
-        if problem is not None:
-            problems.append(f"{requirement.module}.{requirement.name}: {problem}")
-    return problems
+        described = {
+            "files": f"commit {self.commit}",
+            "git": f"another commit, {self.commit}",
+            "edited": f"commit {self.commit} with edited files",
+            "unknown": "version unknown",
+        }
+        return f"{described[self.source]}, at {self.root}"
 
 
 def require(adapter: str, requirements: Iterable[Requirement]) -> None:
-    """Check `requirements` and stop with everything that is missing.
+    """Check `requirements` and stop with everything that is not met.
 
     Raises:
-        HostContractError: the host is not importable, or some requirement is not met.
+        HostContractError: The host is not on the path, one of its packages is not installed, or
+            the host lacks a required name or parameter.
     """
     if importlib.util.find_spec(HOST_PACKAGE) is None:
         raise HostContractError(f"{adapter}: no {HOST_PACKAGE} on the path. {how_to_get_host()}")
-    problems = check(requirements)
+    try:
+        problems = check(requirements)
+    except ModuleNotFoundError as error:
+        raise HostContractError(f"{adapter}: {_missing_packages(str(error.name))}") from error
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise HostContractError(
-            f"{adapter}: the host ({host_version()}) lacks what this adapter relies on:\n"
-            f"{listed}\nKnown to work: commits {', '.join(KNOWN_COMMITS)} of {HOST_URL}",
+            f"{adapter}: the host ({host_version()}) lacks what this adapter uses:\n"
+            f"{listed}\nTested: commits {', '.join(KNOWN_COMMITS)} of {HOST_URL}",
             tuple(problems),
         )
 
 
+def check(requirements: Iterable[Requirement]) -> list[str]:
+    """Look up every requirement in the host.
+
+    Returns:
+        One line for each requirement that is not met; empty if all are.
+
+    Raises:
+        ModuleNotFoundError: A package other than the host is not installed.
+    """
+    problems = map(_problem, requirements)
+    return list(dict.fromkeys(problem for problem in problems if problem))
+
+
 def how_to_get_host() -> str:
-    """One line: how to put the host on the path."""
+    """How to put the host on the path, in one line."""
     return (
         f"The host is not on a package registry: git clone {HOST_URL}, "
         f"check out {next(iter(KNOWN_COMMITS))} and add the folder to PYTHONPATH"
@@ -154,92 +132,69 @@ def how_to_get_host() -> str:
 
 
 def host_version() -> HostVersion:
-    """Tell the host's commit from its files, else from its git checkout, else not at all."""
+    """The host's commit, from its files if they are those of a tested commit, else from git."""
     root = _host_root()
     if root is None:
         return HostVersion(None, None, "unknown")
     for commit, blobs in KNOWN_COMMITS.items():
-        if all(_blob_id(root / HOST_PACKAGE / path) == blob for path, blob in blobs.items()):
+        if all(blob_id(root / HOST_PACKAGE / path) == blob for path, blob in blobs.items()):
             return HostVersion(root, commit, "files")
-    commit_of_head = _git_head(root)
-    if commit_of_head is None:
+    # Only a repository of the host's own: the folder may lie inside another one.
+    head = _git(root, "rev-parse", "--short=7", "HEAD") if (root / ".git").exists() else None
+    if head is None:
         return HostVersion(root, None, "unknown")
-    return HostVersion(root, commit_of_head, "git")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", HOST_PACKAGE)
+    return HostVersion(root, head, "edited" if changed else "git")
 
 
 def accepts(function: Callable[..., Any], parameter: str) -> bool:
-    """Whether `function` takes `parameter` by name (gin's wrapper and **kwargs looked through)."""
+    """Whether `function` takes `parameter` by name; gin's wrappers are looked through."""
     return parameter in inspect.signature(function).parameters
 
 
-def _problem(requirement: Requirement, module: Any) -> str | None:
-    """Why `requirement` does not hold in the imported `module`, or None."""
-    if requirement.kind == "field":
-        return _field_problem(requirement, module)
-    found = _lookup(module, requirement.name)
-    if found is None:
-        return "not there"
-    if requirement.kind == "class" and not inspect.isclass(found):
-        return f"is a {type(found).__name__}, not a class"
-    if requirement.kind == "function" and not callable(found):
-        return f"is a {type(found).__name__}, not a function"
-    missing = [
-        choice
-        for choice in requirement.parameters
-        if not any(accepts(found, name) for name in choice.split("|"))
-    ]
-    if missing:
-        return f"takes no parameter {', '.join(missing)}"
-    return None
+def _problem(requirement: Requirement) -> str | None:
+    """Why `requirement` does not hold, or None; an absent package raises."""
+    name = f"{requirement.module}.{requirement.name}"
+    try:
+        found = pkgutil.resolve_name(f"{requirement.module}:{requirement.name}")
+    except AttributeError as error:
+        return f"{name}: not there ({error})"
+    except Exception as error:  # importing a host module can fail in any way
+        if _names_another_package(error):
+            raise
+        return f"{requirement.module}: does not import ({type(error).__name__}: {error})"
+    missing = [wanted for wanted in requirement.parameters if not accepts(found, wanted)]
+    return f"{name}: takes no parameter {', '.join(missing)}" if missing else None
 
 
-def _field_problem(requirement: Requirement, module: Any) -> str | None:
-    owner_name, _, field = requirement.name.rpartition(".")
-    owner = _lookup(module, owner_name)
-    if not inspect.isclass(owner):
-        return f"there is no class {owner_name}"
-    # Attributes that a constructor sets exist only on instances; their names are in its code.
-    for base in owner.__mro__:
-        if field in base.__dict__:
-            return None
-        constructor = base.__dict__.get("__init__")
-        code = getattr(inspect.unwrap(constructor), "__code__", None) if constructor else None
-        if code is not None and field in code.co_names:
-            return None
-    return f"{owner_name}'s constructor sets no {field}"
+def _names_another_package(error: Exception) -> bool:
+    """Whether `error` says that a package, not a part of the host, is missing."""
+    return isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(HOST_PACKAGE)
 
 
-def _lookup(module: Any, dotted: str) -> Any:
-    found = module
-    for part in dotted.split("."):
-        found = getattr(found, part, None)
-    return found
+def _missing_packages(first: str) -> str:
+    """One line: the packages of the host that are not installed, and how to install them."""
+    absent = [name for name in PIP_NAMES if importlib.util.find_spec(name) is None]
+    package = first.partition(".")[0]
+    absent += [package] if package not in absent else []
+    pip_names = " ".join(PIP_NAMES.get(name, name) for name in absent)
+    return (
+        f"the host needs packages that are not installed: {', '.join(absent)}. pip install "
+        f"--no-deps {pip_names}, in the versions that match torch"
+    )
 
 
 def _host_root() -> Path | None:
     spec = importlib.util.find_spec(HOST_PACKAGE)
     if spec is None:
         return None
-    places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or [])
-    if not places:
-        return None
-    place = Path(places[0])
-    return (place.parent if spec.origin else place).parent
+    folders = spec.submodule_search_locations
+    return Path(folders[0]).parent if folders else None
 
 
-def _blob_id(path: Path) -> str | None:
-    """The id git gives a file's content, None if there is no such file."""
-    if not path.is_file():
-        return None
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def _git_head(root: Path) -> str | None:
-    """Short id of HEAD if `root` is the top of a git checkout (not a folder inside another)."""
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "rev-parse", "--short=7", "HEAD"]
+def _git(root: Path, *arguments: str) -> str | None:
+    """The output of a git command in `root`, None if it fails."""
+    command = ["git", "-C", str(root), *arguments]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):

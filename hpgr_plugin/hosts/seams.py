@@ -1,80 +1,75 @@
-"""The clean seams that the project's patch series adds to the host.
+"""The seams that the project's patch series adds to the host, see `patches/README.md`.
 
-With the series applied an adapter uses these instead of replacing names in the host's modules;
-without it every answer here is False. One entry a patch, see `patches/README.md`.
+With the series applied, an adapter uses them instead of replacing names in the host's modules.
 """
 
-import importlib
-from collections.abc import Callable, Mapping
-from types import ModuleType
-from typing import Literal, get_args
+import contextlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from hpgr_plugin.hosts.contract import HOST_PACKAGE, accepts
+import gin
 
-Seam = Literal[
-    "research_cpu",  # 0001: train_fn and main.py without a GPU
-    "encoders",  # 0002: encoder_utils.ENCODERS
-    "input_preproc_cls",  # 0003: train_fn(input_preproc_cls=)
-    "param_groups_fn",  # 0003: train_fn(param_groups_fn=), "lr_scale" in a group
-    "model_cls",  # 0004: make_model(model_cls=)
-    "gin_file",  # 0005: train_ranker --gin_file
-    "dlrm_classes",  # 0006: DlrmHSTU.stu_layer_cls, positional_encoder_cls, ...
-    "value_scale",  # 0007: STULayer.forward(value_scale=), STUStack.forward(value_scale=)
-    "lr_scale",  # 0008: make_optimizer_and_shard honours a parameter's lr_scale, and calls
-    # a module's after_sharding()
-    "ranking_cpu",  # 0009: train_ranker and U.setup without a GPU
-]
+from hpgr_plugin.hosts.contract import accepts
+from hpgr_plugin.hosts.requirements import HOST_PACKAGE
 
 
-def host_has_seam(name: Seam) -> bool:
+def _takes(parameter: str) -> Callable[[Any], bool]:
+    return lambda function: accepts(function, parameter)
+
+
+def _contains(text: str) -> Callable[[Any], bool]:
+    return lambda function: text in function.__code__.co_consts
+
+
+def _has(name: str) -> Callable[[Any], bool]:
+    return lambda owner: hasattr(owner, name)
+
+
+_RETRIEVAL, _RANKING = "research.trainer.train", "dlrm_v3.train.utils"
+# Seam -> a name of the host, and what is true of it only with the patch of that number.
+_SEAMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "research_cpu": (f"{_RETRIEVAL}:setup", _contains("gloo")),  # 0001
+    "encoders": ("research.modeling.sequential.encoder_utils:", _has("ENCODERS")),  # 0002
+    "input_preproc_cls": (f"{_RETRIEVAL}:train_fn", _takes("input_preproc_cls")),  # 0003
+    "param_groups_fn": (f"{_RETRIEVAL}:train_fn", _takes("param_groups_fn")),  # 0003
+    "model_cls": (f"{_RANKING}:make_model", _takes("model_cls")),  # 0004
+    "gin_file": ("dlrm_v3.train.train_ranker:get_args", _contains("--gin_file")),  # 0005
+    "dlrm_classes": ("modules.dlrm_hstu:DlrmHSTU", _has("stu_layer_cls")),  # 0006
+    "value_scale": ("modules.stu:STULayer.forward", _takes("value_scale")),  # 0007
+    "lr_scale": (f"{_RANKING}:", _has("scaled_groups")),  # 0008, also `after_sharding`
+    "ranking_cpu": (f"{_RANKING}:setup", _contains("gloo")),  # 0009
+}
+
+
+def host_has_seam(name: str) -> bool:
     """Whether the host on the path has the seam `name`.
 
     Raises:
-        ValueError: no such seam.
+        ValueError: There is no such seam.
     """
-    if name not in get_args(Seam):
-        raise ValueError(f"name must be one of {get_args(Seam)}, got {name!r}")
-    module, present = _PROBES[name]
-    return present(importlib.import_module(f"{HOST_PACKAGE}.{module}"))
+    if name not in _SEAMS:
+        raise ValueError(f"name must be one of {sorted(_SEAMS)}, got {name!r}")
+    place, is_there = _SEAMS[name]
+    return is_there(pkgutil.resolve_name(f"{HOST_PACKAGE}.{place}"))
 
 
-def _research_cpu(train: ModuleType) -> bool:
-    # The patch asks for gloo in setup(); the host as it stands knows "nccl" alone.
-    return "gloo" in train.setup.__code__.co_consts
+@contextlib.contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Inside, the attributes of `owner` named by `values` have other values."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
-def _ranking_cpu(utils: ModuleType) -> bool:
-    return "gloo" in utils.setup.__code__.co_consts
-
-
-def _gin_file(train_ranker: ModuleType) -> bool:
-    return "--gin_file" in train_ranker.get_args.__code__.co_consts
-
-
-_PROBES: Mapping[Seam, tuple[str, Callable[[ModuleType], bool]]] = {
-    "research_cpu": ("research.trainer.train", _research_cpu),
-    "encoders": (
-        "research.modeling.sequential.encoder_utils",
-        lambda module: hasattr(module, "ENCODERS"),
-    ),
-    "input_preproc_cls": (
-        "research.trainer.train",
-        lambda module: accepts(module.train_fn, "input_preproc_cls"),
-    ),
-    "param_groups_fn": (
-        "research.trainer.train",
-        lambda module: accepts(module.train_fn, "param_groups_fn"),
-    ),
-    "model_cls": ("dlrm_v3.train.utils", lambda module: accepts(module.make_model, "model_cls")),
-    "gin_file": ("dlrm_v3.train.train_ranker", _gin_file),
-    "dlrm_classes": (
-        "modules.dlrm_hstu",
-        lambda module: hasattr(module.DlrmHSTU, "stu_layer_cls"),
-    ),
-    "value_scale": (
-        "modules.stu",
-        lambda module: accepts(module.STULayer.forward, "value_scale"),
-    ),
-    "lr_scale": ("dlrm_v3.train.utils", lambda module: hasattr(module, "scaled_groups")),
-    "ranking_cpu": ("dlrm_v3.train.utils", _ranking_cpu),
-}
+def is_bound(parameter: str) -> bool:
+    """Whether gin's configuration gives `parameter` ("configurable.name") a value."""
+    try:
+        return gin.query_parameter(parameter) is not None
+    except ValueError:
+        return False

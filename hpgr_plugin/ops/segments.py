@@ -1,7 +1,7 @@
 """Softmax attention inside the segments of a jagged tensor, padded in buckets.
 
-Segments are sorted by length and cut into buckets that waste at most `PADDING_BUDGET` of their
-slots; each bucket is padded and attended on its own.
+Segments are sorted by length and cut into buckets in which at most `PADDING_BUDGET` of the slots
+are padding; every bucket is padded and attended by itself.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hpgr_plugin.ops.jagged import complete_cumsum, dense_to_jagged, jagged_to_padded_dense, ranges
 
 PADDING_BUDGET = 0.2  # share of a bucket's slots that may be padding
-# On CUDA a launch costs more than this many slots: so many are one bucket, padded or not.
+# On CUDA a launch costs more than this many slots: up to here they are one bucket, however padded.
 SMALL_BUCKET_SLOTS_CUDA = 2**15
 MAX_BUCKET_ROWS = 16384  # batch x heads stays inside the launch grid of every attention kernel
-# Not cuDNN's: it compiles a plan for every new shape, and bucket shapes are new at every step.
+# Without cuDNN: it compiles a plan for every new shape, and bucket shapes are new at every step.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Bucket(NamedTuple):
-    """Segments of nearly one length that are padded and attended together.
+    """Segments of similar length that are padded and attended together.
 
     Attributes:
         offsets: int64 `[R + 1]` into the bucket's own tokens.
         num_tokens: tokens in the bucket.
         width: length of the longest segment.
         mask: bool, True where a query may look, broadcastable to `[R, heads, width, width]`, or
-            None where every slot (or, if `is_causal`, every earlier slot) may be seen.
-        is_causal: look at oneself and backwards only (when `mask` is None).
+            None where it may look at every slot (if `is_causal`, at its own and earlier ones).
+        is_causal: whether queries look at their own and earlier slots only; False with a `mask`.
     """
 
     offsets: Tensor
@@ -47,10 +47,10 @@ class SegmentLayout(NamedTuple):
     """How `[T]` tokens of S segments are ordered and cut for attention.
 
     Attributes:
-        order: int64 `[T]`, tokens with the longest segments first.
-        inverse: int64 `[T]`, back to the given order.
+        order: int64 `[T]`, the given tokens with the longest segments first.
+        inverse: int64 `[T]`, the place of every given token in that order.
         starts: int64 `[S]`, where the segments start in that order, ascending.
-        segment_inverse: int64 `[S]`, of every given segment, its place in `starts`.
+        segment_inverse: int64 `[S]`, the place of every given segment in `starts`.
         buckets: consecutive slices of the ordered tokens.
     """
 
@@ -62,7 +62,7 @@ class SegmentLayout(NamedTuple):
 
     @property
     def num_slots(self) -> int:
-        """Slots after padding; the padding share is `1 - T / num_slots`."""
+        """Slots after padding; the share of padding is `1 - T / num_slots`."""
         return sum((bucket.offsets.numel() - 1) * bucket.width for bucket in self.buckets)
 
 
@@ -72,16 +72,16 @@ def plan_buckets(
     padding_budget: float = PADDING_BUDGET,
     small_slots: int = 0,
 ) -> list[tuple[int, int, int]]:
-    """Cut segments, longest first, into buckets of `(rows, tokens, width)`.
-
-    A bucket grows while its padding stays within `padding_budget` of its slots, or it has at most
-    `small_slots` of them.
+    """Cut segments, longest first, into buckets.
 
     Args:
         lengths: distinct positive lengths, descending.
         counts: how many segments have each length.
-        padding_budget: the largest share of a bucket that may be padding.
-        small_slots: up to so many slots are one bucket, whatever its padding.
+        padding_budget: largest share of padding among the slots of a bucket.
+        small_slots: up to this number of slots the budget does not apply.
+
+    Returns:
+        `(rows, tokens, width)` of every bucket: segments, tokens and longest segment.
     """
     buckets: list[tuple[int, int, int]] = []
     rows = tokens = width = 0
@@ -104,12 +104,13 @@ def plan_buckets(
 def segment_layout(
     offsets: Tensor, *, causal: bool = False, window: int | None = None, sink: bool = False
 ) -> SegmentLayout:
-    """Plan the attention inside segments `offsets` `[S + 1]`; empty segments are allowed.
+    """Plan the attention inside segments.
 
     Args:
-        causal: a token sees itself and what stands before it; otherwise its whole segment.
-        window: (causal only) the number of tokens, itself included, that a token sees.
-        sink: (with `window`) the first token of the segment is seen by all, beside the window.
+        offsets: `[S + 1]`; a segment may be empty.
+        causal: a token sees itself and earlier ones; otherwise its whole segment.
+        window: how many tokens, itself included, a token sees; for `causal` only.
+        sink: all tokens also see the first one of their segment; for a `window` only.
     """
     lengths = offsets.long().diff()
     segment_order = lengths.argsort(descending=True, stable=True)
@@ -142,7 +143,7 @@ def _visible(
     if not causal:
         return None if full else (slot < lengths[:, None])[:, None, None, :]
     if window is None or width <= window:
-        return None  # padding stands behind every real token, so causality hides it
+        return None  # padding comes after every real token, so causality hides it
     back = slot[:, None] - slot[None, :]
     seen = (back >= 0) & (back < window)
     return seen | ((slot == 0)[None, :] & (back >= 0)) if sink else seen
@@ -153,6 +154,7 @@ def segment_attention(qkv: Tensor, layout: SegmentLayout) -> Tensor:
 
     Args:
         qkv: `[T, 3, H, d]`, tokens in the layout's order.
+        layout: of the segments.
 
     Returns:
         `[T, H * d]`, in the layout's order.
@@ -177,11 +179,12 @@ def segment_attention(qkv: Tensor, layout: SegmentLayout) -> Tensor:
 
 
 def first_token_attention(queries: Tensor, tokens: Tensor, layout: SegmentLayout) -> Tensor:
-    """For every segment, means of its tokens weighted by the softmax of `queries . tokens`.
+    """For every segment, the mean of its tokens weighted by the softmax of `queries . tokens`.
 
     Args:
-        queries: `[S, H, D]`, scaled already, segments with the longest first.
-        tokens: `[T, D]`, in the layout's order; the layout is not causal.
+        queries: `[S, H, D]`, already scaled, longest segments first.
+        tokens: `[T, D]`, in the layout's order.
+        layout: of the segments, not causal.
 
     Returns:
         `[S, H, D]`, in the order of `queries`.
@@ -202,7 +205,7 @@ def first_token_attention(queries: Tensor, tokens: Tensor, layout: SegmentLayout
 
 
 def segment_mean(values: Tensor, layout: SegmentLayout) -> Tensor:
-    """The mean of what each token sees, `[T, D]` -> `[T, D]`: attention with equal scores."""
+    """The mean of the tokens that each token sees, `[T, D]`: attention with equal scores."""
     equal = torch.zeros_like(values)
     qkv = torch.stack([equal, equal, values], dim=1).index_select(0, layout.order)
     return segment_attention(qkv.unsqueeze(2), layout).index_select(0, layout.inverse)

@@ -1,26 +1,42 @@
-"""What stage 1 hands to stage 2: the item table and the SEM weights, in one safetensors file."""
+"""The hand-over from stage 1 to stage 2: the item table and the SEM weights, in safetensors."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import Tensor
+
+from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.files import atomic_write
 
 FORMAT_VERSION = 1
 _HEADER_KEY = "hpgr"
+_CHECKSUM_KEY = "hpgr_checksum"  # of the header's text
 _TABLE = "item_table"
 _SEM_PREFIX = "sem."
+_HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
+    "num_items": int,
+    "embedding_dim": int,
+    "vocabulary_digest": str,
+    "gap_seconds": int,
+    "sem": (dict, type(None)),
+    "extra": dict,
+    "checksums": dict,
+}
 
 
-class HandoffError(ValueError):
-    """A hand-over that does not fit; the message gives both sides."""
+class HandoffError(HpgrError):
+    """A hand-over that is damaged or does not fit; the message names the file and both sides."""
 
 
 class Handoff(NamedTuple):
@@ -30,7 +46,7 @@ class Handoff(NamedTuple):
         item_table: `[V, D]`.
         sem_state: state dict of the SEM, or None if stage 1 had none.
         header: format_version, num_items, embedding_dim, vocabulary_digest, gap_seconds, sem (the
-            SEM's settings, or None) and extra.
+            SEM's settings, or None), extra and checksums (CRC-32 by tensor).
     """
 
     item_table: Tensor
@@ -42,47 +58,47 @@ def save_handoff(
     path: str | os.PathLike[str],
     *,
     item_table: Tensor,
-    sem: nn.Module | None,
+    sem: SessionEnhancementModule | None,
     vocabulary_digest: str,
     gap_seconds: int,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write a hand-over; the file appears whole or not at all.
+    """Write a hand-over; an interrupted call leaves the old file, or none.
 
     Args:
         path: an existing file is replaced.
         item_table: `[V, D]`.
-        sem: a SessionEnhancementModule, or None.
-        vocabulary_digest: of the items that the table's rows stand for, in order.
-        gap_seconds: of the sessions stage 1 was trained on.
+        sem: the session enhancement module of stage 1, or None.
+        vocabulary_digest: digest of the items that the rows of the table belong to, in order.
+        gap_seconds: the longest pause inside a session in stage 1, seconds.
         extra: anything JSON can hold.
+
+    Raises:
+        ValueError: a table that is not `[V, D]`, or a SEM whose `causal` is undecided.
     """
     if item_table.dim() != 2:
         raise ValueError(f"item_table must be [V, D], got {list(item_table.shape)}")
-    header = {
-        "format_version": FORMAT_VERSION,
-        "num_items": item_table.shape[0],
-        "embedding_dim": item_table.shape[1],
-        "vocabulary_digest": vocabulary_digest,
-        "gap_seconds": gap_seconds,
-        "sem": None if sem is None else sem_settings(sem),
-        "extra": extra or {},
-    }
+    if sem is not None and sem.causal is None:
+        raise ValueError("sem.causal is undecided: a hand-over needs the form that was trained")
     tensors = {_TABLE: item_table}
     if sem is not None:
         tensors |= {_SEM_PREFIX + name: value for name, value in sem.state_dict().items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, partial, metadata={_HEADER_KEY: json.dumps(header)})
-        os.replace(partial, target)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    header = json.dumps(
+        {
+            "format_version": FORMAT_VERSION,
+            "num_items": item_table.shape[0],
+            "embedding_dim": item_table.shape[1],
+            "vocabulary_digest": vocabulary_digest,
+            "gap_seconds": gap_seconds,
+            "sem": None if sem is None else sem_settings(sem),
+            "extra": extra or {},
+            "checksums": {name: _checksum(value) for name, value in tensors.items()},
+        }
+    )
+    metadata = {_HEADER_KEY: header, _CHECKSUM_KEY: str(zlib.crc32(header.encode()))}
+    with atomic_write(Path(path)) as partial:
+        partial.write_bytes(save(tensors, metadata))  # save_file would ignore the umask
 
 
 def load_handoff(
@@ -93,83 +109,69 @@ def load_handoff(
     vocabulary_digest: str,
     gap_seconds: int | None = None,
 ) -> Handoff:
-    """Read a hand-over and check that it is one for this model and these items.
+    """Read a hand-over and check that it is whole and belongs to this model and these items.
 
     Args:
-        num_items, embedding_dim, vocabulary_digest: what the caller has.
+        path: the file that `save_handoff` wrote.
+        num_items: V of the caller.
+        embedding_dim: D of the caller.
+        vocabulary_digest: digest of the caller's items.
         gap_seconds: the caller's session gap; None does not compare it.
 
     Raises:
         FileNotFoundError: no such file.
-        HandoffError: not a hand-over, another format version, vocabulary, size or gap. Nothing has
-            been loaded then.
+        HandoffError: another format version, vocabulary, size or gap; a file that is damaged or no
+            hand-over; values that are not finite.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no hand-over at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = _read_header(path, file.metadata())
-            expected = {
-                "vocabulary_digest": vocabulary_digest,
-                "num_items": num_items,
-                "embedding_dim": embedding_dim,
-            }
-            if gap_seconds is not None:
-                expected["gap_seconds"] = gap_seconds
-            _compare(path, header, expected)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise HandoffError(f"{path} is not a safetensors file: {error}") from error
-    table = tensors.pop(_TABLE, torch.empty(0))
-    if list(table.shape) != [num_items, embedding_dim]:
-        raise HandoffError(
-            f"{path}: the header promises an item table [{num_items}, {embedding_dim}], "
-            f"the file holds {list(table.shape)}"
-        )
+    expected = {
+        "vocabulary_digest": vocabulary_digest,
+        "num_items": num_items,
+        "embedding_dim": embedding_dim,
+    } | ({} if gap_seconds is None else {"gap_seconds": gap_seconds})
+    with _open(path) as file:
+        header = _read_header(path, file.metadata())
+        _compare(f"{path} does not fit", {name: header[name] for name in expected}, expected)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _check_tensors(path, tensors, header)
+    table = tensors.pop(_TABLE)
     sem_state = {name.removeprefix(_SEM_PREFIX): value for name, value in tensors.items()}
     return Handoff(table, sem_state if header["sem"] is not None else None, header)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The header alone, see `Handoff`: for callers that learn the sizes from the file.
+    """Only the header, see `Handoff`: for callers that learn the sizes from the file.
 
     Raises:
         FileNotFoundError: no such file.
-        HandoffError: not a hand-over, or another format version.
+        HandoffError: a file that is damaged or no hand-over, or another format version.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no hand-over at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _read_header(path, file.metadata())
-    except SafetensorError as error:
-        raise HandoffError(f"{path} is not a safetensors file: {error}") from error
+    with _open(path) as file:
+        return _read_header(path, file.metadata())
 
 
-def load_sem_state(sem: nn.Module, handoff: Handoff) -> None:
-    """Put the SEM weights of a hand-over into `sem`, all of them or none.
+def load_sem_state(sem: SessionEnhancementModule, handoff: Handoff) -> None:
+    """Load the SEM weights of a hand-over into `sem`, all of them or none.
+
+    A `sem` whose `causal` is undecided takes the form of the hand-over.
 
     Raises:
         HandoffError: the hand-over has no SEM, or one of other settings or other weights.
     """
     if handoff.sem_state is None:
-        raise HandoffError("the hand-over has no SEM weights, the model has a SEM")
-    mine, theirs = sem_settings(sem), handoff.header["sem"]
-    if mine != theirs:
-        differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-        both = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in differing)
-        raise HandoffError(f"the SEM of the hand-over has other settings: {both}")
-    there = {name: list(value.shape) for name, value in handoff.sem_state.items()}
-    here = {name: list(value.shape) for name, value in sem.state_dict().items()}
-    if there != here:  # load_state_dict would copy what fits before it complains
-        differing = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
-        both = ", ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in differing)
-        raise HandoffError(f"the SEM of the hand-over has other weights: {both}")
+        raise HandoffError("the hand-over has no SEM weights, but the model has a SEM")
+    there, here = handoff.header["sem"], sem_settings(sem)
+    if sem.causal is None:
+        here["causal"] = there.get("causal")
+    _compare("the SEM of the hand-over has other settings", there, here)
+    # load_state_dict would copy what fits before it complains about the rest.
+    shapes_there, shapes_here = _shapes(handoff.sem_state), _shapes(sem.state_dict())
+    _compare("the SEM of the hand-over has other weights", shapes_there, shapes_here)
     sem.load_state_dict(handoff.sem_state, strict=True)
+    sem.causal = here["causal"]
 
 
-def sem_settings(sem: nn.Module) -> dict[str, Any]:
-    """The settings on which the meaning of SEM weights depends, by constructor argument."""
+def sem_settings(sem: SessionEnhancementModule) -> dict[str, Any]:
+    """The constructor arguments that the meaning of SEM weights depends on."""
     names = (
         "embedding_dim",
         "num_heads",
@@ -184,22 +186,69 @@ def sem_settings(sem: nn.Module) -> dict[str, Any]:
     return {name: getattr(sem, name) for name in names}
 
 
-def _read_header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> dict[str, Any]:
+@contextmanager
+def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no hand-over at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise HandoffError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _read_header(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> Any:
     text = (metadata or {}).get(_HEADER_KEY)
     if text is None:
         raise HandoffError(f"{path} is a safetensors file but no hand-over: it has no header")
-    header: dict[str, Any] = json.loads(text)
-    _compare(path, header, {"format_version": FORMAT_VERSION})
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise HandoffError(f"{path} is damaged: its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise HandoffError(f"{path} is damaged: its header is a {type(header).__name__}")
+    version = {"format_version": header.get("format_version")}
+    _compare(f"{path} does not fit", version, {"format_version": FORMAT_VERSION})
+    for name, kind in _HEADER_TYPES.items():
+        if name not in header:
+            raise HandoffError(f"{path} is damaged: its header has no {name}")
+        if not isinstance(header[name], kind) or isinstance(header[name], bool):
+            raise HandoffError(f"{path} is damaged: its header has {name} = {header[name]!r}")
+    if (metadata or {}).get(_CHECKSUM_KEY) != str(zlib.crc32(text.encode())):
+        raise HandoffError(f"{path} is damaged: its header differs from its checksum")
     return header
 
 
-def _compare(
-    path: str | os.PathLike[str], header: dict[str, Any], expected: dict[str, Any]
+def _check_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]
 ) -> None:
-    wrong = [
-        f"{name} is {header.get(name)!r} there, {value!r} here"
-        for name, value in expected.items()
-        if header.get(name) != value
-    ]
+    promised = [header["num_items"], header["embedding_dim"]]
+    found = list(tensors[_TABLE].shape) if _TABLE in tensors else None
+    if found != promised:
+        raise HandoffError(f"{path}: the header promises an item table {promised}, found {found}")
+    if missing := sorted(header["checksums"].keys() ^ tensors.keys()):
+        raise HandoffError(f"{path} is damaged: header and file disagree on tensors {missing}")
+    for name, value in tensors.items():
+        if header["checksums"][name] != _checksum(value):
+            raise HandoffError(f"{path} is damaged: tensor {name!r} differs from its checksum")
+        if not torch.isfinite(value).all():
+            raise HandoffError(f"{path}: tensor {name!r} holds values that are not finite")
+
+
+def _checksum(value: Tensor) -> int:
+    """CRC-32 of the tensor's bytes."""
+    return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in state.items()}
+
+
+def _compare(what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    wrong = "; ".join(
+        f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    )
     if wrong:
-        raise HandoffError(f"{path} does not fit: {'; '.join(wrong)}")
+        raise HandoffError(f"{what}: {wrong}")

@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from hpgr_plugin.errors import HpgrError
+
+# An attribute of a parameter: it survives renaming and sharding, and the optimizers of a host with
+# the patch series read it too. Optimizer groups carry it under the same key.
+LR_SCALE = "lr_scale"
+
+
+def check_lr_ratio(ratio: Any) -> None:
+    """Check `inherited_lr_ratio`.
+
+    Raises:
+        HpgrError: It is not a number in [0, 1].
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 <= ratio <= 1.0:
+        raise HpgrError(f"inherited_lr_ratio must be in [0, 1], got {ratio!r}")
+
+
+def mark_inherited(parameters: Iterable[nn.Parameter], ratio: float) -> None:
+    """Let an upstream host's optimizers train `parameters` at `ratio` times its learning rate.
+
+    Raises:
+        HpgrError: A ratio outside [0, 1].
+    """
+    check_lr_ratio(ratio)
+    for parameter in parameters:
+        setattr(parameter, LR_SCALE, ratio)
+
+
+def lr_scale(parameter: Any) -> float:
+    """The ratio that `mark_inherited` set on a parameter, 1 for all others."""
+    return float(getattr(parameter, LR_SCALE, 1.0))
+
+
+def by_lr_scale(parameters: Iterable[Tensor]) -> dict[float, list[Tensor]]:
+    """The parameters of each `lr_scale`, in the order of first appearance."""
+    groups: dict[float, list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault(lr_scale(parameter), []).append(parameter)
+    return groups
 
 
 def parameter_groups(
@@ -19,20 +59,19 @@ def parameter_groups(
     """Optimizer groups named "inherited" and "fresh"; an empty group is left out.
 
     Args:
-        module: parameters that need no gradient are left out.
-        inherited: names of parameters, or prefixes that end at a dot of the name ("sem" takes
-            "sem.gate"); empty if nothing was pre-trained.
-        lr: of fresh parameters.
-        inherited_lr_ratio: inherited parameters take `lr * inherited_lr_ratio`; 0 freezes them
-            (weight decay goes with the rate).
+        module: its parameters that need no gradient are left out.
+        inherited: names of parameters or submodules ("sem" takes "sem.gate"); empty if nothing was
+            pre-trained.
+        lr: learning rate of the fresh parameters.
+        inherited_lr_ratio: inherited parameters have the learning rate `lr * inherited_lr_ratio`;
+            0 freezes them, because AdamW multiplies its weight decay by the learning rate.
         weight_decay: of both groups.
 
     Raises:
         ValueError: a ratio outside [0, 1], a negative lr or weight decay, or an inherited name that
             no parameter has.
     """
-    if not 0.0 <= inherited_lr_ratio <= 1.0:
-        raise ValueError(f"inherited_lr_ratio must be in [0, 1], got {inherited_lr_ratio}")
+    check_lr_ratio(inherited_lr_ratio)
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if value < 0.0:
             raise ValueError(f"{name} must be 0 or more, got {value}")

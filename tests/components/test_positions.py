@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from hpgr_plugin.components import naive as naive_components
-from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, time_aware_index
+from hpgr_plugin.components.positions import (
+    TimeAwarePositionalEncoder,
+    VisibilityCheck,
+    time_aware_index,
+)
+from hpgr_plugin.errors import HpgrError
 
 
 @pytest.fixture
@@ -124,7 +129,7 @@ def test_too_long_a_history_is_an_error(make_times):
 
 def test_several_candidates_need_a_hidden_future(make_times):
     encoder = TimeAwarePositionalEncoder(embedding_dim=2, max_positions=9, hide_future=False)
-    with pytest.raises(ValueError, match=r"hide_future=False .* one candidate a user, got 2"):
+    with pytest.raises(ValueError, match=r"hide_future=False .* for each user, got 2"):
         encode(encoder, make_times([5], [2]), torch.zeros(5, 2), torch.zeros(2, 2))
 
 
@@ -155,3 +160,40 @@ def test_shapes_that_do_not_match_are_an_error(make_times, name, value, message)
 def test_sizes_below_one_are_an_error(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         TimeAwarePositionalEncoder(**{"embedding_dim": 2, "max_positions": 2, name: 0})
+
+
+class TestVisibilityCheck:
+    lengths = torch.tensor([3, 3, 0, 5])
+
+    def test_blind_candidates_are_an_error_that_names_feature_share_and_binding(self):
+        check = VisibilityCheck(times="query_time", binding="X.hide_future = False", batches=2)
+        check(torch.tensor([0, 1, 0, 0]), self.lengths)
+        with pytest.raises(HpgrError, match=r"4 of 6 .*67%.* by query_time .* X\.hide_future"):
+            check(torch.tensor([0, 1, 0, 0]), self.lengths)
+
+    @pytest.mark.filterwarnings("error")
+    def test_a_smaller_share_is_one_warning(self):
+        check = VisibilityCheck(batches=2)
+        check(torch.tensor([0, 1, 0, 2]), self.lengths)
+        with pytest.warns(UserWarning, match=r"1 of 6 candidates \(17%\)"):
+            check(torch.tensor([3, 3, 0, 5]), self.lengths)
+        check(torch.zeros(4, dtype=torch.int64), self.lengths)  # the verdict has been given
+        check.finish()
+
+    @pytest.mark.filterwarnings("error")
+    def test_candidates_without_history_do_not_count(self):
+        check = VisibilityCheck(batches=1)
+        check(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+
+    def test_finish_gives_the_verdict_of_a_short_run(self):
+        check = VisibilityCheck()
+        check.finish()
+        check = VisibilityCheck()
+        check(torch.tensor([0]), torch.tensor([2]))
+        with pytest.raises(HpgrError, match="1 of 1 candidates"):
+            check.finish()
+
+    @pytest.mark.parametrize(("name", "value"), [("max_blind_share", 1.5), ("batches", 0)])
+    def test_settings_out_of_range(self, name, value):
+        with pytest.raises(HpgrError, match=name):
+            VisibilityCheck(**{name: value})

@@ -3,13 +3,13 @@
 import copy
 from itertools import accumulate
 
-import gin
 import pytest
 import torch
 
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.components.sessions import partition_sessions
-from hpgr_plugin.components.transformer import segment_layout
+from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.ops.segments import segment_layout
 
 D = 8
 LENGTHS = [0, 1, 23, 0, 40, 2, 7]
@@ -18,6 +18,7 @@ FORMS = [(pooling, causal) for pooling in ("cls", "mean") for causal in (False, 
 
 def build(**settings) -> SessionEnhancementModule:
     torch.manual_seed(1)
+    settings = {"causal": False} | settings
     sem = SessionEnhancementModule(embedding_dim=D, num_heads=2, **settings).double()
     for parameter in sem.parameters():  # away from the identity, so that everything shows
         torch.nn.init.normal_(parameter, std=0.4)
@@ -32,7 +33,7 @@ def histories(seed=0, lengths=LENGTHS):
     return embeddings, offsets, timestamps
 
 
-def alone(encoder, x, **layout):
+def encode(encoder, x, **layout):
     return encoder(x, segment_layout(torch.tensor([0, len(x)]), **layout))
 
 
@@ -47,7 +48,7 @@ def context_by_loop(sem, embeddings, offsets, timestamps):
             cuts.session_offsets.tolist(), cuts.session_offsets.tolist()[1:], strict=False
         ):
             items = x[first:last][-sem.max_session_length :] + sem.item_position[: last - first]
-            vectors.append(alone(sem.intra_encoder, torch.cat([sem.session_cls[None], items]))[0])
+            vectors.append(encode(sem.intra_encoder, torch.cat([sem.session_cls[None], items]))[0])
         for session in cuts.session_index.tolist():
             rows.append(inter_by_loop(sem, vectors, session))
     return torch.stack(rows) if rows else embeddings
@@ -58,7 +59,7 @@ def inter_by_loop(sem, vectors, session):
     if not sem.causal:
         known = vectors[-sem.max_sessions :]
         x = [s + sem.session_position[len(known) - 1 - k] for k, s in enumerate(known)]
-        out = alone(sem.inter_encoder, torch.stack(cls + x))
+        out = encode(sem.inter_encoder, torch.stack(cls + x))
         return out[0] if cls else out.mean(0)
     if session == 0:
         return torch.zeros(D, dtype=torch.float64)
@@ -66,7 +67,7 @@ def inter_by_loop(sem, vectors, session):
         s + sem.session_position[min(k, sem.max_sessions - 1)]
         for k, s in enumerate(vectors[:session])
     ]
-    out = alone(
+    out = encode(
         sem.inter_encoder,
         torch.stack(cls + x),
         causal=True,
@@ -253,18 +254,30 @@ def test_bad_arguments_are_named(argument, value):
         SessionEnhancementModule(**{"embedding_dim": D, argument: value})
 
 
+@pytest.mark.parametrize("required", [False, True])
+def test_the_host_decides_causal(required):
+    embeddings, offsets, timestamps = histories()
+    sem = build(causal=None)
+    with pytest.raises(ValueError, match="causal is undecided"):
+        sem(embeddings, offsets, timestamps)
+    sem.decide_causal(required, "candidates share a history")
+    want = build(causal=required)(embeddings, offsets, timestamps)
+    assert torch.equal(sem(embeddings, offsets, timestamps), want)
+    sem.decide_causal(required, "the same again")
+
+
+def test_a_required_causal_form_is_not_given_up():
+    sem = build(causal=True)
+    sem.decide_causal(False, "")
+    assert sem.causal is True
+    with pytest.raises(HpgrError, match="got False: candidates share a history, so SEM would"):
+        build(causal=False).decide_causal(True, "candidates share a history")
+
+
 def test_embeddings_of_another_size():
     _, offsets, timestamps = histories()
     with pytest.raises(ValueError, match=r"embeddings must be \[73, 8\]"):
         build()(torch.zeros(73, 4), offsets, timestamps)
-
-
-def test_gin_builds_it():
-    gin.parse_config("hpgr.SessionEnhancementModule.embedding_dim = 8")
-    try:
-        assert SessionEnhancementModule().embedding_dim == 8
-    finally:
-        gin.clear_config()
 
 
 @pytest.mark.gpu

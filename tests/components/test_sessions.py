@@ -5,7 +5,7 @@ from itertools import accumulate, pairwise
 import pytest
 import torch
 
-from hpgr_plugin.components.sessions import partition_sessions
+from hpgr_plugin.components.sessions import check_time_unit, partition_sessions
 
 
 def by_loop(timestamps: list[list[int]], gap: int) -> list[list[list[int]]]:
@@ -83,7 +83,7 @@ def test_unsorted_history_names_row_and_token():
 
 
 def test_negative_gap():
-    with pytest.raises(ValueError, match="gap_seconds must be 0 or more seconds, got -1"):
+    with pytest.raises(ValueError, match="gap_seconds must be at least 0, got -1"):
         partition_sessions(torch.tensor([1]), torch.tensor([0, 1]), -1)
 
 
@@ -106,5 +106,25 @@ def test_floats_are_refused(name, timestamps, offsets):
 
 
 def test_two_dimensions_are_refused():
-    with pytest.raises(ValueError, match="timestamps must have one dimension"):
+    with pytest.raises(ValueError, match="timestamps must have the 2 rows"):
         partition_sessions(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize(
+    ("histories", "sign"),
+    [
+        ([[7, 7, 7, 7], [9, 9]], "median pause between neighbouring items is below 1 s"),
+        ([[1_700_000_000_000, 1_700_000_020_000]], r"the latest is 1700000020000, milliseconds\?"),
+        # Milliseconds: 20 s between items look like 20,000 s.
+        ([[0, 20_000, 40_000], [5]], "3 items fall into 3 sessions of gap_seconds = 1800"),
+    ],
+)
+def test_times_that_are_no_seconds_are_warned_about(histories, sign):
+    with pytest.warns(UserWarning, match=f"do not look like seconds: .*{sign}"):
+        check_time_unit(*flatten(histories))
+
+
+@pytest.mark.parametrize("histories", [[], [[]], [[5], [], [9]], [[0, 20, 40, 60, 9000]]])
+@pytest.mark.filterwarnings("error")
+def test_times_in_seconds_pass(histories):
+    check_time_unit(*flatten(histories))

@@ -1,4 +1,4 @@
-"""The jagged encoder against one plain transformer call a segment, and its buckets."""
+"""The jagged encoder against a plain transformer on every segment, and its buckets."""
 
 from itertools import accumulate
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hpgr_plugin.components.transformer import (
+from hpgr_plugin.components.transformer import JaggedEncoder
+from hpgr_plugin.ops.segments import (
     MAX_BUCKET_ROWS,
     PADDING_BUDGET,
-    JaggedEncoder,
     plan_buckets,
     segment_layout,
     segment_mean,

@@ -7,7 +7,11 @@ import torch
 from small_ranker import WIDTH, build
 from torch import Tensor
 
-from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
+from hpgr_plugin.components.attention_hooks import (
+    HookInputs,
+    PreferenceGuidedSparseAttention,
+    StochasticLength,
+)
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
 from hpgr_plugin.hosts.dlrm_v3.modules import Request
 
@@ -45,7 +49,7 @@ def prefill(stack: Any, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("mask_position", ["post", "pre"])
-def test_candidate_scope_gives_the_same_with_and_without_the_cache(mask_position: str) -> None:
+def test_shared_history_gives_the_same_with_and_without_the_cache(mask_position: str) -> None:
     hook = PreferenceGuidedSparseAttention(
         top_k=2, sigma=1.0, layout="shared_history", mask_position=mask_position
     )
@@ -60,10 +64,9 @@ def test_candidate_scope_gives_the_same_with_and_without_the_cache(mask_position
         "history_timestamps": torch.arange(num_history),
         "candidate_timestamps": torch.full((len(LENGTHS) * DELTA,), 11),
     }
-    plan = hook.plan(
-        **raw, history_offsets=offsets_of(LENGTHS), candidate_offsets=offsets_of(NUM_TARGETS)
-    )
-    with transducer.requested(Request(plan, "candidate", mask_position == "pre")):
+    offsets = {"history_offsets": offsets_of(LENGTHS), "candidate_offsets": offsets_of(NUM_TARGETS)}
+    plan = hook.plan(HookInputs(**raw, **offsets))
+    with transducer.requested(Request(plan, "shared_history", mask_position)):
         full = transducer._hstu_compute(
             int(seq_lengths.max()),
             seq_lengths,
@@ -79,7 +82,7 @@ def test_candidate_scope_gives_the_same_with_and_without_the_cache(mask_position
     torch.testing.assert_close(cached, full[candidates], rtol=1e-6, atol=1e-6)
 
 
-def test_candidate_scope_without_a_plan_is_an_error() -> None:
+def test_shared_history_without_a_plan_is_an_error() -> None:
     model = build(
         DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention(layout="shared_history")
     ).eval()
@@ -89,7 +92,7 @@ def test_candidate_scope_without_a_plan_is_an_error() -> None:
         stack.cached_forward(torch.randn(len(LENGTHS) * DELTA, WIDTH), NUM_TARGETS)
 
 
-def test_sequence_scope_refuses_the_cache() -> None:
+def test_per_candidate_refuses_the_cache() -> None:
     model = build(DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention()).eval()
     stack = model._hstu_transducer._stu_module
     with pytest.raises(RuntimeError, match='layout "per_candidate"'):
@@ -98,7 +101,7 @@ def test_sequence_scope_refuses_the_cache() -> None:
         stack.cached_forward(torch.randn(len(LENGTHS) * DELTA, WIDTH), NUM_TARGETS)
     nothing = torch.zeros(0, 4)
     with (
-        pytest.raises(RuntimeError, match="'sequence'"),
+        pytest.raises(RuntimeError, match="'per_candidate'"),
         model.cached_preferences(
             history_embeddings=nothing,
             candidate_embeddings=nothing,

@@ -60,8 +60,8 @@ def slots(kind: str) -> dict[str, Any]:
         sem.gate.fill_(0.3)
     encoder = TimeAwarePositionalEncoder(embedding_dim=WIDTH, max_positions=512)
     hooks = {
-        "sequence": lambda: PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, recent=8),
-        "candidate": lambda: PreferenceGuidedSparseAttention(
+        "per_candidate": lambda: PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, recent=8),
+        "shared_history": lambda: PreferenceGuidedSparseAttention(
             top_k=8, sigma=1.0, recent=8, layout="shared_history"
         ),
         "pre": lambda: PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, mask_position="pre"),
@@ -101,7 +101,7 @@ def models(kind: str, bf16: bool) -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     ("bf16", "tolerance"), [(True, 2.5e-2), (False, 4e-3)], ids=["bf16", "fp32"]
 )
-@pytest.mark.parametrize("kind", ["sequence", "candidate", "pre", "stochastic", "none"])
+@pytest.mark.parametrize("kind", ["per_candidate", "shared_history", "pre", "stochastic", "none"])
 def test_triton_kernels_agree_with_the_float64_twin(
     kind: str, bf16: bool, tolerance: float
 ) -> None:

@@ -115,12 +115,12 @@ def test_candidates_do_not_depend_on_each_other_or_on_the_batch(layout: str) -> 
 @pytest.mark.parametrize(
     "hook",
     [
-        lambda: everything("sequence"),
-        lambda: everything("candidate"),
+        lambda: everything("per_candidate"),
+        lambda: everything("shared_history"),
         lambda: None,
         lambda: StochasticLength(alpha=2.0, max_history=10_000),
     ],
-    ids=["sequence", "candidate", "none", "stochastic-length"],
+    ids=["per_candidate", "shared_history", "none", "stochastic-length"],
 )
 def test_the_future_of_a_candidate_is_hidden_from_it(hook: Callable[[], Any]) -> None:
     """What happens at or after a query time has no influence on that candidate's prediction."""
@@ -189,14 +189,12 @@ def test_sem_with_its_gate_closed_is_the_host_and_opens_with_training() -> None:
 
 
 def test_sem_touches_history_rows_alone() -> None:
-    class Shift(torch.nn.Module):
-        embedding_dim = TABLE_DIM
-
+    class Shift(SessionEnhancementModule):
         def forward(self, embeddings, offsets, timestamps):  # type: ignore[no-untyped-def]
             self.seen = (embeddings.shape[0], offsets.tolist(), timestamps.tolist())
             return embeddings + 1.0
 
-    sem = Shift()
+    sem = Shift(embedding_dim=TABLE_DIM)
     model = build(DlrmHSTU, sem=sem)
     received = {}
     preprocessor = model._hstu_transducer._input_preprocessor._preprocessor
@@ -215,6 +213,36 @@ def test_sem_touches_history_rows_alone() -> None:
         torch.testing.assert_close(rows[:n], table[uih["item"].values()[history]] + 1.0)
         torch.testing.assert_close(rows[n:], table[offered["candidate_item"].values()[shown]])
         start += n + c
+
+
+def test_sem_shows_a_candidate_nothing_of_its_future() -> None:
+    """The snippet needs no line for it: without `causal` the host decides."""
+    sem = SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2, gap_seconds=60)
+    model = build(DlrmHSTU, dtype=torch.float64, attention_hook=everything(), sem=sem)
+    assert sem.causal
+    with torch.no_grad():
+        model.sem.gate.fill_(0.5)
+    uih, offered = batch([14], [3], later=False)
+    changed = copy.deepcopy(uih)
+    future = uih["time"].values() >= offered["candidate_time"].values().max()
+    assert future.any()
+    flat, offset = changed.values(), uih.offset_per_key()[0]
+    flat[offset : offset + 14][future] = (flat[offset : offset + 14][future] + 7) % NUM_ITEMS
+    torch.testing.assert_close(
+        model(uih, offered)[3], model(changed, offered)[3], rtol=0, atol=1e-9
+    )
+
+
+def test_sem_over_the_whole_history_needs_a_log_without_query_times() -> None:
+    def built(**arguments: Any) -> Any:
+        sem = SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2, **arguments)
+        return lambda **slots: build(DlrmHSTU, sem=sem, **slots)
+
+    with pytest.raises(ValueError, match=r"causal must be True or None here.*hide_future is True"):
+        built(causal=False)()
+    assert built(causal=False)(hide_future=False).sem.causal is False
+    assert built()(hide_future=False).sem.causal is False
+    assert built(causal=True)(hide_future=False).sem.causal is True
 
 
 def test_time_aware_encoder_numbers_every_candidate_by_its_own_time() -> None:

@@ -11,10 +11,9 @@ from torch import Tensor
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
 from hpgr_plugin.hosts.dlrm_v3.modules import Request
-from hpgr_plugin.ops.compact.parts import compact_rows, sequence_parts
+from hpgr_plugin.ops.compact.parts import sequence_parts, short_sequences
 from hpgr_plugin.ops.hstu_attention import naive as naive_attention
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
-from hpgr_plugin.ops.preference_plan.torch import plan_preferences
+from hpgr_plugin.ops.preference_plan import PreferencePlan, plan_preferences
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("float64_operators")]
 
@@ -70,7 +69,7 @@ def make_model(layout: str, mask_position: str, **config: Any) -> Any:
 def computed(model: Any, case: Case) -> Tensor:
     """Candidate rows of the stack, through the adapter."""
     hook = model.attention_hook
-    request = Request(case.plan, hook.layout, hook.mask_position == "pre")
+    request = Request(case.plan, hook.layout, hook.mask_position)
     transducer = model._hstu_transducer
     with transducer.requested(request):
         rows = transducer._hstu_compute(
@@ -127,7 +126,7 @@ def _naive_layer(layer: Any, x: Tensor, mask: Tensor, layout: str, mask_position
         alpha=layer._attn_alpha,
         norm_length=MAX_SEQ_LEN,
         column_weights=mask if layout == "per_candidate" else None,
-        pair_weights=[pair] if layout == "shared_history" else None,
+        row_weights=pair if layout == "shared_history" else None,
         mask_position=mask_position,
     )
     return layer._output(attention, u, x)
@@ -175,7 +174,7 @@ def test_attention_on_gathered_rows_is_naive_to_float64(shape: Any) -> None:
     parts = sequence_parts(
         case.offsets(), case.num_targets, contextual_len=CONTEXTUAL, total_rows=len(case.x)
     )
-    rows = compact_rows(parts, case.plan, per_user=False)
+    rows = short_sequences(parts, case.plan, per_user=False)
     full = [
         torch.randn(len(case.x), 2, d, dtype=torch.float64, requires_grad=True) for d in (4, 4, 3)
     ]

@@ -70,14 +70,14 @@ def rates_of(optimizer: Any) -> set[float]:
     return {round(group["lr"], 6) for group in optimizer.param_groups}  # fused: in float32
 
 
-def make_sem() -> SessionEnhancementModule:
-    return SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2)
+def make_sem(**settings: Any) -> SessionEnhancementModule:
+    return SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2, **settings)
 
 
 @pytest.fixture
 def handoff(tmp_path: Path) -> tuple[Path, torch.Tensor, SessionEnhancementModule]:
     """A file, and what is in it."""
-    path, sem = tmp_path / "stage1.safetensors", make_sem()
+    path, sem = tmp_path / "stage1.safetensors", make_sem(causal=True)
     with torch.no_grad():
         sem.gate.fill_(0.5)
     table = torch.randn(len(IDS), TABLE_DIM)
@@ -126,12 +126,18 @@ def test_a_hand_over_that_does_not_fit_is_refused_when_building(
             pretrained=str(handoff[0]),
             table_config={"item_table": {"num_embeddings": 40}},
         )
+    whole = tmp_path / "whole.safetensors"
+    save_handoff(
+        whole,
+        item_table=torch.zeros(3, TABLE_DIM),
+        sem=make_sem(causal=False),
+        vocabulary_digest="any",
+        gap_seconds=1800,
+    )
     with pytest.raises(HandoffError, match="causal"):
-        build(
-            dlrm_v3.DlrmHSTU,
-            sem=SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2, causal=True),
-            pretrained=str(handoff[0]),
-        )
+        build(dlrm_v3.DlrmHSTU, sem=make_sem(), pretrained=str(whole))
+    taken = build(dlrm_v3.DlrmHSTU, sem=make_sem(), pretrained=str(whole), hide_future=False)
+    assert taken.sem.causal is False
     with pytest.raises(ValueError, match="inherited_lr_ratio"):
         build(dlrm_v3.DlrmHSTU, sem=make_sem(), pretrained=str(handoff[0]), inherited_lr_ratio=1.5)
 

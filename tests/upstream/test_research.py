@@ -21,8 +21,7 @@ from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.hosts import research
 from hpgr_plugin.hosts.contract import HostContractError
-from hpgr_plugin.hosts.research.attach import replaced_names
-from hpgr_plugin.hosts.research.learning_rates import host_parameter_groups
+from hpgr_plugin.hosts.research.attach import host_parameter_groups, replaced_names
 from hpgr_plugin.hosts.research.pretrained import host_item_digest
 from hpgr_plugin.hosts.seams import host_has_seam
 from hpgr_plugin.transfer.handoff import HandoffError, save_handoff
@@ -200,10 +199,12 @@ def test_a_hook_is_refused_with_the_reason(hook: type) -> None:
 
 def test_unfit_slots_are_refused() -> None:
     slots(sem=sem(causal=False))
-    with pytest.raises(ValueError, match="causal form"):
+    with pytest.raises(ValueError, match="causal must be True or None here, got False"):
         build()
     slots(sem=sem(embedding_dim=8))
-    with pytest.raises(ValueError, match=f"sem must have embedding_dim {DIM} .* got 8"):
+    with pytest.raises(
+        ValueError, match=f"sem must have .* embedding_dim={DIM}, got embedding_dim=8"
+    ):
         build()
     slots(sem=None, positional_encoder=positional_encoder())
     interleaved = preprocessors.CombinedItemAndRatingInputFeaturesPreprocessor(
@@ -248,7 +249,7 @@ def test_hand_over_fills_table_and_sem_and_survives_the_constructor(
     tmp_path: Path, module_type: str
 ) -> None:
     table = handoff(tmp_path / "stage1.safetensors")
-    fresh = SessionEnhancementModule(embedding_dim=DIM, num_heads=2, causal=True)
+    fresh = SessionEnhancementModule(embedding_dim=DIM, num_heads=2)
     slots(sem=fresh, pretrained=str(tmp_path / "stage1.safetensors"))
     encoder = build(module_type)
     weight = encoder._embedding_module._item_emb.weight
@@ -347,8 +348,7 @@ def test_groups_of_the_user_s_own_are_kept() -> None:
 def test_a_moved_host_is_named_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(encoder_utils, "sasrec_encoder")
     for name in [name for name in sys.modules if name.startswith("hpgr_plugin.hosts.research")]:
-        if name != "hpgr_plugin.hosts.research_requirements":
-            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(HostContractError, match=r"encoder_utils\.sasrec_encoder: not there"):
         importlib.import_module("hpgr_plugin.hosts.research")
 
@@ -360,9 +360,9 @@ def test_slots_come_from_a_gin_file(tmp_path: Path) -> None:
         import hpgr_plugin.hosts.research
         hpgr.SequentialEncoder.sem = @hpgr.SessionEnhancementModule()
         hpgr.SessionEnhancementModule.embedding_dim = {DIM}
-        hpgr.SessionEnhancementModule.causal = True
         """
     )
     first, second = (build()._input_features_preproc.sem for _ in range(2))
     assert isinstance(first, SessionEnhancementModule)
     assert first is not second
+    assert first.causal

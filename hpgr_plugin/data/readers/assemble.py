@@ -1,28 +1,32 @@
-"""From a table of one event a row to an EventTable; and several of them put together."""
+"""From a table with one event per row to an EventTable; and several of them put together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.events import EventTable
-from hpgr_plugin.data.readers.checks import RowChecks
+from hpgr_plugin.data.events import EventTable, SideTable
+from hpgr_plugin.data.readers.checks import RowChecks, as_text, empty_to_null
+from hpgr_plugin.data.readers.files import existing, read_table
+
+Limits = Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class EventColumns:
-    """The names of a table's columns."""
+    """The names of a table's columns, and the unit of its timestamps where they are numbers."""
 
     user: str
     item: str
     timestamp: str
     group: str | None = None
     candidate: str | None = None
+    time_unit: str = "s"
 
     def with_fields(self, fields: Sequence[str]) -> list[str]:
         """Every column named, and the fields, each once."""
@@ -30,54 +34,58 @@ class EventColumns:
         return list(dict.fromkeys(name for name in named if name is not None))
 
 
-def check_events(
-    table: pa.Table,
+def read_events(
     file: Path,
     columns: EventColumns,
-    *,
     fields: Sequence[str],
-    time_unit: str = "s",
-    drop_bad_rows: bool = False,
-    malformed: int = 0,
-    file_rows: np.ndarray | None = None,
+    *,
+    drop_bad_rows: bool,
+    limits: Limits | None = None,
+    **csv_options: Any,
 ) -> EventTable:
-    """The events of a table.
+    """The events of a parquet or csv file; see check_events."""
+    table, malformed = read_table(
+        file, columns.with_fields(fields), drop_bad_rows=drop_bad_rows, **csv_options
+    )
+    checks = RowChecks(table, file, drop_bad_rows=drop_bad_rows)
+    return check_events(checks, columns, fields, limits=limits, malformed=malformed)
+
+
+def check_events(
+    checks: RowChecks,
+    columns: EventColumns,
+    fields: Sequence[str],
+    *,
+    limits: Limits | None = None,
+    malformed: int = 0,
+) -> EventTable:
+    """The events of a table with one event per row.
 
     Args:
-        table: one event a row.
-        file: where it comes from.
+        checks: the table; rows marked bad already are left out too.
         columns: what its columns mean.
         fields: columns of numbers for labels and actions.
-        time_unit: "s" | "ms" | "us" | "ns", where timestamps are plain numbers.
-        drop_bad_rows: drop and count bad rows instead of raising.
+        limits: lowest and highest value by field, where the data set says so.
         malformed: bad rows that the file lost before.
-        file_rows: the 1-based row of the file of each row, where these differ.
 
     Raises:
         DataError: a bad row, named.
     """
-    checks = RowChecks(table, file, drop_bad_rows=drop_bad_rows, file_rows=file_rows)
     users, items = checks.identifiers(columns.user), checks.identifiers(columns.item)
-    times = checks.seconds(columns.timestamp, time_unit)
-    values = {field: checks.numbers(field) for field in fields}
+    times = checks.seconds(columns.timestamp, columns.time_unit)
+    values = {field: checks.numbers(field, (limits or {}).get(field)) for field in fields}
     groups = None if columns.group is None else checks.whole_numbers(columns.group)
     candidates = None if columns.candidate is None else checks.numbers(columns.candidate) != 0
-    good = checks.good
-    if not good.all():
-        users, items = users.filter(pa.array(good)), items.filter(pa.array(good))
-        times = times[good]
-        values = {field: value[good] for field, value in values.items()}
-        groups = None if groups is None else groups[good]
-        candidates = None if candidates is None else candidates[good]
-    return EventTable(
+    events = EventTable(
         user=users,
         item=items,
         timestamp=times,
         values=values,
         candidate=candidates,
         group=groups,
-        dropped={file.name: malformed + checks.num_bad},
+        dropped={checks.file.name: malformed + checks.num_bad},
     )
+    return events if checks.good.all() else events.take(checks.good)
 
 
 def concatenate(parts: Sequence[EventTable]) -> EventTable:
@@ -88,8 +96,6 @@ def concatenate(parts: Sequence[EventTable]) -> EventTable:
     """
     if len(parts) == 1:
         return parts[0]
-    if not parts:
-        raise DataError("no file to read")
     dropped: dict[str, int] = {}
     for part in parts:
         for file, count in part.dropped.items():
@@ -106,6 +112,16 @@ def concatenate(parts: Sequence[EventTable]) -> EventTable:
         group=_optional([part.group for part in parts], parts, -1),
         dropped=dropped,
     )
+
+
+def read_side_table(
+    path: str | Path, id_column: str, columns: Sequence[str], **csv_options: Any
+) -> SideTable:
+    """The columns as text by id; a row without an id is an error."""
+    file = existing(path)
+    table, _ = read_table(file, [id_column, *columns], **csv_options)
+    ids = RowChecks(table, file, drop_bad_rows=False).identifiers(id_column)
+    return SideTable(ids, {name: empty_to_null(as_text(table[name])) for name in columns})
 
 
 def _joined(arrays: list[pa.Array]) -> pa.Array:

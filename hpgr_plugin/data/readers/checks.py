@@ -9,11 +9,19 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hpgr_plugin.data.errors import DataError
+from hpgr_plugin.data.events import DataError
 
-_UNITS_A_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 # The year 5138: nothing later is seconds, and milliseconds of any date since 1973 are later.
 _LAST_SECOND = 10**11
+_WHOLE = r"^(0|-?[1-9][0-9]*)$"
+# Leading zeros make a text, not a number.
+_NUMBER = r"^[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+_MISSING = r"^(?i:nan|null|none|n/a|na)$"
+_TRUTHS = {"true": 1, "True": 1, "TRUE": 1, "false": 0, "False": 0, "FALSE": 0}
+_LONGEST_ID = 1024
+# Below two to this power, every whole number is a float of its own.
+_EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}
 
 
 class RowChecks:
@@ -24,6 +32,9 @@ class RowChecks:
         file: named in errors.
         drop_bad_rows: collect bad rows in `good` instead of raising at the first.
         file_rows: the 1-based row of the file of each row [E]; None: 1, 2, ...
+
+    Attributes:
+        good: bool [E]; False marks a bad row.
     """
 
     def __init__(
@@ -35,7 +46,7 @@ class RowChecks:
         file_rows: np.ndarray | None = None,
     ) -> None:
         self._table = table
-        self._file = file
+        self.file = file
         self._file_rows = file_rows
         self._drop = drop_bad_rows
         self.good = np.ones(table.num_rows, dtype=bool)
@@ -46,105 +57,229 @@ class RowChecks:
         return int((~self.good).sum())
 
     def identifiers(self, field: str) -> pa.Array:
-        """Ids [E]: int64, or text."""
-        column = _combined(self._table[field])
+        """Ids [E], exactly: int64, uint64 where that is too narrow, or text."""
+        column = self._column(field)
+        if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            return self._text_ids(field, column)
+        self.judge(field, pc.is_null(column), "no id")
+        column = pc.fill_null(column, 0)
         if pa.types.is_integer(column.type):
-            self._judge(field, pc.is_null(column), "no id")
-            return pc.fill_null(column, 0).cast(pa.int64(), safe=False)
-        if pa.types.is_floating(column.type):
-            # Whole numbers that passed through a tool which knows no missing integer.
-            numbers = column.to_numpy(zero_copy_only=False)
-            bad = ~np.isfinite(numbers) | (numbers != np.floor(numbers))
-            self._judge(field, bad, "no id")
-            return pa.array(np.where(bad, 0, numbers).astype(np.int64))
-        text = self._decoded(field, column)
-        self._judge(field, pc.or_kleene(pc.is_null(text), pc.equal(text, "")), "no id")
-        return pc.fill_null(text, "")
+            return _first_cast(column, pa.int64(), pa.uint64())
+        ids, problems = _float_ids(column)
+        for problem, bad in problems.items():
+            self.judge(field, bad, problem)
+        return ids
 
-    def numbers(self, field: str) -> np.ndarray:
-        """Numbers [E], float64."""
-        values = _as_float(_combined(self._table[field]))
-        self._judge(field, ~np.isfinite(values), "not a number")
+    def numbers(self, field: str, limits: tuple[float, float] | None = None) -> np.ndarray:
+        """Numbers [E], float64; outside of `limits` (lowest, highest) a row is bad."""
+        column = self._column(field)
+        if _is_text(column.type):
+            column = _parsed(_trimmed(column))
+        if not any(is_kind(column.type) for is_kind in _NUMBER_KINDS):
+            raise DataError(f"takes numbers, got {column.type}", file=self.file, field=field)
+        values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        self.judge(field, ~np.isfinite(values), "not a number")
+        if limits is not None:
+            outside = (values < limits[0]) | (values > limits[1])
+            self.judge(field, outside, f"outside of {limits[0]:g} to {limits[1]:g}")
         return values
 
     def whole_numbers(self, field: str) -> np.ndarray:
-        """Whole numbers [E], int64."""
-        column = _combined(self._table[field])
-        if pa.types.is_integer(column.type) and column.null_count == 0:
-            return column.to_numpy().astype(np.int64, copy=False)
+        """Whole numbers [E], int64; unsigned ones may wrap round, and stay distinct."""
+        column = self._column(field)
+        if _is_text(column.type):
+            column = _first_cast(_trimmed(column), pa.int64())
+        if pa.types.is_integer(column.type):
+            self.judge(field, pc.is_null(column), "not a whole number")
+            return pc.fill_null(column, 0).cast(pa.int64(), safe=False).to_numpy()
         values = self.numbers(field)
-        bad = np.isfinite(values) & (values != np.floor(values))
-        self._judge(field, bad, "not a whole number")
+        bad = np.isfinite(values) & ((values != np.floor(values)) | (abs(values) >= 2**53))
+        self.judge(field, bad, "not a whole number, or not exact")
         return np.where(np.isfinite(values) & ~bad, values, 0).astype(np.int64)
 
     def seconds(self, field: str, unit: str = "s") -> np.ndarray:
         """Times [E], int64 seconds since 1970; `unit` is that of plain numbers."""
-        column = _combined(self._table[field])
+        column = self._column(field)
+        if _is_text(column.type):
+            kinds = (pa.int64(), pa.timestamp("us"), pa.timestamp("us", "UTC"))
+            column = _first_cast(_trimmed(column), *kinds)
+            column = _parsed(column) if _is_text(column.type) else column
         if pa.types.is_timestamp(column.type):
             unit = column.type.unit
             column = column.cast(pa.int64())
-        if pa.types.is_integer(column.type) and column.null_count == 0:
-            times = column.to_numpy().astype(np.int64, copy=False)
+        if pa.types.is_floating(column.type):
+            values = column.to_numpy(zero_copy_only=False).astype(np.float64)
+            missing = ~(abs(values) < 2.0**63)
+            times = np.floor(np.where(missing, 0, values)).astype(np.int64)
+        elif pa.types.is_integer(column.type):
+            missing = pc.is_null(column)
+            times = pc.fill_null(column, 0).cast(pa.int64(), safe=False).to_numpy()
         else:
-            values = _as_float(column)
-            missing = ~np.isfinite(values)
-            self._judge(field, missing, "not a time")
-            times = np.where(missing, 0, np.floor(values)).astype(np.int64)
-        self._judge(field, times < 0, "a negative time")
-        if _UNITS_A_SECOND[unit] > 1:
-            times = times // _UNITS_A_SECOND[unit]
-        self._judge(field, times > _LAST_SECOND, "a time too late to be seconds")
+            raise DataError(f"takes times, got {column.type}", file=self.file, field=field)
+        self.judge(field, missing, "not a time")
+        self.judge(field, times < 0, "a negative time")
+        if _UNITS_PER_SECOND[unit] > 1:
+            times = times // _UNITS_PER_SECOND[unit]
+        self.judge(field, times > _LAST_SECOND, "a time too late to be seconds")
         return times
 
-    def _decoded(self, field: str, column: pa.Array) -> pa.Array:
-        """Text; bytes that are not UTF-8 make a bad row."""
-        if not pa.types.is_large_binary(column.type):
-            return column.cast(pa.large_string())
-        texts = [utf8_or_none(value) for value in column.to_pylist()]
-        bad = np.array([text is None for text in texts], dtype=bool)
-        self._judge(field, bad & column.is_valid().to_numpy(zero_copy_only=False), "not UTF-8")
-        return pa.array(texts, pa.large_string())
+    def judge(self, field: str, bad: np.ndarray | pa.Array, problem: str) -> None:
+        """Marks the rows where `bad` [E], or raises at the first of them.
 
-    def _judge(self, field: str, bad: np.ndarray | pa.Array, problem: str) -> None:
-        if isinstance(bad, (pa.Array, pa.ChunkedArray)):
+        Raises:
+            DataError: there is one, and bad rows are not dropped.
+        """
+        if isinstance(bad, pa.Array):
             bad = bad.to_numpy(zero_copy_only=False).astype(bool)
         if not bad.any():
             return
         if not self._drop:
             first = int(bad.argmax())
             row = first + 1 if self._file_rows is None else int(self._file_rows[first])
-            value = self._table[field][first].as_py()
-            raise DataError(f"{problem}: {value!r}", file=self._file, row=row, field=field)
+            shown = _shown(self._table[field][first].as_py())
+            raise DataError(f"{problem}: {shown}", file=self.file, row=row, field=field)
         self.good &= ~bad
 
+    def _column(self, field: str) -> pa.Array:
+        """One array; text and bytes as their large kinds, which have no limit of 2 GiB."""
+        column = self._table[field]
+        kind = column.type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if pa.types.is_string(kind):
+            kind = pa.large_string()
+        elif pa.types.is_binary(kind):
+            kind = pa.large_binary()
+        elif pa.types.is_null(kind):
+            kind = pa.float64()
+        return column.cast(kind).combine_chunks()
 
-def _combined(column: pa.ChunkedArray) -> pa.Array:
-    """One array; text and bytes as their large kinds, which have no limit of 2 GiB."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_string(kind):
-        kind = pa.large_string()
-    elif pa.types.is_binary(kind):
-        kind = pa.large_binary()
-    elif pa.types.is_null(kind):
-        kind = pa.float64()
-    return column.cast(kind).combine_chunks()
+    def _text_ids(self, field: str, column: pa.Array) -> pa.Array:
+        """The texts; as whole numbers where a file without types holds only such."""
+        texts = as_text(column)
+        if texts.null_count > column.null_count:
+            self.judge(field, pc.and_(pc.is_null(texts), pc.is_valid(column)), "not UTF-8")
+        encoded = empty_to_null(texts).dictionary_encode()
+        place = pc.fill_null(encoded.indices, -1).to_numpy()
+        ids, problems = encoded.dictionary, _unfit_ids(encoded.dictionary)
+        if self.file.suffix != ".parquet" and not any(bad.any() for bad in problems.values()):
+            ids, problems = _ids_of_texts(ids)
+        self.judge(field, place < 0, "no id")
+        for problem, bad in problems.items():
+            self.judge(field, np.append(bad, False)[place], problem)
+        # A place for the rows without an id, which are dropped.
+        return pa.concat_arrays([ids, pa.array([0]).cast(ids.type)]).take(
+            pa.array(np.where(place < 0, len(ids), place))
+        )
 
 
-def _as_float(column: pa.Array) -> np.ndarray:
-    """float64 [E], NaN where there is no number."""
-    if pa.types.is_boolean(column.type) or pa.types.is_integer(column.type):
-        column = column.cast(pa.float64(), safe=False)
-    if pa.types.is_floating(column.type):
-        return column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
-    texts = pd.Series(column.to_pylist(), dtype=object)
-    return pd.to_numeric(texts, errors="coerce").to_numpy(dtype=np.float64)
+def as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Any column as text; null stays null, and bytes that are not UTF-8 become null."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    try:
+        return column.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        return pa.array([_utf8_or_none(value) for value in column.to_pylist()], pa.large_string())
 
 
-def utf8_or_none(value: bytes | None) -> str | None:
-    """The text; None where the bytes are not UTF-8."""
+def empty_to_null(texts: pa.Array) -> pa.Array:
+    """The texts, null where they are empty."""
+    return pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
+
+
+def _shown(value: object) -> str:
+    """The value for a message: bytes as text where they are, long ones cut."""
+    if isinstance(value, bytes):
+        value = _utf8_or_none(value) or value
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:80]}... ({len(shown)} characters)"
+
+
+def _utf8_or_none(value: bytes | None) -> str | None:
     try:
         return None if value is None else value.decode("utf-8")
     except UnicodeDecodeError:
         return None
+
+
+_NUMBER_KINDS = (
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_large_string(kind) or pa.types.is_large_binary(kind)
+
+
+def _first_cast(column: pa.Array, *kinds: pa.DataType) -> pa.Array:
+    """The column as the first of the types that holds all of it; as it is where none does."""
+    for kind in kinds:
+        try:
+            return column.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    return column
+
+
+def _unfit_ids(texts: pa.Array) -> dict[str, np.ndarray]:
+    """By problem, which of the texts [N] cannot be stored as ids."""
+    unfit = {
+        "an id with a NUL character": pc.match_substring(texts, "\0"),
+        f"an id of more than {_LONGEST_ID} characters": pc.greater(
+            pc.utf8_length(texts), _LONGEST_ID
+        ),
+    }
+    return {name: bad.to_numpy(zero_copy_only=False).astype(bool) for name, bad in unfit.items()}
+
+
+def _ids_of_texts(texts: pa.Array) -> tuple[pa.Array, dict[str, np.ndarray]]:
+    """Ids [N] of distinct texts [N], and by problem which of the texts are bad."""
+
+    def match(pattern: str) -> np.ndarray:
+        found = pc.match_substring_regex(trimmed, pattern)
+        return found.to_numpy(zero_copy_only=False).astype(bool)
+
+    trimmed = pc.utf8_trim_whitespace(texts)
+    missing = match(_MISSING)
+    if not (match(_NUMBER) | missing).all() or missing.all():
+        return texts, {}
+    trimmed = pc.if_else(pa.array(missing), "0", trimmed)
+    problems: dict[str, np.ndarray] = {}
+    if match(_WHOLE).all():
+        ids = _first_cast(trimmed, pa.int64(), pa.uint64())
+    else:
+        ids, problems = _float_ids(_parsed(trimmed))
+    problems["no id"] = problems.get("no id", missing) | missing
+    bad = np.any(list(problems.values()), axis=0)
+    again = np.zeros(len(ids), dtype=bool)
+    again[~bad] = ids.filter(pa.array(~bad)).to_pandas().duplicated()
+    problems["an id that other rows write differently"] = again
+    return ids, problems
+
+
+def _float_ids(column: pa.Array) -> tuple[pa.Array, dict[str, np.ndarray]]:
+    """int64 ids [E] of floats that stand for whole numbers, and by problem which are bad."""
+    numbers = column.to_numpy(zero_copy_only=False).astype(np.float64)
+    bad = ~np.isfinite(numbers) | (numbers != np.floor(numbers))
+    inexact = ~bad & (abs(numbers) >= 2.0 ** _EXACT_BITS[column.type])
+    ids = pa.array(np.where(bad | inexact, 0, numbers).astype(np.int64))
+    return ids, {"no id": bad, f"an id that {column.type} may not hold exactly": inexact}
+
+
+def _trimmed(column: pa.Array) -> pa.Array:
+    """Text without surrounding blanks; null where nothing is left or it is not UTF-8."""
+    return empty_to_null(pc.utf8_trim_whitespace(as_text(column)))
+
+
+def _parsed(texts: pa.Array) -> pa.Array:
+    """float64 [E] from text; null or NaN where it is no number."""
+    try:
+        return texts.cast(pa.float64())
+    except pa.ArrowInvalid:
+        words = pd.Series(texts.to_pylist(), dtype=object)
+        numbers = pd.to_numeric(words, errors="coerce").astype(np.float64)
+        return pa.array(numbers.fillna(words.map(_TRUTHS)).to_numpy(dtype=np.float64))

@@ -6,25 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import gin
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as arrow_parquet
 
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.events import EventTable, location
-from hpgr_plugin.data.readers.assemble import EventColumns, check_events, concatenate
-from hpgr_plugin.data.readers.files import existing, matching, read_parquet
-from hpgr_plugin.data.readers.side import read_side_table
+from hpgr_plugin.data.events import DataError, EventTable, location
+from hpgr_plugin.data.readers.assemble import (
+    EventColumns,
+    check_events,
+    concatenate,
+    read_side_table,
+)
+from hpgr_plugin.data.readers.checks import RowChecks, as_text
+from hpgr_plugin.data.readers.files import existing, matching, parquet_columns, read_parquet
 
 _BEHAVIORS = ("behaviors.parquet", "*/behaviors.parquet", "*behaviors*.parquet")
 _HISTORY = ("history.parquet", "*/history.parquet", "*history*.parquet")
 _LABEL = "is_click"
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class EBNeRDReader:
     """Every article of an impression is an exposure, in order; the field for labels is `is_click`.
@@ -32,10 +33,10 @@ class EBNeRDReader:
     Reads the data set's own parquet, whose rows hold lists, or flat tables with the columns
     impression_id, user_id, item_id, ts, label (exposures) and user_id, item_id, ts (history).
 
-    Reads of the history file are history only, with is_click = 1. One that is not strictly
-    before the user's first impression is left out: from there on the impressions' own clicks
-    tell the story, and the same click would count twice. Columns that are known only after the
-    impression (read_time, scroll_percentage, next_*) are never read.
+    Articles of the history file are only history, with is_click = 1. Those not strictly before
+    the user's first impression are left out, because the impressions hold the same clicks again.
+    Columns that are known only after the impression (read_time, scroll_percentage, next_*) are
+    never read.
 
     Args:
         path: the folder.
@@ -58,7 +59,7 @@ class EBNeRDReader:
         """History before the first impression, then the exposures."""
         for name in fields:
             if name != _LABEL:
-                raise DataError(f"EB-NeRD has the field {_LABEL!r} alone", field=name)
+                raise DataError(f"EB-NeRD has only the field {_LABEL!r}", field=name)
         exposures = concatenate([self._exposures(f) for f in self._files(self.behaviors)])
         history = concatenate([self._reads(f) for f in self._files(self.history)])
         history = _before_exposures(history, exposures)
@@ -69,35 +70,60 @@ class EBNeRDReader:
         return replace(concatenate([history, exposures]), item_features=side)
 
     def _exposures(self, file: Path) -> EventTable:
-        rows = None
-        if _has(file, "article_ids_inview"):
-            table, rows = _exploded_behaviors(file)
+        columns = EventColumns("user_id", "item_id", "ts", "impression_id")
+        rows, num_bad = None, 0
+        if "article_ids_inview" in parquet_columns(file):
+            table, rows, num_bad = self._exploded_behaviors(file)
         else:
             table = read_parquet(file, ["user_id", "item_id", "ts", "impression_id", "label"])
             table = table.rename_columns({"label": _LABEL})
-        return self._events(table, file, rows, group="impression_id")
+        checks = RowChecks(table, file, drop_bad_rows=self.drop_bad_rows, file_rows=rows)
+        limits = {_LABEL: (0.0, 1.0)}
+        return check_events(checks, columns, [_LABEL], limits=limits, malformed=num_bad)
 
     def _reads(self, file: Path) -> EventTable:
-        rows = None
-        if _has(file, "article_id_fixed"):
-            table, rows = _exploded_history(file)
+        columns = EventColumns("user_id", "item_id", "ts")
+        rows, num_bad = None, 0
+        if "article_id_fixed" in parquet_columns(file):
+            table, rows, num_bad = self._exploded_history(file)
         else:
             table = read_parquet(file, ["user_id", "item_id", "ts"])
-        clicked = pa.array(np.ones(table.num_rows))
-        events = self._events(table.append_column(_LABEL, clicked), file, rows)
+        table = table.append_column(_LABEL, pa.array(np.ones(table.num_rows)))
+        checks = RowChecks(table, file, drop_bad_rows=self.drop_bad_rows, file_rows=rows)
+        events = check_events(checks, columns, [_LABEL], malformed=num_bad)
         return replace(events, candidate=np.zeros(len(events.timestamp), dtype=bool))
 
-    def _events(
-        self, table: pa.Table, file: Path, rows: np.ndarray | None, group: str | None = None
-    ) -> EventTable:
-        return check_events(
-            table,
-            file,
-            EventColumns("user_id", "item_id", "ts", group),
-            fields=[_LABEL],
-            drop_bad_rows=self.drop_bad_rows,
-            file_rows=rows,
-        )
+    def _exploded_behaviors(self, file: Path) -> tuple[pa.Table, np.ndarray, int]:
+        """One row per article in view; the file's row of each, 1-based; bad impressions."""
+        single = {"user_id": "user_id", "impression_id": "impression_id", "impression_time": "ts"}
+        lists = ["article_ids_inview", "article_ids_clicked"]
+        table, checks = self._lists(file, list(single), lists)
+        shown, clicked = (table[name].combine_chunks() for name in lists)
+        is_click, unseen = _clicks(shown, clicked)
+        checks.judge(lists[1], unseen, "clicked articles that are not in view")
+        is_click = is_click[checks.good[pc.list_parent_indices(shown).to_numpy()]]
+        exploded, rows = _exploded(table, checks.good, single, {lists[0]: "item_id"})
+        return exploded.append_column(_LABEL, pa.array(is_click)), rows, checks.num_bad
+
+    def _exploded_history(self, file: Path) -> tuple[pa.Table, np.ndarray, int]:
+        """One row per article read; the file's row of each, 1-based; bad rows."""
+        lists = {"article_id_fixed": "item_id", "impression_time_fixed": "ts"}
+        table, checks = self._lists(file, ["user_id"], list(lists))
+        lengths = [
+            pc.fill_null(pc.list_value_length(table[name].combine_chunks()), 0) for name in lists
+        ]
+        problem = "another number of times than of articles"
+        checks.judge("impression_time_fixed", pc.not_equal(*lengths), problem)
+        exploded, rows = _exploded(table, checks.good, {"user_id": "user_id"}, lists)
+        return exploded, rows, checks.num_bad
+
+    def _lists(self, file: Path, single: list[str], lists: list[str]) -> tuple[pa.Table, RowChecks]:
+        """The columns of a file, and its rows checked for missing lists."""
+        table = read_parquet(file, single, lists)
+        checks = RowChecks(table, file, drop_bad_rows=self.drop_bad_rows)
+        for name in lists:
+            checks.judge(name, pc.is_null(table[name].combine_chunks()), "no list")
+        return table, checks
 
     def _files(self, patterns: tuple[str, ...]) -> list[Path]:
         return matching(existing(self.path), patterns)
@@ -106,84 +132,54 @@ class EBNeRDReader:
         return self._files(("articles.parquet",)) if self.article_columns else []
 
 
-def _has(file: Path, column: str) -> bool:
-    return column in arrow_parquet.read_schema(file).names
+def _clicks(shown: pa.Array, clicked: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each article in view was clicked [E], and impressions [R] with a click not in view.
+
+    Args:
+        shown: [R] lists of articles, E in all.
+        clicked: [R] lists of articles.
+    """
+    parents = [pc.list_parent_indices(lists).to_numpy() for lists in (shown, clicked)]
+    articles = [as_text(pc.list_flatten(lists)) for lists in (shown, clicked)]
+    code = pa.concat_arrays(articles).dictionary_encode("encode").indices.to_numpy()
+    key = np.concatenate(parents) * (len(code) + 1) + code
+    in_view, click = key[: len(parents[0])], key[len(parents[0]) :]
+    unseen = np.zeros(len(shown), dtype=bool)
+    unseen[parents[1][~np.isin(click, in_view)]] = True
+    return np.isin(in_view, click), unseen
 
 
-def _exploded_behaviors(file: Path) -> tuple[pa.Table, np.ndarray]:
-    """One row an article of an impression, and the 1-based row of the file of each."""
-    columns = ["user_id", "impression_id", "impression_time"]
-    table = read_parquet(file, [*columns, "article_ids_inview", "article_ids_clicked"])
-    inview = _lists(table, "article_ids_inview", file)
-    clicked = _lists(table, "article_ids_clicked", file)
-    parent = pc.list_parent_indices(inview)
-    articles = pc.list_flatten(inview)
-    exploded = pa.table(
-        {
-            "user_id": table["user_id"].take(parent),
-            "impression_id": table["impression_id"].take(parent),
-            "ts": table["impression_time"].take(parent),
-            "item_id": articles,
-            _LABEL: pa.array(_clicked(parent, articles, clicked).astype(np.int8)),
-        }
-    )
-    return exploded, parent.to_numpy() + 1
+def _exploded(
+    table: pa.Table, good: np.ndarray, single: dict[str, str], lists: dict[str, str]
+) -> tuple[pa.Table, np.ndarray]:
+    """One row per element of the good rows' lists, and the file's row of each, 1-based.
 
-
-def _clicked(parent: pa.Array, articles: pa.Array, clicked: pa.Array) -> np.ndarray:
-    """True where the impression's clicked articles hold the article."""
-    places = pd.MultiIndex.from_arrays([parent.to_numpy(), articles.to_pandas()])
-    hits = pd.MultiIndex.from_arrays(
-        [pc.list_parent_indices(clicked).to_numpy(), pc.list_flatten(clicked).to_pandas()]
-    )
-    return places.isin(hits)
-
-
-def _exploded_history(file: Path) -> tuple[pa.Table, np.ndarray]:
-    """One row an article read, and the 1-based row of the file of each."""
-    table = read_parquet(file, ["user_id", "impression_time_fixed", "article_id_fixed"])
-    articles = _lists(table, "article_id_fixed", file)
-    times = _lists(table, "impression_time_fixed", file)
-    uneven = pc.not_equal(pc.list_value_length(articles), pc.list_value_length(times))
-    if (row := pc.index(uneven, True).as_py()) >= 0:
-        problem = "another number of times than of articles"
-        raise DataError(problem, file=file, row=row + 1, field="impression_time_fixed")
-    parent = pc.list_parent_indices(articles)
-    exploded = pa.table(
-        {
-            "user_id": table["user_id"].take(parent),
-            "item_id": pc.list_flatten(articles),
-            "ts": pc.list_flatten(times),
-        }
-    )
-    return exploded, parent.to_numpy() + 1
-
-
-def _lists(table: pa.Table, column: str, file: Path) -> pa.Array:
-    lists = table[column].combine_chunks()
-    if (row := pc.index(pc.is_null(lists), True).as_py()) >= 0:
-        raise DataError("no list", file=file, row=row + 1, field=column)
-    return lists
+    Args:
+        table: one impression or user per row.
+        good: bool [R].
+        single: columns with one value per row, and their new names.
+        lists: columns with a list per row, of one length in every row, and their new names.
+    """
+    table = table.filter(pa.array(good))
+    parent = pc.list_parent_indices(table[next(iter(lists))].combine_chunks())
+    columns = {new: table[old].take(parent) for old, new in single.items()}
+    columns |= {new: pc.list_flatten(table[old]) for old, new in lists.items()}
+    return pa.table(columns), np.flatnonzero(good)[parent.to_numpy()] + 1
 
 
 def _before_exposures(history: EventTable, exposures: EventTable) -> EventTable:
     """The reads strictly before the user's first exposure, each once."""
-    first = pd.Series(exposures.timestamp).groupby(exposures.user.to_pandas()).min()
+    users = [history.user, exposures.user]
+    if users[0].type != users[1].type:
+        users = [as_text(each) for each in users]
+    first = pd.Series(exposures.timestamp).groupby(users[1].to_pandas()).min()
     frame = pd.DataFrame(
         {
-            "user": history.user.to_pandas(),
+            "user": users[0].to_pandas(),
             "item": history.item.to_pandas(),
             "timestamp": history.timestamp,
         }
     )
     # Histories of two periods overlap; users without an impression have only a history.
     late = frame["timestamp"] >= frame["user"].map(first)
-    kept = (~late & ~frame.duplicated()).to_numpy()
-    return replace(
-        history,
-        user=history.user.filter(pa.array(kept)),
-        item=history.item.filter(pa.array(kept)),
-        timestamp=history.timestamp[kept],
-        values={name: value[kept] for name, value in history.values.items()},
-        candidate=np.zeros(int(kept.sum()), dtype=bool),
-    )
+    return history.take((~late & ~frame.duplicated()).to_numpy())

@@ -1,8 +1,9 @@
-"""Files to arrow tables: csv and its kin, and parquet. Nothing is judged here but the shape."""
+"""Files to arrow tables: parquet, and csv and similar text. Checks the shape, not the values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,25 @@ import pyarrow as pa
 import pyarrow.csv as arrow_csv
 import pyarrow.parquet as arrow_parquet
 
-from hpgr_plugin.data.errors import DataError
+from hpgr_plugin.data.events import DataError
+
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"PAR1": "parquet",
+}
+_MAX_HEADER_BYTES = 1 << 20
 
 
 def existing(path: str | Path) -> Path:
-    """The path, or an error that says it is not there."""
+    """The path.
+
+    Raises:
+        DataError: nothing is there.
+    """
     found = Path(path).expanduser()
     if not found.exists():
         raise DataError("no such file or folder", file=path)
@@ -26,7 +41,7 @@ def matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
     if folder.is_file():
         return [folder]
     for pattern in patterns:
-        if found := sorted(folder.glob(pattern)):
+        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return found
     raise DataError(f"holds none of {', '.join(patterns)}", file=folder)
 
@@ -40,19 +55,31 @@ def read_table(
     return read_csv(path, columns, drop_bad_rows=drop_bad_rows, **csv_options)
 
 
-def read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
-    """The named columns of a parquet file.
+def parquet_columns(path: Path) -> list[str]:
+    """The names of a parquet file's columns."""
+    with _named_failure(path, "parquet"):
+        return arrow_parquet.read_schema(path).names
+
+
+def read_parquet(path: Path, columns: Sequence[str], lists: Sequence[str] = ()) -> pa.Table:
+    """The named columns of a parquet file, of which `lists` hold lists and the others values.
 
     Raises:
-        DataError: a column is missing, or the file is no parquet.
+        DataError: a column is missing, there twice or of another kind, or it is not parquet.
     """
-    try:
-        # One thread: memory stays near the size of the columns.
-        with arrow_parquet.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names, columns)
-            return file.read(columns=list(columns), use_threads=False)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"cannot be read as parquet ({error})", file=path) from error
+    # One thread: memory stays near the size of the columns.
+    with _named_failure(path, "parquet"), arrow_parquet.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        _check_columns(path, schema.names, [*columns, *lists])
+        for name in columns:
+            if pa.types.is_nested(schema.field(name).type):
+                problem = f"takes one value per row, got {schema.field(name).type}"
+                raise DataError(problem, file=path, field=name)
+        for name in lists:
+            if not isinstance(schema.field(name).type, (pa.ListType, pa.LargeListType)):
+                problem = f"takes a list per row, got {schema.field(name).type}"
+                raise DataError(problem, file=path, field=name)
+        return file.read(columns=[*columns, *lists], use_threads=False)
 
 
 def read_csv(
@@ -65,7 +92,7 @@ def read_csv(
     typed_header: bool = False,
     quoted: bool = True,
 ) -> tuple[pa.Table, int]:
-    """The named columns of a text table, and the number of malformed rows left out.
+    """The named columns of a text table as bytes, and the number of malformed rows left out.
 
     Args:
         path: the file.
@@ -77,45 +104,76 @@ def read_csv(
         quoted: fields may stand in double quotes.
 
     Raises:
-        DataError: a column is missing, or a row has another number of fields.
+        DataError: a column is missing or there twice, a row has another number of fields, or
+            the file is not text.
     """
-    names = list(header) if header else _first_line(path, delimiter, typed_header)
-    _check_columns(path, names, columns)
+    first_line = _first_line(path)
+    if header is None:
+        names = [name.strip().strip('"') for name in first_line.split(delimiter)]
+        header = [name.partition(":")[0] for name in names] if typed_header else names
+        skipped = 1
+    else:
+        skipped = 0
+    _check_columns(path, header, columns)
     malformed: list[tuple[int, int]] = []
 
     def on_malformed(row: Any) -> str:
-        malformed.append((row.number - (0 if header else 1), row.actual_columns))
+        malformed.append((row.number - skipped, row.actual_columns))
         return "skip"
 
-    table = arrow_csv.read_csv(
-        path,
-        # One thread: only then does a malformed row know its number.
-        read_options=arrow_csv.ReadOptions(
-            use_threads=False, column_names=names, skip_rows=0 if header else 1
-        ),
-        parse_options=arrow_csv.ParseOptions(
-            delimiter=delimiter,
-            quote_char='"' if quoted else False,
-            invalid_row_handler=on_malformed,
-        ),
-        convert_options=arrow_csv.ConvertOptions(include_columns=list(columns)),
-    )
+    with _named_failure(path, "text"):
+        table = arrow_csv.read_csv(
+            path,
+            # One thread: only then does a malformed row know its number.
+            read_options=arrow_csv.ReadOptions(
+                use_threads=False, column_names=header, skip_rows=skipped
+            ),
+            parse_options=arrow_csv.ParseOptions(
+                delimiter=delimiter,
+                quote_char='"' if quoted else False,
+                invalid_row_handler=on_malformed,
+            ),
+            # Bytes: a type guessed from the first rows would change ids and fail in later rows.
+            convert_options=arrow_csv.ConvertOptions(
+                include_columns=list(columns),
+                column_types={name: pa.large_binary() for name in columns},
+            ),
+        )
     if malformed and not drop_bad_rows:
         row, found = malformed[0]
-        raise DataError(f"{found} fields where {len(names)} belong", file=path, row=row)
+        raise DataError(f"{found} fields, expected {len(header)}", file=path, row=row)
     return table, len(malformed)
 
 
-def _first_line(path: Path, delimiter: str, typed: bool) -> list[str]:
-    with path.open("rb") as file:
-        line = file.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
-    names = [name.strip().strip('"') for name in line.split(delimiter)]
-    return [name.partition(":")[0] for name in names] if typed else names
+@contextmanager
+def _named_failure(path: Path, kind: str) -> Iterator[None]:
+    """What the library cannot read becomes one line that names the file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"cannot be read as {kind} ({error})", file=path) from error
+
+
+def _first_line(path: Path) -> str:
+    """The first line of a file of text."""
+    with _named_failure(path, "text"), path.open("rb") as file:
+        start = file.read(_MAX_HEADER_BYTES)
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(f"takes text, got {name}: unpack it or rename it", file=path)
+    if b"\0" in start:
+        raise DataError("takes text, got binary data or UTF-16", file=path)
+    line = start.split(b"\n", 1)[0]
+    if len(line) == _MAX_HEADER_BYTES:
+        raise DataError(f"the first line is longer than {_MAX_HEADER_BYTES} bytes", file=path)
+    return line.decode("utf-8-sig", errors="replace").rstrip("\r")
 
 
 def _check_columns(path: Path, present: Sequence[str], wanted: Sequence[str]) -> None:
     for column in wanted:
-        if column not in present:
-            raise DataError(
-                f"missing column; the file has {', '.join(present)}", file=path, field=column
-            )
+        if (times := present.count(column)) != 1:
+            problem = "missing column" if not times else f"{times} columns of this name"
+            problem += f"; the file has {', '.join(present) or 'no header line'}"
+            raise DataError(problem, file=path, field=column)

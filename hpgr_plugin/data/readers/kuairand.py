@@ -6,29 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import gin
-
 from hpgr_plugin.data.events import EventTable, SideTable, location
-from hpgr_plugin.data.readers.assemble import EventColumns, check_events, concatenate
-from hpgr_plugin.data.readers.files import existing, matching, read_table
-from hpgr_plugin.data.readers.side import read_side_table
+from hpgr_plugin.data.readers.assemble import (
+    EventColumns,
+    concatenate,
+    read_events,
+    read_side_table,
+)
+from hpgr_plugin.data.readers.files import existing, matching
 
 _STANDARD_LOGS = ("log_standard*.csv", "log_standard*.parquet", "log*.parquet", "log*.csv")
 # Some extracts carry the columns of a video in the log itself.
 _VIDEO_FILES = ("video_features_basic*.csv", "video_features_basic*.parquet", "log*.parquet")
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class KuaiRandReader:
     """Exposures with `is_click`, `is_like`, `long_view`, `tab` ... as fields for labels.
 
     is_click is a click in the two-column view and a valid play in the single-column one; the
-    field `tab` tells which. Rows that the source holds twice are kept twice.
+    field `tab` tells which. Duplicated rows of the source are kept.
 
     Args:
         path: the folder, or one log file.
-        logs: patterns of log files; the first that finds any counts. The random-exposure log
+        logs: patterns of log files; the first one that matches is used. The random-exposure log
             (`log_random*`) is not among the default.
         user_columns: columns of `user_features*.csv` to read as features of users.
         video_columns: columns of `video_features_basic*` (or of the log) for items.
@@ -55,18 +56,9 @@ class KuaiRandReader:
         )
 
     def _read_log(self, file: Path, fields: Sequence[str]) -> EventTable:
-        columns = EventColumns(user="user_id", item="video_id", timestamp="time_ms")
-        wanted = columns.with_fields(fields)
-        table, malformed = read_table(file, wanted, drop_bad_rows=self.drop_bad_rows)
-        return check_events(
-            table,
-            file,
-            columns,
-            fields=fields,
-            time_unit="ms",
-            drop_bad_rows=self.drop_bad_rows,
-            malformed=malformed,
-        )
+        columns = EventColumns("user_id", "video_id", "time_ms", time_unit="ms")
+        flags = {name: (0, 1) for name in fields if name.startswith("is_") or name == "long_view"}
+        return read_events(file, columns, fields, drop_bad_rows=self.drop_bad_rows, limits=flags)
 
     def _logs(self) -> list[Path]:
         return matching(existing(self.path), self.logs)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gin
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.events import EventTable, SideTable, location
-from hpgr_plugin.data.readers.assemble import EventColumns, check_events
-from hpgr_plugin.data.readers.files import existing, matching, read_csv
-from hpgr_plugin.data.readers.side import read_side_table
+from hpgr_plugin.data.events import DataError, EventTable, SideTable, location
+from hpgr_plugin.data.readers.assemble import EventColumns, read_events, read_side_table
+from hpgr_plugin.data.readers.files import existing, matching
 
+_LIMITS = {"rating": (0.5, 5.0)}
 _PATTERNS = ("*.inter", "ratings.dat", "ratings.csv", "u.data")
-_YEAR = re.compile(r"\((\d{4})\)\s*$")
+_YEAR = r"\((?P<year>\d{4})\)\s*$"
+_INTER = {"delimiter": "\t", "typed_header": True, "quoted": False}
 _AGE_BRACKETS = (18, 25, 35, 45, 50, 56)
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class MovieLensReader:
     """Ratings of MovieLens in any of its formats; the field for labels is `rating`.
@@ -47,15 +45,8 @@ class MovieLensReader:
         """The ratings, in the order of the file."""
         file = self._ratings()
         columns, options = _layout(file)
-        wanted = columns.with_fields(fields)
-        table, malformed = read_csv(file, wanted, drop_bad_rows=self.drop_bad_rows, **options)
-        events = check_events(
-            table,
-            file,
-            columns,
-            fields=fields,
-            drop_bad_rows=self.drop_bad_rows,
-            malformed=malformed,
+        events = read_events(
+            file, columns, fields, drop_bad_rows=self.drop_bad_rows, limits=_LIMITS, **options
         )
         users, items = _features(file) if self.features else (None, None)
         return replace(events, user_features=users, item_features=items)
@@ -68,9 +59,9 @@ def _layout(file: Path) -> tuple[EventColumns, dict[str, Any]]:
     """The names of the columns, and how to read the file."""
     names = EventColumns("user_id", "item_id", "timestamp")
     if file.suffix == ".inter":
-        return names, {"delimiter": "\t", "typed_header": True, "quoted": False}
+        return names, _INTER
     if file.suffix == ".dat":
-        # Fields are parted by "::", which a one-character delimiter sees as an empty column.
+        # Fields are separated by "::", which a one-character delimiter sees as an empty column.
         header = ["user_id", "_1", "item_id", "_2", "rating", "_3", "timestamp"]
         return names, {"delimiter": ":", "header": header, "quoted": False}
     if file.suffix == ".csv":
@@ -91,36 +82,20 @@ def _feature_files(ratings: Path) -> list[Path]:
 
 
 def _features(ratings: Path) -> tuple[SideTable | None, SideTable | None]:
+    """Gender, age and occupation of users (not in .csv); year and first genre of movies."""
     files = _feature_files(ratings)
     if ratings.suffix == ".inter":
-        return _inter_users(files[0]), _inter_items(files[1])
+        users = read_side_table(files[0], "user_id", ["age", "gender", "occupation"], **_INTER)
+        users.columns["age"] = _bracketed(users.columns["age"])
+        movies = read_side_table(files[1], "item_id", ["release_year", "class"], **_INTER)
+        years, genres = movies.columns.values()
+        return users, SideTable(movies.ids, {"year": years, "genre": _first(genres, " ")})
     if ratings.suffix == ".dat":
-        return _dat_users(files[0]), _titled_movies(files[1], _dat_rows(files[1], 3))
+        users = _dat_table(files[0], ["gender", "age", "occupation", "zip"])
+        return users, _titled_movies(_dat_table(files[1], ["title", "genres"]))
     if ratings.suffix == ".csv":
-        side = read_side_table(files[0], "movieId", ["title", "genres"])
-        columns = [side.columns[name].to_pylist() for name in ("title", "genres")]
-        return None, _titled_movies(
-            files[0], list(zip(side.ids.to_pylist(), *columns, strict=True))
-        )
+        return None, _titled_movies(read_side_table(files[0], "movieId", ["title", "genres"]))
     raise DataError("this format has no features here; set features=False", file=ratings)
-
-
-def _inter_users(file: Path) -> SideTable:
-    columns = ["age", "gender", "occupation"]
-    side = read_side_table(
-        file, "user_id", columns, delimiter="\t", typed_header=True, quoted=False
-    )
-    return SideTable(side.ids, {**side.columns, "age": _bracketed(side.columns["age"])})
-
-
-def _inter_items(file: Path) -> SideTable:
-    side = read_side_table(
-        file, "item_id", ["release_year", "class"], delimiter="\t", typed_header=True, quoted=False
-    )
-    genres = [_first(genre, " ") for genre in side.columns["class"].to_pylist()]
-    return SideTable(
-        side.ids, {"year": side.columns["release_year"], "genre": pa.array(genres, pa.string())}
-    )
 
 
 def _bracketed(ages: pa.Array) -> pa.Array:
@@ -133,38 +108,31 @@ def _bracketed(ages: pa.Array) -> pa.Array:
     return pa.array(brackets, pa.string())
 
 
-def _dat_users(file: Path) -> SideTable:
-    rows = _dat_rows(file, 5)
-    columns = {
-        name: pa.array([row[place] for row in rows], pa.string())
-        for name, place in (("gender", 1), ("age", 2), ("occupation", 3))
-    }
-    return SideTable(pa.array([int(row[0]) for row in rows]), columns)
+def _titled_movies(movies: SideTable) -> SideTable:
+    """Year and first genre from titles that end in (year) and genre|genre."""
+    year = pc.struct_field(pc.extract_regex(movies.columns["title"], _YEAR), "year")
+    return SideTable(movies.ids, {"year": year, "genre": _first(movies.columns["genres"], "|")})
 
 
-def _titled_movies(file: Path, rows: Sequence[Sequence[Any]]) -> SideTable:
-    """Year and first genre from rows of (id, title (year), genre|genre)."""
-    years = [_YEAR.search(row[1] or "") for row in rows]
-    return SideTable(
-        pa.array([int(row[0]) for row in rows]),
-        {
-            "year": pa.array([year.group(1) if year else None for year in years], pa.string()),
-            "genre": pa.array([_first(row[2], "|") for row in rows], pa.string()),
-        },
-    )
-
-
-def _dat_rows(file: Path, num_fields: int) -> list[list[str]]:
-    """Rows of a "::" table; movie titles in these files are Latin-1."""
+def _dat_table(file: Path, columns: list[str]) -> SideTable:
+    """A table of fields separated by "::", id first; movie titles in these files are Latin-1."""
     rows = [line.split("::") for line in file.read_text(encoding="latin-1").splitlines() if line]
     for number, row in enumerate(rows, start=1):
-        if len(row) != num_fields:
-            problem = f"{len(row)} fields where {num_fields} belong"
+        if len(row) != len(columns) + 1:
+            problem = f"{len(row)} fields, expected {len(columns) + 1}"
             raise DataError(problem, file=file, row=number)
         if not row[0].isdigit():
             raise DataError(f"no id: {row[0]!r}", file=file, row=number, field="id")
-    return rows
+    ids = pa.array([int(row[0]) for row in rows], pa.int64())
+    texts = {
+        name: pa.array([row[place] for row in rows], pa.string())
+        for place, name in enumerate(columns, start=1)
+        if name != "zip"
+    }
+    return SideTable(ids, texts)
 
 
-def _first(text: str | None, separator: str) -> str | None:
-    return text.split(separator)[0] or None if text else None
+def _first(texts: pa.Array, separator: str) -> pa.Array:
+    """The part of each text before the separator; null where there is none."""
+    firsts = [text.split(separator)[0] or None if text else None for text in texts.to_pylist()]
+    return pa.array(firsts, pa.string())

@@ -1,4 +1,4 @@
-"""Any parquet or csv with one event a row, by a map of its columns."""
+"""Any parquet or csv with one event per row, by a map of its columns."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gin
-
 from hpgr_plugin.data.events import EventTable, SideTable, location
-from hpgr_plugin.data.readers.assemble import EventColumns, check_events, concatenate
-from hpgr_plugin.data.readers.files import existing, matching, read_table
-from hpgr_plugin.data.readers.side import read_side_table
+from hpgr_plugin.data.readers.assemble import (
+    EventColumns,
+    concatenate,
+    read_events,
+    read_side_table,
+)
+from hpgr_plugin.data.readers.files import existing, matching
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True, kw_only=True)
 class TableReader:
-    """Parquet (`.parquet`) or text with a header (anything else), one event a row.
+    """Parquet (`.parquet`) or text with a header (anything else), one event per row.
 
     Args:
         path: a file, or a folder whose files all are read.
-        files: patterns inside the folder; the first that finds any counts.
+        files: patterns inside the folder; the first one that matches is used.
         user, item, timestamp: names of the columns.
         group: column of whole numbers: events shown together share a value.
-        candidate: column of 0 and 1: 0 marks an event that is only ever history.
+        candidate: column of 0 and 1; 0: the event is only history.
         time_unit: "s" | "ms" | "us" | "ns", for timestamps that are plain numbers.
         delimiter: of text files.
         user_table, item_table: files with side features, ids under `user` and `item`.
@@ -67,20 +68,11 @@ class TableReader:
         )
 
     def _read(self, file: Path, fields: Sequence[str]) -> EventTable:
-        columns = EventColumns(self.user, self.item, self.timestamp, self.group, self.candidate)
-        wanted = columns.with_fields(fields)
-        table, malformed = read_table(
-            file, wanted, drop_bad_rows=self.drop_bad_rows, **self._csv_options(file)
+        columns = EventColumns(
+            self.user, self.item, self.timestamp, self.group, self.candidate, self.time_unit
         )
-        return check_events(
-            table,
-            file,
-            columns,
-            fields=fields,
-            time_unit=self.time_unit,
-            drop_bad_rows=self.drop_bad_rows,
-            malformed=malformed,
-        )
+        options = self._csv_options(file)
+        return read_events(file, columns, fields, drop_bad_rows=self.drop_bad_rows, **options)
 
     def _events(self) -> list[Path]:
         return matching(existing(self.path), self.files)

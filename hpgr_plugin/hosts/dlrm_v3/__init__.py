@@ -1,7 +1,7 @@
 """HPGR in the ranking trainer of meta-recsys/generative-recommenders.
 
-One more line in the .gin file that the host already reads, `import hpgr_plugin.hosts.dlrm_v3`,
-attaches; the slots are gin parameters:
+One more line in a .gin file that the host already reads, `import hpgr_plugin.hosts.dlrm_v3`,
+attaches the adapter; the slots are gin parameters:
 
     hpgr.DlrmHSTU.sem = @hpgr.SessionEnhancementModule()
     hpgr.DlrmHSTU.positional_encoder = @hpgr.TimeAwarePositionalEncoder()
@@ -9,20 +9,20 @@ attaches; the slots are gin parameters:
     hpgr.DlrmHSTU.pretrained = "stage1.safetensors"
     hpgr.DlrmHSTU.inherited_lr_ratio = 0.1
 
-`python -m hpgr_plugin.hosts.dlrm_v3 --gin_config_file=... --mode=...` starts the host's loops
-with any .gin file, on CPU or CUDA.
+`python -m hpgr_plugin.hosts.dlrm_v3 --gin_config_file=FILE --mode=MODE` starts the host's training
+loops with any .gin file, on CPU or CUDA.
+
+Importing this package raises `HostContractError` if the host lacks something that it uses.
 """
 
-from hpgr_plugin.hosts import contract
-from hpgr_plugin.hosts.dlrm_v3_requirements import REQUIREMENTS
+from hpgr_plugin.hosts import contract, requirements
 
-contract.require(__name__, REQUIREMENTS)
+contract.require(__name__, requirements.DLRM_V3)
 
-from hpgr_plugin.components import attention_hooks as hooks  # noqa: E402
-from hpgr_plugin.components import positions, sem  # noqa: E402  # to register the slots' tenants with gin
+from hpgr_plugin.components import attention_hooks, positions, sem  # noqa: E402, F401  (for gin)
 from hpgr_plugin.hosts.dlrm_v3.attach import attach, detach, replaced_names  # noqa: E402
 from hpgr_plugin.hosts.dlrm_v3.model import DlrmHSTU  # noqa: E402
 
-__all__ = ["DlrmHSTU", "attach", "detach", "hooks", "positions", "replaced_names", "sem"]
+__all__ = ["DlrmHSTU", "attach", "detach", "replaced_names"]
 
 attach()

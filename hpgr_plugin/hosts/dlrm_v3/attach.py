@@ -1,5 +1,6 @@
-"""The host's names that this adapter stands in for, put in place and taken back."""
+"""Attach the slots to the host's ranking trainer, by its seams where it has them, and detach."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -10,18 +11,18 @@ import torch
 from generative_recommenders.dlrm_v3.train import utils as train
 
 from hpgr_plugin.hosts.dlrm_v3.model import DlrmHSTU
-from hpgr_plugin.hosts.dlrm_v3.pretrained import lr_scale
-from hpgr_plugin.hosts.seams import Seam, host_has_seam
+from hpgr_plugin.hosts.seams import host_has_seam, is_bound, replaced
+from hpgr_plugin.transfer.learning_rates import by_lr_scale, lr_scale
 
 _KeyedOptimizerWrapper: Any = train.KeyedOptimizerWrapper
 _DistributedModelParallel: Any = train.DistributedModelParallel
 _apply_optimizer_in_backward: Callable[..., None] = train.apply_optimizer_in_backward
 
-_MODEL_PARAMETER = "make_model.model_cls"
+_MODEL_CLASS = "make_model.model_cls"
 
 
 class InheritedLrOptimizer(_KeyedOptimizerWrapper):
-    """The host's dense optimizer, with a group of its own for every inherited learning rate."""
+    """The host's dense optimizer with one parameter group per learning rate."""
 
     def __init__(
         self,
@@ -29,16 +30,14 @@ class InheritedLrOptimizer(_KeyedOptimizerWrapper):
         optim_factory: Callable[[Any], torch.optim.Optimizer],
         **others: Any,
     ) -> None:
-        groups: dict[float, list[torch.Tensor]] = {}
-        for parameter in params.values():
-            groups.setdefault(lr_scale(parameter), []).append(parameter)
+        groups = by_lr_scale(params.values())
 
         def with_groups(parameters: Any) -> torch.optim.Optimizer:
             if set(groups) <= {1.0}:
                 return optim_factory(parameters)
             optimizer = optim_factory([{"params": group} for group in groups.values()])
-            for ratio, group in zip(groups, optimizer.param_groups, strict=True):
-                group["lr"] *= ratio
+            for scale, group in zip(groups, optimizer.param_groups, strict=True):
+                group["lr"] *= scale
             return optimizer
 
         super().__init__(params, with_groups, **others)
@@ -47,10 +46,10 @@ class InheritedLrOptimizer(_KeyedOptimizerWrapper):
 class PretrainedModelParallel(_DistributedModelParallel):
     """Shards the model as the host does, then loads the hand-over into the shards.
 
-    Before the trainer restores a checkpoint, so a checkpoint has the last word.
+    The trainer restores a checkpoint after that, so a checkpoint overwrites the hand-over.
     """
 
-    # Whoever asks, as the contract does, sees the parameters of what it stands in for.
+    # The contract reads the parameters of the class that this one replaces.
     __signature__ = inspect.signature(_DistributedModelParallel)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -68,58 +67,49 @@ def apply_with_inherited_lr(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """The host's fused sparse optimizer, inherited tables with their smaller rate."""
+    """The host's fused sparse optimizer, with the smaller learning rate for inherited tables."""
     for parameter in params:
         settings = {**optimizer_kwargs, "lr": optimizer_kwargs["lr"] * lr_scale(parameter)}
         _apply_optimizer_in_backward(optimizer_class, [parameter], settings, *args, **kwargs)
 
 
-# Name in the host's `dlrm_v3.train.utils`: what stands in for it, and the seam of a patched host
-# that makes that needless.
-_REPLACEMENTS: dict[str, tuple[Any, Seam]] = {
+# Name in the host's `dlrm_v3.train.utils` -> its replacement, and the seam of a patched host with
+# which no replacement is needed.
+_REPLACEMENTS: dict[str, tuple[Any, str]] = {
     "DlrmHSTU": (DlrmHSTU, "model_cls"),
     "KeyedOptimizerWrapper": (InheritedLrOptimizer, "lr_scale"),
     "DistributedModelParallel": (PretrainedModelParallel, "lr_scale"),
     "apply_optimizer_in_backward": (apply_with_inherited_lr, "lr_scale"),
 }
-_ORIGINALS: dict[str, Any] = {name: getattr(train, name) for name in _REPLACEMENTS}
+_undo = contextlib.ExitStack()
+_replaced: list[str] = []
 
 
 def attach() -> None:
-    """Let the host's trainer build HPGR's model. Doing it twice is doing it once.
+    """Let the host's trainer build the model with slots; a second call changes nothing.
 
-    A host with the project's patches takes the model class as a gin parameter of `make_model`;
-    unless the configuration names one already, it is bound here (`gin.clear_config` forgets it:
-    attach again). In other hosts the names that its trainer looks up are replaced.
+    A host with the patch series takes the model class as the gin parameter `make_model.model_cls`,
+    which is bound here unless the configuration binds it. `gin.clear_config` removes that binding:
+    call `attach` again then. In other hosts the names that the trainer looks up are replaced.
     """
-    for name, (replacement, seam) in _REPLACEMENTS.items():
-        if not host_has_seam(seam):
-            setattr(train, name, replacement)
-    if host_has_seam("model_cls") and not _is_bound(_MODEL_PARAMETER):
+    if host_has_seam("model_cls") and not is_bound(_MODEL_CLASS):
         with gin.unlock_config():
-            gin.parse_config(f"{_MODEL_PARAMETER} = @hpgr.DlrmHSTU")
+            gin.parse_config(f"{_MODEL_CLASS} = @hpgr.DlrmHSTU")
+    if not _replaced:
+        values = {n: new for n, (new, seam) in _REPLACEMENTS.items() if not host_has_seam(seam)}
+        _undo.enter_context(replaced(train, **values))
+        _replaced.extend(values)
 
 
 def detach() -> None:
-    """Give the host its names back; models built so far keep what they have."""
-    for name, original in _ORIGINALS.items():
-        setattr(train, name, original)
-    if host_has_seam("model_cls") and _is_bound(_MODEL_PARAMETER):
+    """Undo `attach`; models that were built before keep their slots."""
+    _undo.close()
+    _replaced.clear()
+    if host_has_seam("model_cls") and is_bound(_MODEL_CLASS):
         with gin.unlock_config():
-            gin.bind_parameter(_MODEL_PARAMETER, None)
+            gin.bind_parameter(_MODEL_CLASS, None)
 
 
 def replaced_names() -> list[str]:
-    """The names of the host that are not its own at the moment."""
-    return [
-        f"{train.__name__}.{name}"
-        for name, original in _ORIGINALS.items()
-        if getattr(train, name) is not original
-    ]
-
-
-def _is_bound(parameter: str) -> bool:
-    try:
-        return gin.query_parameter(parameter) is not None
-    except ValueError:
-        return False
+    """The names of the host that are replaced at the moment."""
+    return [f"{train.__name__}.{name}" for name in _replaced]

@@ -1,18 +1,18 @@
-"""The host's STU layer with a preference plan in its attention."""
+"""The host's STU layer with the weights of a preference plan in its attention."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
 from generative_recommenders.modules.stu import STULayer
 from generative_recommenders.ops.hstu_attention import hstu_mha
 from generative_recommenders.ops.hstu_compute import hstu_compute_output, hstu_compute_uqvk
 from torch import Tensor
 
+from hpgr_plugin.components.attention_hooks import Layout, MaskPosition
 from hpgr_plugin.hosts.contract import accepts
-from hpgr_plugin.ops.compact.parts import SequenceParts, candidate_weights
-from hpgr_plugin.ops.jagged import dense_to_jagged, jagged_to_padded_dense
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+from hpgr_plugin.ops.compact.parts import SequenceParts, row_weights
+from hpgr_plugin.ops.hstu_attention import AttentionSpec, hstu_attention
+from hpgr_plugin.ops.preference_plan import PreferencePlan
 
 # Until 2026 the host had one flag for what goes into its output projection, since then three.
 _OUTPUT_FLAGS: dict[str, Any] = (
@@ -25,62 +25,51 @@ _NORM_EPS = 1e-6
 
 @dataclass
 class CandidateRows:
-    """Weights of the candidates' attention rows, over the columns of their own sequence.
+    """The attention mask M of the candidates' own rows (Eq. 5), over the columns of their sequence.
 
-    Args:
-        parts: of the sequences; in cached inference, of the full ones (cached and new).
-        plan: one row per candidate.
-        before_activation: SiLU(M s) instead of SiLU(s) M.
+    Attributes:
+        parts: Of the sequences; in cached inference, of the full ones (cached and new).
+        plan: One row per candidate.
+        mask_position: "post" A' = SiLU(s) * M, "pre" A' = SiLU(M * s).
     """
 
     parts: SequenceParts
     plan: PreferencePlan
-    before_activation: bool = False
-    _weights: Tensor | None = field(default=None, repr=False)
+    mask_position: MaskPosition = "post"
+    _spec: AttentionSpec | None = field(default=None, repr=False)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, max_seq_len: int, alpha: float) -> Tensor:
-        """HSTU attention of the candidate rows alone.
+    def attention_spec(self, max_seq_len: int, alpha: float) -> AttentionSpec:
+        """The attention of the candidates over whole sequences, the same for all layers of a step.
 
         Args:
-            q: `[C, H, d]`, the candidates.
-            k: `[L, H, d]`, whole sequences.
-            v: `[L, H, dv]`.
-            max_seq_len: longest sequence, and the n of the host's 1/n.
-            alpha: factor of q . k.
-
-        Returns:
-            `[C, H, dv]`.
+            max_seq_len: The longest sequence, which is also the host's n.
+            alpha: Factor on q . k.
         """
-        weights = self._mask(max_seq_len).unsqueeze(1)
-        offsets, candidates = self.parts.seq_offsets, self.parts.candidate_offsets
-        most = weights.shape[2]
-        dense_q = jagged_to_padded_dense(q, candidates, most).transpose(1, 2)
-        dense_k = jagged_to_padded_dense(k, offsets, max_seq_len).transpose(1, 2)
-        dense_v = jagged_to_padded_dense(v, offsets, max_seq_len).transpose(1, 2)
-        scores = (dense_q @ dense_k.transpose(2, 3)) * alpha
-        if self.before_activation:
-            attention = F.silu(scores * weights) / max_seq_len
-        else:
-            attention = F.silu(scores) * weights / max_seq_len
-        dense = (attention.to(dense_v.dtype) @ dense_v).transpose(1, 2)
-        return dense_to_jagged(dense, candidates, self.parts.num_candidates)
-
-    def _mask(self, max_seq_len: int) -> Tensor:
-        # The same for every layer of a step.
-        if self._weights is None or self._weights.shape[2] != max_seq_len:
-            self._weights = candidate_weights(self.parts, self.plan, max_seq_len)
-        return self._weights
+        if self._spec is None or (self._spec.max_length, self._spec.alpha) != (max_seq_len, alpha):
+            counts = self.parts.candidate_offsets.diff()
+            self._spec = AttentionSpec(
+                offsets=self.parts.seq_offsets,
+                max_length=max_seq_len,
+                alpha=alpha,
+                norm_length=max_seq_len,
+                query_offsets=self.parts.candidate_offsets,
+                max_query_length=int(counts.max().item()) if counts.numel() else 0,
+                causal=False,
+                row_weights=row_weights(self.parts, self.plan, max_seq_len),
+                mask_position=self.mask_position,
+            )
+        return self._spec
 
 
 @dataclass(frozen=True)
 class StepAttention:
     """What a plan changes in the attention of one forward pass, the same for all layers.
 
-    Args:
-        value_scale: `[L]` factor of the value rows (M_j, and what keeps the host's 1/n that of
-            the full sequence), or None.
-        key_scale: `[L]` factor of the key rows, for SiLU(M s), or None.
-        candidates: weights of the candidates' own rows, or None.
+    Attributes:
+        value_scale: Factor of the value rows `[L]` (M_j, and the ratio that keeps the host's 1/n
+            that of the full sequence), or None.
+        key_scale: Factor of the key rows `[L]` for `mask_position="pre"`, or None.
+        candidates: Mask of the candidates' own rows, or None.
     """
 
     value_scale: Tensor | None = None
@@ -89,20 +78,23 @@ class StepAttention:
 
     @property
     def scales_values_only(self) -> bool:
-        """Whether a factor on the value rows is all there is."""
+        """Whether nothing but a factor on the value rows is needed."""
         return self.key_scale is None and self.candidates is None
 
 
 class PreferenceSTULayer(STULayer):
-    """The host's layer, unless a `StepAttention` is set on it.
+    """The host's layer; while a `StepAttention` is set on it, its attention follows that.
 
-    HSTU attention is pointwise in its columns, so weighing column j is scaling value row j: the
-    host's own projections and attention kernels run unchanged on scaled rows.
+    Every column of HSTU attention is weighed by itself, so a weight on column j is a factor on
+    value row j: the host's projections and attention kernels run unchanged on scaled rows.
+
+    Attributes:
+        step: The plan's changes for the passes that are running, or None.
+        layout: That of the attention hook, on which cached inference depends.
     """
 
     step: StepAttention | None = None
-    # The layout of the hook that owns this layer: what cached inference may do.
-    layout: str | None = None
+    layout: Layout | None = None
 
     def forward(
         self,
@@ -115,9 +107,9 @@ class PreferenceSTULayer(STULayer):
         kv_caching_lengths: Tensor | None = None,
         value_scale: Tensor | None = None,
     ) -> Tensor:
-        """`[L, D]` -> `[L, D]`, see the host's layer (value_scale: only a patched host's)."""
+        """`[L, D]` -> `[L, D]`, as the host's layer; `value_scale` needs a patched host."""
         if kv_caching_lengths is not None:
-            self._refuse_sequence_scope()
+            self._refuse_per_candidate()
         if self.step is None:
             scale = {} if value_scale is None else {"value_scale": value_scale}
             return super().forward(
@@ -158,11 +150,10 @@ class PreferenceSTULayer(STULayer):
         ).view(-1, self._num_heads, self._hidden_dim)
         candidates = self.step.candidates
         if candidates is not None:
-            rows = candidates.parts.candidate_rows()
-            own = candidates.attend(
-                q.index_select(0, rows), k, v, max_seq_len=max_seq_len, alpha=self._attn_alpha
-            )
-            attention = attention.index_copy(0, rows, own.to(attention.dtype))
+            index = candidates.parts.candidate_rows()
+            spec = candidates.attention_spec(max_seq_len, self._attn_alpha)
+            own = hstu_attention(q.index_select(0, index), k, v, spec)
+            attention = attention.index_copy(0, index, own.to(attention.dtype))
         return self._output(attention, u, x)
 
     def cached_forward(
@@ -172,12 +163,12 @@ class PreferenceSTULayer(STULayer):
         max_kv_caching_len: int = 0,
         kv_caching_lengths: Tensor | None = None,
     ) -> Tensor:
-        """Candidate rows over cached keys and values, weighted by the plan of the request.
+        """The candidates' rows `[C, D]` over cached keys and values, weighted by their plan.
 
         Raises:
-            RuntimeError: the hook has layout "per_candidate", or no plan was made for the request.
+            RuntimeError: The hook has layout "per_candidate", or there is no plan for the request.
         """
-        self._refuse_sequence_scope()
+        self._refuse_per_candidate()
         if self.layout != "shared_history":
             return super().cached_forward(
                 delta_x, num_targets, max_kv_caching_len, kv_caching_lengths
@@ -199,16 +190,15 @@ class PreferenceSTULayer(STULayer):
             max_kv_caching_len=max_kv_caching_len,
             kv_caching_lengths=kv_caching_lengths,
         )
-        attention = self.step.candidates.attend(
+        attention = hstu_attention(
             q,
             k.view(-1, self._num_heads, self._attention_dim),
             v.view(-1, self._num_heads, self._hidden_dim),
-            max_seq_len=max_seq_len,
-            alpha=self._attn_alpha,
+            self.step.candidates.attention_spec(max_seq_len, self._attn_alpha),
         )
         return self._output(attention, u, delta_x)
 
-    def _refuse_sequence_scope(self) -> None:
+    def _refuse_per_candidate(self) -> None:
         if self.layout == "per_candidate":
             raise RuntimeError(
                 'no cached inference with an attention_hook of layout "per_candidate": there every '
@@ -217,7 +207,7 @@ class PreferenceSTULayer(STULayer):
             )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u `[L, H * dv]`, q, k `[L, H, d]`, v `[L, H, dv]`."""
+        """u `[L, H * dv]`, q and k `[L, H, d]`, v `[L, H, dv]`."""
         u, q, k, v = hstu_compute_uqvk(
             x=x,
             norm_weight=self._input_norm_weight.to(x.dtype),
@@ -233,6 +223,7 @@ class PreferenceSTULayer(STULayer):
         return u, q, k, v
 
     def _output(self, attention: Tensor, u: Tensor, x: Tensor) -> Tensor:
+        """The gated output projection and the residual, `[L, D]`."""
         return hstu_compute_output(
             attn=attention.reshape(-1, self._num_heads * self._hidden_dim),
             u=u,
@@ -253,5 +244,5 @@ class PreferenceSTULayer(STULayer):
 
 
 def _scaled(rows: Tensor, scale: Tensor | None) -> Tensor:
-    """Rows `[L, H, d]` times a factor `[L]`, one rounding."""
+    """Rows `[L, H, d]` times a factor `[L]`, rounded once."""
     return rows if scale is None else (rows * scale.view(-1, 1, 1)).to(rows.dtype)

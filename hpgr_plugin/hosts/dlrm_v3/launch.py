@@ -1,58 +1,56 @@
 """Starts the host's ranking trainer with any .gin file, on CPU (gloo) or CUDA (NCCL)."""
 
-import argparse
 import contextlib
 import functools
-import logging
 import os
 import socket
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import gin
 import torch
 from generative_recommenders.common import HammerKernel
 from generative_recommenders.dlrm_v3.checkpoint import load_dmp_checkpoint
 from generative_recommenders.dlrm_v3.train import utils as train
 from generative_recommenders.dlrm_v3.utils import MetricsLogger
 from torch import distributed as dist
-from torch import multiprocessing
 
 from hpgr_plugin.hosts.dlrm_v3.attach import attach
-from hpgr_plugin.hosts.seams import host_has_seam
+from hpgr_plugin.hosts.launch import (
+    CONFIGURATION_ERRORS,
+    USER_ERRORS,
+    argument_parser,
+    one_line_errors,
+    read_config,
+    start_workers,
+)
+from hpgr_plugin.hosts.seams import host_has_seam, replaced
 
 MODES = ("train", "eval", "train-eval", "streaming-train-eval")
+# Batches over which the host averages its window metrics, as in its own entry points.
 _WINDOW = {"eval": 1000}
 _DEFAULT_WINDOW = 2500
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run one process per device."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hpgr_plugin.hosts.dlrm_v3", description=__doc__
-    )
-    parser.add_argument("--gin_config_file", required=True, type=Path)
-    parser.add_argument("--gin_bindings", action="append", default=[], metavar="NAME=VALUE")
+    parser = argument_parser("hpgr_plugin.hosts.dlrm_v3", __doc__)
     parser.add_argument("--mode", choices=MODES, default="train-eval")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: a GPU")
     parser.add_argument("--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")))
     options = parser.parse_args(arguments)
-    if not options.gin_config_file.is_file():
-        parser.error(f"--gin_config_file: no file {options.gin_config_file}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and options.world_size > torch.cuda.device_count():
         parser.error(
             f"--world_size: {options.world_size} processes for {torch.cuda.device_count()} GPUs"
         )
-    config = str(options.gin_config_file.resolve())
-    settings = (options.world_size, _free_port(), device, config, options.gin_bindings)
-    multiprocessing.start_processes(
+    start_workers(
         run_worker,
-        args=(*settings, options.mode),
-        nprocs=options.world_size,
-        join=True,
-        start_method="spawn",
+        options.world_size,
+        _free_port(),
+        device,
+        options.gin_config_file,
+        options.gin_bindings,
+        options.mode,
     )
 
 
@@ -66,19 +64,20 @@ def run_worker(
     mode: str,
 ) -> None:
     """One process of the host's trainer."""
-    # Importing fbgemm has set the root logger to WARNING, which hides the host's metrics.
-    logging.basicConfig(level=logging.INFO, force=True)
     device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
     _start_process_group(rank, world_size, master_port, device)
     try:
-        gin.parse_config_files_and_bindings([gin_config_file], gin_bindings)
-        attach()
-        _run(mode, rank, world_size, device)
+        with one_line_errors(CONFIGURATION_ERRORS):
+            read_config(gin_config_file, gin_bindings, attach)
+            run = _prepare(mode, rank, world_size, device)
+        with one_line_errors(USER_ERRORS):
+            run()
     finally:
         train.cleanup()
 
 
-def _run(mode: str, rank: int, world_size: int, device: torch.device) -> None:
+def _prepare(mode: str, rank: int, world_size: int, device: torch.device) -> Callable[[], None]:
+    """The host's training or evaluation loop of `mode`, ready to be called."""
     model, config, tables = train.make_model()
     if device.type == "cpu":
         model.set_hammer_kernel(HammerKernel.PYTORCH)
@@ -97,27 +96,29 @@ def _run(mode: str, rank: int, world_size: int, device: torch.device) -> None:
         rank=rank,
     )
     load_dmp_checkpoint(model=model, optimizer=optimizer, metric_logger=metrics, device=device)
-    common: dict[str, Any] = {
-        "rank": rank,
-        "model": model,
-        "metric_logger": metrics,
-        "device": device,
-    }
-    if mode == "train":
-        train.train_loop(**common, dataloader=train_batches, optimizer=optimizer)
-    elif mode == "eval":
-        train.eval_loop(**common, dataloader=test_batches)
-    elif mode == "train-eval":
-        train.train_eval_loop(
-            **common,
-            train_dataloader=train_batches,
-            eval_dataloader=test_batches,
-            optimizer=optimizer,
-        )
-    else:
-        train.streaming_train_eval_loop(
-            **common, optimizer=optimizer, hstu_config=config, embedding_table_configs=tables
-        )
+    loop, arguments = {
+        "train": (train.train_loop, {"dataloader": train_batches, "optimizer": optimizer}),
+        "eval": (train.eval_loop, {"dataloader": test_batches}),
+        "train-eval": (
+            train.train_eval_loop,
+            {
+                "train_dataloader": train_batches,
+                "eval_dataloader": test_batches,
+                "optimizer": optimizer,
+            },
+        ),
+        "streaming-train-eval": (
+            train.streaming_train_eval_loop,
+            {
+                "optimizer": optimizer,
+                "hstu_config": config,
+                "embedding_table_configs": tables,
+            },
+        ),
+    }[mode]
+    return functools.partial(
+        loop, rank=rank, model=model, metric_logger=metrics, device=device, **arguments
+    )
 
 
 def _start_process_group(
@@ -133,21 +134,18 @@ def _start_process_group(
 
 @contextlib.contextmanager
 def topology_of(device: torch.device) -> Iterator[None]:
-    """The host plans its shards for CUDA whatever the device; inside, for this one."""
+    """Inside, the host plans its shards for `device`; by itself it plans them for CUDA."""
     if device.type == "cuda" or host_has_seam("ranking_cpu"):
         yield
         return
-    topology = train.Topology
+    topology: Any = train.Topology
 
     @functools.wraps(topology)
     def of_this_device(*args: Any, **kwargs: Any) -> Any:
         return topology(*args, **{**kwargs, "compute_device": device.type})
 
-    train.Topology = of_this_device
-    try:
+    with replaced(train, Topology=of_this_device):
         yield
-    finally:
-        train.Topology = topology
 
 
 def _free_port() -> int:

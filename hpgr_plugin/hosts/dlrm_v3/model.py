@@ -8,8 +8,13 @@ import gin
 from generative_recommenders.modules import dlrm_hstu as host
 from torch import Tensor, nn
 
-from hpgr_plugin.components.attention_hooks import AttentionHook, PreferenceGuidedSparseAttention
+from hpgr_plugin.components.attention_hooks import (
+    AttentionHook,
+    HookInputs,
+    PreferenceGuidedSparseAttention,
+)
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
 from hpgr_plugin.hosts.dlrm_v3.modules import (
     PreferenceTransducer,
@@ -17,40 +22,50 @@ from hpgr_plugin.hosts.dlrm_v3.modules import (
     SessionPreprocessor,
     TimeAwareHSTUPositionalEncoder,
 )
-from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained, mark_inherited
-from hpgr_plugin.hosts.seams import host_has_seam
+from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained
+from hpgr_plugin.hosts.seams import host_has_seam, replaced
+from hpgr_plugin.hosts.slots import check_slot, check_width
 from hpgr_plugin.ops.compact.parts import SequenceParts, sequence_parts
 from hpgr_plugin.ops.jagged import complete_cumsum
 from hpgr_plugin.transfer.handoff import load_sem_state
+from hpgr_plugin.transfer.learning_rates import check_lr_ratio, mark_inherited
 
+_NAME = "hpgr.DlrmHSTU"
+_WHY_CAUSAL = f"{_NAME}.hide_future is True: a history may reach past a candidate's time"
 _HISTORY_IDS = "hpgr_history_ids"
 _CANDIDATE_IDS = "hpgr_candidate_ids"
 
 
 @gin.configurable(module="hpgr")
 class DlrmHSTU(host.DlrmHSTU):
-    """`DlrmHSTU` of the host with five slots; all of them empty, it is the host's own.
+    """The host's `DlrmHSTU` with five slots; with all of them empty it is the host's own model.
 
     Args:
-        hstu_configs, embedding_tables, is_inference, is_dense, bf16_training: the host's.
-        sem: enriches the history rows of the raw item embeddings, see `SessionPreprocessor`; of
-            the item table's width.
-        positional_encoder: `TimeAwarePositionalEncoder` of the transducer's width, in place of
-            the host's (its time buckets included).
+        hstu_configs: The host's argument, as are the next four.
+        embedding_tables: See the host.
+        is_inference: See the host.
+        is_dense: See the host.
+        bf16_training: See the host.
+        sem: Enriches the history rows of the raw item embeddings; of the item table's width. It
+            takes the causal form, unless `hide_future` is False.
+        positional_encoder: Replaces the host's, time buckets included; of the transducer's width.
         attention_hook: PGSA or stochastic length.
-        pretrained: path of a stage-1 hand-over for the table of the history's item feature; SEM
-            weights in it go to `sem`.
-        inherited_lr_ratio: factor on the learning rate of what `pretrained` brought.
-        hide_future: whether history at or after a candidate's query time is kept from that
-            candidate; None: as `positional_encoder` says, and True with a hook alone. False is for
-            data without real query times: the host's MovieLens reader gives all candidates the
-            time of the last history item, which hides at least that item from them.
-        model_config: fields of the host's DlrmHSTUConfig to set, by name.
-        table_config: per embedding table, fields of its EmbeddingConfig to set, by name. Both
-            change the objects handed in: the host's data loaders read the same ones.
+        pretrained: Path of a stage-1 hand-over. Its item table goes to the table of the history's
+            item feature, its SEM weights to `sem`.
+        inherited_lr_ratio: Factor on the learning rate of the weights that `pretrained` brought.
+        hide_future: Whether history at or after a candidate's query time is hidden from that
+            candidate. None: as `positional_encoder` says, True without one. Bind False for data
+            without real query times: the host's MovieLens reader gives all candidates the time of
+            the last history item, which hides at least that item from them.
+        model_config: Fields of the host's `DlrmHSTUConfig` to set, by name.
+        table_config: Fields of an embedding table's `EmbeddingConfig` to set, by table and name.
+            As with `model_config`, the objects handed in are changed, because the host's data
+            loaders read them too.
 
     Raises:
-        ValueError: a slot does not fit the host's configuration, or an unknown field.
+        SlotError: A slot holds something else, or a component of another width.
+        HpgrError: A SEM with `causal=False` although `hide_future` is True.
+        ValueError: An unknown field or table.
     """
 
     def __init__(
@@ -61,7 +76,7 @@ class DlrmHSTU(host.DlrmHSTU):
         is_dense: bool = False,
         bf16_training: bool = True,
         *,
-        sem: nn.Module | None = None,
+        sem: SessionEnhancementModule | None = None,
         positional_encoder: TimeAwarePositionalEncoder | None = None,
         attention_hook: AttentionHook | None = None,
         pretrained: str | None = None,
@@ -72,6 +87,11 @@ class DlrmHSTU(host.DlrmHSTU):
     ) -> None:
         _set_fields("model_config", hstu_configs, model_config or {})
         _set_table_fields(embedding_tables, table_config or {})
+        check_slot(_NAME, "sem", sem, SessionEnhancementModule)
+        check_slot(_NAME, "positional_encoder", positional_encoder, TimeAwarePositionalEncoder)
+        check_slot(_NAME, "attention_hook", attention_hook, AttentionHook)
+        check_slot(_NAME, "pretrained", pretrained, str)
+        check_lr_ratio(inherited_lr_ratio)
         with _classes_of_this_model(attention_hook, positional_encoder):
             super().__init__(
                 hstu_configs=hstu_configs,
@@ -94,30 +114,32 @@ class DlrmHSTU(host.DlrmHSTU):
         self._pretrained: Pretrained | None = None
         if pretrained is not None:
             self._inherit(pretrained, embedding_tables, inherited_lr_ratio)
+        if sem is not None:
+            sem.decide_causal(self._hide_future, _WHY_CAUSAL)
         frozen = _frozen(attention_hook)
         if frozen is not None and frozen.frozen_table is None:
             raise ValueError('an attention_hook with table="frozen" needs pretrained, got None')
 
     @property
-    def sem(self) -> nn.Module | None:
-        """What fills the slot."""
+    def sem(self) -> SessionEnhancementModule | None:
+        """The session enhancement module in the slot, or None."""
         preprocessor = self._hstu_transducer._input_preprocessor
         return preprocessor.sem if isinstance(preprocessor, SessionPreprocessor) else None
 
     def load_pretrained(self) -> None:
-        """Copy the handed-over item rows into the embedding collection, sharded or not.
+        """Copy the item rows of the hand-over into the embedding collection, sharded or not.
 
-        The host builds its tables on `meta`, so this comes after they are materialised. Under the
-        host's trainer the adapter calls it as soon as the tables are sharded.
+        The host builds its tables on the `meta` device; call this once they are materialised. In
+        the host's trainer the adapter calls it as soon as the tables are sharded.
 
         Raises:
-            RuntimeError: the tables are still on `meta`.
+            RuntimeError: The tables are still on the `meta` device.
         """
         if self._pretrained is not None and hasattr(self, "_embedding_collection"):
             self._pretrained.load_into(self._embedding_collection)
 
     def after_sharding(self) -> None:
-        """Called by the trainer between sharding and the restoring of a checkpoint."""
+        """Load the hand-over; called between sharding and the restoring of a checkpoint."""
         self.load_pretrained()
 
     @contextlib.contextmanager
@@ -133,19 +155,20 @@ class DlrmHSTU(host.DlrmHSTU):
         cached_lengths: Tensor | None = None,
         **ids: Tensor,
     ) -> Iterator[None]:
-        """Candidates scored inside with `cached_forward` of the STU layers follow the hook's plan.
+        """Candidates scored inside by the STU layers' `cached_forward` follow the hook's plan.
 
         Args:
-            history_embeddings: `[T, D]` raw item rows, as are the candidates' `[C, D]`.
-            candidate_embeddings: `[C, D]`.
+            history_embeddings: Raw rows of the item table `[T, D]`.
+            candidate_embeddings: Raw rows of the item table `[C, D]`.
             history_lengths: `[B]`.
-            num_candidates: `[B]` rows that `cached_forward` gets for each user (all equal).
-            history_timestamps, candidate_timestamps: `[T]` and `[C]` seconds.
-            cached_lengths: `[B]` rows in the cache; default, the contextual tokens and history.
+            num_candidates: Rows that `cached_forward` gets for each user `[B]`, all equal.
+            history_timestamps: `[T]` seconds.
+            candidate_timestamps: `[C]` seconds.
+            cached_lengths: Rows in the cache `[B]`; None: contextual tokens and history.
             **ids: `history_ids` and `candidate_ids` for a hook with table="frozen".
 
         Raises:
-            RuntimeError: the hook's layout is not "shared_history".
+            RuntimeError: The hook's layout is not "shared_history".
         """
         hook = self.attention_hook
         if hook is None or hook.layout != "shared_history":
@@ -166,21 +189,23 @@ class DlrmHSTU(host.DlrmHSTU):
             num_candidates=len(candidate_embeddings),
         )
         plan = hook.plan(
-            history_embeddings=history_embeddings,
-            candidate_embeddings=candidate_embeddings,
-            history_offsets=parts.history_offsets,
-            candidate_offsets=parts.candidate_offsets,
-            history_timestamps=history_timestamps,
-            candidate_timestamps=candidate_timestamps,
-            **ids,
+            HookInputs(
+                history_embeddings,
+                candidate_embeddings,
+                parts.history_offsets,
+                parts.candidate_offsets,
+                history_timestamps,
+                candidate_timestamps,
+                **ids,
+            )
         )
         assert plan is not None
-        rows = CandidateRows(parts, plan, hook.mask_position == "pre")
+        rows = CandidateRows(parts, plan, hook.mask_position)
         with self._hstu_transducer.attending(StepAttention(candidates=rows)):
             yield
 
     def preprocess(self, uih_features: Any, candidates_features: Any) -> Any:
-        """As the host's; with a frozen table the item ids travel along as payloads."""
+        """As the host's; for a frozen table the item ids are added to the payloads."""
         outputs = super().preprocess(uih_features, candidates_features)
         hook = _frozen(self.attention_hook)
         if hook is not None and hook.frozen_table is not None:
@@ -198,7 +223,7 @@ class DlrmHSTU(host.DlrmHSTU):
         payload_features: dict[str, Tensor],
         num_candidates: Tensor,
     ) -> Tensor:
-        """As the host's, under the plan of the batch."""
+        """As the host's, with the attention that the batch's plan asks for."""
 
         def of_the_host() -> Tensor:
             return super(DlrmHSTU, self)._user_forward(
@@ -231,19 +256,21 @@ class DlrmHSTU(host.DlrmHSTU):
         embeddings = items.embedding.detach()
         times = payload_features[config.uih_action_time_feature_name]
         query_times = payload_features[config.candidates_querytime_feature_name]
-        # Times hide the future from candidates; a plan of users may weigh by age with them.
+        # Times hide the future from candidates; a plan of users may weigh items by age with them.
         has_times = self._hide_future or hook.layout == "per_user"
         plan = hook.plan(
-            history_embeddings=embeddings[parts.history_rows()],
-            candidate_embeddings=embeddings[parts.candidate_rows()],
-            history_offsets=parts.history_offsets,
-            candidate_offsets=parts.candidate_offsets,
-            history_timestamps=times if has_times else None,
-            candidate_timestamps=query_times if has_times else None,
-            history_ids=payload_features.get(_HISTORY_IDS),
-            candidate_ids=payload_features.get(_CANDIDATE_IDS),
+            HookInputs(
+                embeddings[parts.history_rows()],
+                embeddings[parts.candidate_rows()],
+                parts.history_offsets,
+                parts.candidate_offsets,
+                times if has_times else None,
+                query_times if has_times else None,
+                payload_features.get(_HISTORY_IDS),
+                payload_features.get(_CANDIDATE_IDS),
+            )
         )
-        return Request(plan, hook.layout, hook.mask_position == "pre", self._hide_future)
+        return Request(plan, hook.layout, hook.mask_position, self._hide_future)
 
     def _contextual_seq_len(self) -> int:
         """Tokens in front of every history."""
@@ -259,7 +286,8 @@ class DlrmHSTU(host.DlrmHSTU):
         self, encoder: TimeAwarePositionalEncoder, is_inference: bool
     ) -> None:
         width = self._hstu_configs.hstu_transducer_embedding_dim
-        _check_width("positional_encoder", encoder.table.embedding_dim, width, "the transducer")
+        given = encoder.table.embedding_dim
+        check_width(_NAME, "positional_encoder", given, expected=width, of="the transducer")
         self._hstu_transducer._positional_encoder = TimeAwareHSTUPositionalEncoder(
             encoder,
             embedding_dim=width,
@@ -267,9 +295,11 @@ class DlrmHSTU(host.DlrmHSTU):
             is_inference=is_inference,
         )
 
-    def _fill_sem(self, sem: nn.Module) -> None:
+    def _fill_sem(self, sem: SessionEnhancementModule) -> None:
         width = self._hstu_configs.hstu_embedding_table_dim
-        _check_width("sem", sem.embedding_dim, width, "the item table")
+        check_width(_NAME, "sem", sem.embedding_dim, expected=width, of="the item table")
+        if self._hide_future:  # a history may then reach past a candidate's own time
+            sem.decide_causal(True, _WHY_CAUSAL)
         transducer = self._hstu_transducer
         transducer._input_preprocessor = SessionPreprocessor(transducer._input_preprocessor, sem)
 
@@ -309,24 +339,21 @@ def _frozen(hook: AttentionHook | None) -> PreferenceGuidedSparseAttention | Non
 def _classes_of_this_model(
     attention_hook: AttentionHook | None, positional_encoder: nn.Module | None
 ) -> Iterator[None]:
-    """The host's constructor builds the layers and the transducer of this package.
+    """Inside, the host's constructor builds this package's layers and transducer if needed.
 
-    Only where a slot needs them, and only inside. A host with the project's patches names its
-    classes as attributes of the model; in others the constructor looks them up in its module.
+    A host with the patch series names its classes as attributes of the model; in others the
+    constructor looks them up in its module.
     """
     if attention_hook is None and positional_encoder is None:
         yield
         return
     if host_has_seam("dlrm_classes"):
-        owner, names = DlrmHSTU, ("stu_layer_cls", "transducer_cls")
+        classes = replaced(
+            DlrmHSTU, stu_layer_cls=PreferenceSTULayer, transducer_cls=PreferenceTransducer
+        )
     else:
-        owner, names = host, ("STULayer", "HSTUTransducer")
-    with contextlib.ExitStack() as undo:
-        for name, replacement in zip(
-            names, (PreferenceSTULayer, PreferenceTransducer), strict=True
-        ):
-            undo.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, replacement)
+        classes = replaced(host, STULayer=PreferenceSTULayer, HSTUTransducer=PreferenceTransducer)
+    with classes:
         yield
 
 
@@ -334,7 +361,7 @@ def _set_fields(argument: str, config: Any, fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if not hasattr(config, name):
             raise ValueError(
-                f"{argument} sets {name!r}, which {type(config).__name__} has not; "
+                f"{argument} sets {name!r}, which is no field of {type(config).__name__}; "
                 f"it has {sorted(vars(config))}"
             )
         setattr(config, name, value)
@@ -345,11 +372,3 @@ def _set_table_fields(tables: dict[str, Any], fields: Mapping[str, Mapping[str, 
         if table not in tables:
             raise ValueError(f"table_config names table {table!r}; there are {sorted(tables)}")
         _set_fields(f"table_config[{table!r}]", tables[table], settings)
-
-
-def _check_width(slot: str, given: Any, width: int, owner: str) -> None:
-    if given != width:
-        raise ValueError(
-            f"{slot} must have the width of {owner}: embedding_dim={width}, "
-            f"got embedding_dim={given}"
-        )

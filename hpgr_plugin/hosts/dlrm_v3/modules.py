@@ -1,6 +1,7 @@
-"""What stands in the places of the host's preprocessor, positional encoder and transducer."""
+"""The modules that replace the host's preprocessor, positional encoder and transducer."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,29 +12,27 @@ from generative_recommenders.modules.hstu_transducer import HSTUTransducer
 from generative_recommenders.modules.preprocessors import InputPreprocessor
 from torch import Tensor, nn
 
-from hpgr_plugin.components.attention_hooks import Layout
+from hpgr_plugin.components.attention_hooks import Layout, MaskPosition
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
 from hpgr_plugin.hosts.seams import host_has_seam
 from hpgr_plugin.ops.compact.parts import (
-    CompactRows,
     SequenceParts,
-    compact_rows,
+    ShortSequences,
     sequence_parts,
+    short_sequences,
     visible_plan,
 )
 from hpgr_plugin.ops.jagged import complete_cumsum
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+from hpgr_plugin.ops.preference_plan import PreferencePlan
 
 
 class SessionPreprocessor(InputPreprocessor):
     """SEM on the history rows of the raw item embeddings, then the host's own preprocessor.
 
-    Contextual features, actions and side embeddings stay the host's. F is computed from the whole
-    history of the sequence: where a history may reach past a candidate's own time, only the
-    causal form of SEM keeps later sessions out of earlier tokens.
+    Contextual features, actions and side embeddings do not pass through SEM.
 
     Args:
-        preprocessor: the host's.
+        preprocessor: The host's.
         sem: `(embeddings [T, D], offsets [B + 1], timestamps [T]) -> [T, D]`.
     """
 
@@ -54,7 +53,7 @@ class SessionPreprocessor(InputPreprocessor):
         num_targets: Tensor,
         seq_payloads: dict[str, Tensor],
     ) -> Any:
-        """See the host's preprocessors; sequences come in as `[history | candidates]`."""
+        """As the host's preprocessors; the sequences are `[history | candidates]`."""
         parts = sequence_parts(
             complete_cumsum(seq_lengths),
             num_targets,
@@ -78,22 +77,22 @@ class SessionPreprocessor(InputPreprocessor):
         )
 
     def interleave_targets(self) -> bool:
-        """As the host's preprocessor."""
+        """As the host's preprocessor says."""
         return bool(self._preprocessor.interleave_targets())
 
 
 class TimeAwareHSTUPositionalEncoder(HammerModule):
-    """Eq. 4 behind the signature of the host's positional encoder.
+    """Time-aware positions (Eq. 4) with the signature of the host's positional encoder.
 
-    As in the host, token embeddings are multiplied by sqrt(D) first. Contextual tokens have no
-    time: each of the prefix's places has its own learned row, zero at the start. Every candidate
-    is numbered by its own query time.
+    As in the host, embeddings are multiplied by sqrt(D) first. Contextual tokens have no time:
+    each of their places has a learned row of its own, zero at the start. Every candidate is
+    numbered by its own query time.
 
     Args:
         encoder: `TimeAwarePositionalEncoder` of the transducer's width.
         embedding_dim: D of the transducer.
-        contextual_seq_len: tokens in front of every history.
-        is_inference: as the host's modules.
+        contextual_seq_len: Tokens in front of every history.
+        is_inference: As in the host's modules.
     """
 
     def __init__(
@@ -112,7 +111,19 @@ class TimeAwareHSTUPositionalEncoder(HammerModule):
         seq_embeddings: Tensor,
         num_targets: Tensor | None,
     ) -> Tensor:
-        """`[L, D]` -> `[L, D]`; timestamps `[L]` in seconds, num_targets `[B]` candidates."""
+        """Add the positions.
+
+        Args:
+            max_seq_len: The longest sequence; not used.
+            seq_lengths: `[B]`.
+            seq_offsets: `[B + 1]`.
+            seq_timestamps: `[L]` seconds.
+            seq_embeddings: `[L, D]`.
+            num_targets: Candidates at the end of each sequence `[B]`, or None.
+
+        Returns:
+            `[L, D]`.
+        """
         contextual_len, embedding_dim = self.contextual_weight.shape
         parts = sequence_parts(
             seq_offsets,
@@ -144,26 +155,29 @@ class Request(NamedTuple):
     """What the attention of one forward pass should do.
 
     Attributes:
-        plan: rows are candidates, or users (layout "per_user"); None: all.
-        layout: of the plan.
-        before_activation: SiLU(M s) instead of SiLU(s) M.
-        hide_future: without a plan of candidates, whether a candidate is kept from history
-            tokens at or after its own time (a plan of candidates has that done already).
+        plan: Its rows are candidates, or users (layout "per_user"); None keeps all history.
+        layout: That of the plan.
+        mask_position: "post" A' = SiLU(s) * M, "pre" A' = SiLU(M * s).
+        hide_future: Whether, without a plan of candidates, history at or after a candidate's own
+            time is hidden from it (a plan of candidates hides it already).
     """
 
     plan: PreferencePlan | None
     layout: Layout
-    before_activation: bool = False
+    mask_position: MaskPosition = "post"
     hide_future: bool = True
 
 
 class PreferenceTransducer(HSTUTransducer):
-    """The host's transducer, unless a `Request` is pending.
+    """The host's transducer; while a `Request` is set on it, its attention follows that.
 
-    Preprocessing, positions and postprocessing are the host's. In between, layouts
-    "per_candidate" and "per_user" gather the planned rows into short sequences, run the host's
-    layers on them and put the candidates' rows back where the host expects them; layout
-    "shared_history" leaves the history rows as they are and weighs the candidates' own.
+    Preprocessing, positions and postprocessing are the host's. With layouts "per_candidate" and
+    "per_user" the planned rows are gathered into short sequences, the host's layers run on those,
+    and the candidates' rows go back to where the host expects them. Layout "shared_history" leaves
+    the sequences as they are and weighs the candidates' rows of the attention.
+
+    Attributes:
+        contextual_seq_len: Tokens in front of every history.
     """
 
     contextual_seq_len: int = 0
@@ -171,7 +185,7 @@ class PreferenceTransducer(HSTUTransducer):
 
     @contextlib.contextmanager
     def requested(self, request: Request | None) -> Iterator[None]:
-        """`request` holds for the forward passes inside."""
+        """Forward passes inside follow `request`."""
         self._request = request
         try:
             yield
@@ -180,7 +194,7 @@ class PreferenceTransducer(HSTUTransducer):
 
     @contextlib.contextmanager
     def attending(self, step: StepAttention) -> Iterator[None]:
-        """`step` holds in all layers for the passes inside."""
+        """All layers follow `step` in the passes inside."""
         layers = [m for m in self._stu_module.modules() if isinstance(m, PreferenceSTULayer)]
         for layer in layers:
             layer.step = step
@@ -199,11 +213,18 @@ class PreferenceTransducer(HSTUTransducer):
         seq_embeddings: Tensor,
         num_targets: Tensor,
     ) -> Tensor:
-        """`[L, D]` -> `[L, D]`; with short sequences, the history rows come back as zeros."""
+        """`[L, D]` -> `[L, D]`; history rows are zero where short sequences were computed."""
+        compute = functools.partial(
+            super()._hstu_compute,
+            max_seq_len,
+            seq_lengths,
+            seq_offsets,
+            seq_timestamps,
+            seq_embeddings,
+            num_targets,
+        )
         if self._request is None:
-            return super()._hstu_compute(
-                max_seq_len, seq_lengths, seq_offsets, seq_timestamps, seq_embeddings, num_targets
-            )
+            return compute()
         parts = sequence_parts(
             seq_offsets,
             num_targets,
@@ -211,24 +232,17 @@ class PreferenceTransducer(HSTUTransducer):
             total_rows=len(seq_embeddings),
         )
         plan, layout = self._request.plan, self._request.layout
-        if plan is None or layout == "shared_history":
-            step = StepAttention(candidates=self._candidate_rows(parts, seq_timestamps, plan))
-            with self.attending(step):
-                return super()._hstu_compute(
-                    max_seq_len,
-                    seq_lengths,
-                    seq_offsets,
-                    seq_timestamps,
-                    seq_embeddings,
-                    num_targets,
-                )
-        rows = compact_rows(parts, plan, per_user=layout == "per_user")
-        return self._compute_compact(parts, rows, max_seq_len, seq_timestamps, seq_embeddings)
+        if plan is not None and layout != "shared_history":
+            rows = short_sequences(parts, plan, per_user=layout == "per_user")
+            return self._compute_compact(parts, rows, max_seq_len, seq_timestamps, seq_embeddings)
+        step = StepAttention(candidates=self._candidate_rows(parts, seq_timestamps, plan))
+        with self.attending(step):
+            return compute()
 
     def _compute_compact(
         self,
         parts: SequenceParts,
-        rows: CompactRows,
+        rows: ShortSequences,
         max_seq_len: int,
         seq_timestamps: Tensor,
         seq_embeddings: Tensor,
@@ -243,10 +257,10 @@ class PreferenceTransducer(HSTUTransducer):
         )
         # The host divides by the longest sequence: it must stay that of the full batch.
         norm = rows.max_len / max_seq_len
-        before = self._request.before_activation
+        pre = self._request.mask_position == "pre"
         step = StepAttention(
-            value_scale=torch.full_like(rows.weights, norm) if before else rows.weights * norm,
-            key_scale=rows.weights if before else None,
+            value_scale=torch.full_like(rows.weights, norm) if pre else rows.weights * norm,
+            key_scale=rows.weights if pre else None,
             candidates=self._candidate_rows(short, seq_timestamps[rows.index], None)
             if self._request.layout == "per_user"
             else None,
@@ -261,7 +275,7 @@ class PreferenceTransducer(HSTUTransducer):
         )
 
     def _run_layers(
-        self, step: StepAttention, rows: CompactRows, offsets: Tensor, embeddings: Tensor
+        self, step: StepAttention, rows: ShortSequences, offsets: Tensor, embeddings: Tensor
     ) -> Tensor:
         arguments: dict[str, Any] = {
             "x": embeddings,
@@ -278,7 +292,7 @@ class PreferenceTransducer(HSTUTransducer):
     def _candidate_rows(
         self, parts: SequenceParts, timestamps: Tensor, plan: PreferencePlan | None
     ) -> CandidateRows | None:
-        """Weights of the candidates' rows; without a plan, only what keeps the future out."""
+        """The mask of the candidates' rows; without a plan, of the future only (None: nothing)."""
         assert self._request is not None
         if plan is None and self._request.hide_future:
             plan = visible_plan(
@@ -286,4 +300,4 @@ class PreferenceTransducer(HSTUTransducer):
             )
         if plan is None:
             return None
-        return CandidateRows(parts, plan, self._request.before_activation)
+        return CandidateRows(parts, plan, self._request.mask_position)

@@ -1,43 +1,24 @@
 """The stage-1 hand-over in the host's embedding collection, whole or sharded."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpgr_plugin.transfer.handoff import Handoff, HandoffError, load_handoff, read_header
 
-# An attribute of the parameter: it stays where names change, and a patched host reads it too.
-_LR_SCALE = "lr_scale"
 _ITEM_IDS = "item_ids"
 
 
-def mark_inherited(parameters: Iterable[nn.Parameter], lr_ratio: float) -> None:
-    """Let the optimizers that the adapter builds use `lr_ratio` times their rate for these.
-
-    Raises:
-        ValueError: a ratio outside [0, 1].
-    """
-    if not 0.0 <= lr_ratio <= 1.0:
-        raise ValueError(f"inherited_lr_ratio must be in [0, 1], got {lr_ratio}")
-    for parameter in parameters:
-        setattr(parameter, _LR_SCALE, lr_ratio)
-
-
-def lr_scale(parameter: Any) -> float:
-    """The factor that `mark_inherited` left on a parameter, 1 for all others."""
-    return float(getattr(parameter, _LR_SCALE, 1.0))
-
-
 class Pretrained(NamedTuple):
-    """A hand-over and the place of its rows in one of the host's tables.
+    """A hand-over, and where its rows belong in one of the host's tables.
 
     Attributes:
-        table_name: name of the embedding table.
-        handoff: item_table `[V, D]`, SEM weights, header.
-        rows: `[V]` int64, the row of the host's table for each row of the item table: the raw ids
+        table_name: Name of the embedding table.
+        handoff: Item table `[V, D]`, SEM weights and header.
+        rows: The row of the host's table for each row of the item table, `[V]` int64: the raw ids
             in the header's `extra["item_ids"]`, or 0..V-1 if it has none.
     """
 
@@ -52,8 +33,8 @@ class Pretrained(NamedTuple):
         """Read a hand-over for a table of `num_embeddings` rows of `width`.
 
         Raises:
-            FileNotFoundError: no such file.
-            HandoffError: not a hand-over, or one that does not fit into the table.
+            FileNotFoundError: There is no such file.
+            HandoffError: It is not a hand-over, or does not fit into the table.
         """
         header = read_header(path)
         handoff = load_handoff(
@@ -76,7 +57,7 @@ class Pretrained(NamedTuple):
         return cls(table_name, handoff, rows)
 
     def table_by_id(self) -> Tensor:
-        """The item table by host row, and one zero row more for all ids beyond."""
+        """The item table by row of the host's table, with one zero row for all larger ids."""
         table = self.handoff.item_table
         by_id = table.new_zeros(int(self.rows.max()) + 2, table.shape[1])
         by_id[self.rows] = table
@@ -84,13 +65,13 @@ class Pretrained(NamedTuple):
 
     @torch.no_grad()
     def load_into(self, collection: Any) -> None:
-        """Copy the item rows; other rows of the table stay as they are.
+        """Copy the item rows into the table; its other rows stay as they are.
 
         Args:
-            collection: torchrec's EmbeddingCollection, or what sharding made of it.
+            collection: torchrec's EmbeddingCollection, sharded or not.
 
         Raises:
-            RuntimeError: the table is still on `meta`.
+            RuntimeError: The table is still on the `meta` device.
         """
         weight = collection.state_dict()[f"embeddings.{self.table_name}.weight"]
         for shard, first_row, first_column in _local_shards(weight):

@@ -1,6 +1,8 @@
-"""The embedded host: a compact HSTU ranking trainer, so that everything runs without another."""
+"""The embedded host: a compact HSTU ranking trainer that needs no other project.
 
-from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker, SlotError
-from hpgr_plugin.hosts.embedded.run import run
+`import hpgr_plugin.hosts.embedded` in a gin file makes the names of its configuration known.
+"""
 
-__all__ = ["HSTURanker", "SlotError", "run"]
+from hpgr_plugin.config.registry import register
+
+register("components", "data", "embedded")

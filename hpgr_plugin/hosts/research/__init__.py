@@ -1,33 +1,35 @@
-"""HPGR in the host's retrieval trainer: `import hpgr_plugin.hosts.research` in a .gin file.
+"""HPGR in the retrieval trainer of meta-recsys/generative-recommenders.
 
-The host's `main.py` and the .gin file's other bindings stay as they are. The slots are
-`hpgr.SequentialEncoder.{sem, positional_encoder, pretrained, inherited_lr_ratio}`; with all of
-them empty the model is the host's own. Stage 1 over the host's own data sets, and a launcher for
-machines without a GPU: `python -m hpgr_plugin.hosts.research`.
+One more line in a .gin file that the host already reads, `import hpgr_plugin.hosts.research`,
+attaches the adapter; the slots are gin parameters:
 
-Importing this attaches the slots, or raises `HostContractError` with what the host lacks.
+    hpgr.SequentialEncoder.sem = @hpgr.SessionEnhancementModule()
+    hpgr.SequentialEncoder.positional_encoder = @hpgr.TimeAwarePositionalEncoder()
+    hpgr.SequentialEncoder.pretrained = "stage1.safetensors"
+    hpgr.SequentialEncoder.inherited_lr_ratio = 0.1
+
+`python -m hpgr_plugin.hosts.research --gin_config_file=FILE --mode=MODE` starts the host's training
+or stage 1 over the host's data sets, on CPU or CUDA.
+
+Importing this package raises `HostContractError` if the host lacks something that it uses.
 """
 
-from hpgr_plugin.hosts.contract import require
-from hpgr_plugin.hosts.research_requirements import REQUIREMENTS
+from hpgr_plugin.hosts import contract, requirements
 
-require("hpgr_plugin.hosts.research", REQUIREMENTS)
+contract.require(__name__, requirements.RESEARCH)
 
-from hpgr_plugin.components import mim  # noqa: E402, F401  (registers MaskedItemModel with gin)
+from hpgr_plugin.components import attention_hooks, mim, positions, sem  # noqa: E402, F401  (for gin)
 from hpgr_plugin.hosts.research.attach import attach, attached, detach, replaced_names  # noqa: E402
-from hpgr_plugin.hosts.research.model import fill_slots  # noqa: E402
-from hpgr_plugin.hosts.research.modules import HierarchicalInputPreprocessor  # noqa: E402
-from hpgr_plugin.hosts.research.pretrain import pretrain  # noqa: E402
+from hpgr_plugin.hosts.research.model import SequentialEncoder  # noqa: E402
+from hpgr_plugin.hosts.research.pretrain import research_pretrain  # noqa: E402
 
 __all__ = [
-    "REQUIREMENTS",
-    "HierarchicalInputPreprocessor",
+    "SequentialEncoder",
     "attach",
     "attached",
     "detach",
-    "fill_slots",
-    "pretrain",
     "replaced_names",
+    "research_pretrain",
 ]
 
 attach()

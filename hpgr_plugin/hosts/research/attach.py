@@ -1,63 +1,157 @@
-"""Attach the slots to the host's trainer, by its seams where it has them, and take them off."""
+"""Attach the slots to the host's retrieval trainer, by its seams where it has them, and detach.
 
-from __future__ import annotations
+The host puts all parameters into one AdamW group, and its warm-up overwrites the learning rate of
+every group. A host with the patch series asks `train_fn.param_groups_fn` for groups, and its
+warm-up multiplies by a group's `lr_scale`. In other hosts, hooks around every optimizer step do so.
+"""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import gin
 from generative_recommenders.research.modeling.sequential import encoder_utils
-from generative_recommenders.research.trainer import train as host_train
-
-from hpgr_plugin.hosts.research.learning_rates import (
-    StepHooks,
-    has_inherited,
-    host_parameter_groups,
+from generative_recommenders.research.trainer import train
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
 )
-from hpgr_plugin.hosts.research.model import fill_slots
-from hpgr_plugin.hosts.seams import host_has_seam
+
+from hpgr_plugin.hosts.research.model import SequentialEncoder
+from hpgr_plugin.hosts.seams import host_has_seam, is_bound, replaced
+from hpgr_plugin.hosts.slots import SlotError
+from hpgr_plugin.transfer.learning_rates import LR_SCALE, by_lr_scale, lr_scale
 
 _PARAM_GROUPS = "train_fn.param_groups_fn"
-_undo: list[Callable[[], None]] = []
+_undo = contextlib.ExitStack()
+_attached = False
 
 
 def attach() -> None:
-    """Let the host's `train_fn` build encoders with slots.
+    """Let the host's `train_fn` build encoders with slots; a second call changes nothing.
 
-    Attached already, it only renews the binding of `train_fn.param_groups_fn`, which
-    `gin.clear_config` takes away. A binding of the user's own is kept.
+    A host with the patch series takes the optimizer's groups as the gin parameter
+    `train_fn.param_groups_fn`, which is bound here unless the configuration binds it.
+    `gin.clear_config` removes that binding: call `attach` again then.
     """
-    groups_by_host = host_has_seam("param_groups_fn")
-    if groups_by_host and not _param_groups_bound():
+    global _attached
+    if host_has_seam("param_groups_fn") and not is_bound(_PARAM_GROUPS):
         _bind_param_groups(host_parameter_groups)
-    if _undo:
+    if _attached:
         return
+    _attached = True
     if host_has_seam("encoders"):
-        for name, builder in _built_in_encoders().items():
-            _register(name, builder)
+        for name, built_in in _built_in_encoders().items():
+            _register(name, built_in)
     else:
-        _replace_encoder_function()
-    if groups_by_host:
-        _undo.append(lambda: _bind_param_groups(None))
+        build = _with_slots(train.get_sequential_encoder)
+        _undo.enter_context(replaced(train, get_sequential_encoder=build))
+    if host_has_seam("param_groups_fn"):
+        _undo.callback(_bind_param_groups, None)
     else:
-        _undo.append(StepHooks().remove)
+        _undo.callback(StepHooks().remove)
 
 
 def detach() -> None:
-    """Leave the host as it was before `attach`."""
-    while _undo:
-        _undo.pop()()
+    """Undo `attach`; encoders that were built before keep their slots."""
+    global _attached
+    _undo.close()
+    _attached = False
 
 
 def attached() -> bool:
     """Whether `attach` is in force."""
-    return bool(_undo)
+    return _attached
 
 
 def replaced_names() -> list[str]:
-    """The names of the host that are not its own at the moment."""
-    own = host_train.get_sequential_encoder is encoder_utils.get_sequential_encoder
-    return [] if own else [f"{host_train.__name__}.get_sequential_encoder"]
+    """The names of the host that are replaced at the moment."""
+    own = train.get_sequential_encoder is encoder_utils.get_sequential_encoder
+    return [] if own else [f"{train.__name__}.get_sequential_encoder"]
+
+
+def host_parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """The `param_groups_fn` of a patched host: a group per learning rate.
+
+    Args:
+        model: All its parameters are taken.
+        learning_rate: That of fresh parameters.
+        weight_decay: That of all groups.
+    """
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * scale,
+            "weight_decay": weight_decay,
+            **_names(scale),
+        }
+        for scale, parameters in by_lr_scale(model.parameters()).items()
+    ]
+
+
+class StepHooks:
+    """Hooks around every optimizer step of this process that apply `lr_scale`.
+
+    Optimizers without inherited parameters are not touched. Between steps an optimizer holds the
+    learning rates that the host wrote.
+    """
+
+    def __init__(self) -> None:
+        self._rates: WeakKeyDictionary[Optimizer, list[float]] = WeakKeyDictionary()
+        self._split: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer not in self._split:
+            self._split[optimizer] = split_groups(optimizer)
+        if self._split[optimizer]:
+            self._rates[optimizer] = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * group.get(LR_SCALE, 1.0)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        rates = self._rates.pop(optimizer, [])
+        for group, rate in zip(optimizer.param_groups, rates, strict=False):
+            group["lr"] = rate
+
+
+def split_groups(optimizer: Optimizer) -> bool:
+    """Give inherited parameters groups of their own, with all other settings kept.
+
+    A group whose parameters share one `lr_scale` stays: its optimizer was built with that scale.
+
+    Returns:
+        Whether a group was split.
+    """
+    found = False
+    for group in list(optimizer.param_groups):
+        scales = by_lr_scale(group["params"])
+        if len(scales) < 2:
+            continue
+        found = True
+        group.update(params=scales.pop(1.0, []), **_names(1.0))
+        optimizer.param_groups += [
+            {**group, "params": parameters, **_names(scale)} for scale, parameters in scales.items()
+        ]
+    return found
+
+
+def _names(scale: float) -> dict[str, Any]:
+    """What a group of that `lr_scale` carries beside the optimizer's settings."""
+    return {"name": "fresh"} if scale == 1.0 else {"name": "inherited", LR_SCALE: scale}
 
 
 def _built_in_encoders() -> dict[str, Callable[..., Any]]:
@@ -65,53 +159,41 @@ def _built_in_encoders() -> dict[str, Callable[..., Any]]:
 
 
 def _register(name: str, built_in: Callable[..., Any]) -> None:
-    """Use the host's registry; a builder that someone registered before is the one to fill."""
+    """Use the host's registry; a builder that was registered before gets the slots."""
     before = encoder_utils.ENCODERS.get(name)
-    build = before or built_in
+    encoder_utils.ENCODERS[name] = _with_slots(before or built_in)
+    if before is None:
+        _undo.callback(encoder_utils.ENCODERS.pop, name)
+    else:
+        _undo.callback(encoder_utils.ENCODERS.update, {name: before})
+
+
+def _with_slots(build: Callable[..., Any]) -> Callable[..., Any]:
+    """`build` of the host, with the slots filled in what it returns."""
 
     def build_with_slots(**arguments: Any) -> Any:
-        return _fill(build(**arguments))
+        encoder = build(**arguments)
+        try:
+            slots = SequentialEncoder()
+        except (TypeError, ValueError) as error:
+            raise SlotError(str(error)) from error
+        slots.fill(encoder)
+        _check_param_groups(encoder)
+        return encoder
 
-    def undo() -> None:
-        del encoder_utils.ENCODERS[name]
-        if before is not None:
-            encoder_utils.ENCODERS[name] = before
-
-    encoder_utils.ENCODERS[name] = build_with_slots
-    _undo.append(undo)
+    return build_with_slots
 
 
-def _replace_encoder_function() -> None:
-    """Replace the name that `train_fn` looks up; the host's function still does the building."""
-    build = host_train.get_sequential_encoder
-
-    def get_sequential_encoder_with_slots(**arguments: Any) -> Any:
-        return _fill(build(**arguments))
-
-    def undo() -> None:
-        host_train.get_sequential_encoder = build
-
-    host_train.get_sequential_encoder = get_sequential_encoder_with_slots
-    _undo.append(undo)
+def _check_param_groups(encoder: nn.Module) -> None:
+    """Refuse to train inherited weights at the full learning rate."""
+    inherited = any(lr_scale(parameter) != 1.0 for parameter in encoder.parameters())
+    if inherited and host_has_seam("param_groups_fn") and not is_bound(_PARAM_GROUPS):
+        raise RuntimeError(
+            f"{_PARAM_GROUPS} is not bound, so inherited weights would train at the full learning "
+            "rate: gin's configuration was cleared; call hosts.research.attach() after that"
+        )
 
 
 def _bind_param_groups(function: Callable[..., Any] | None) -> None:
     with gin.unlock_config():
         gin.bind_parameter(_PARAM_GROUPS, function)
-
-
-def _fill(encoder: Any) -> Any:
-    encoder = fill_slots(encoder)
-    if has_inherited(encoder) and host_has_seam("param_groups_fn") and not _param_groups_bound():
-        raise RuntimeError(
-            f"{_PARAM_GROUPS} is not bound, so inherited weights would train at the full rate: "
-            "gin's configuration was cleared; call hosts.research.attach() after that"
-        )
-    return encoder
-
-
-def _param_groups_bound() -> bool:
-    try:
-        return gin.query_parameter(_PARAM_GROUPS) is not None
-    except ValueError:
-        return False

@@ -1,56 +1,100 @@
-"""The launcher behind `python -m hpgr_plugin.hosts.research`.
+"""Starts the host's retrieval trainer, or stage 1 over its data sets, on CPU (gloo) or CUDA.
 
-Not in `__main__`, because spawned workers have to import their function from a module.
+With a GPU `--mode=train` does what the host's own main.py does; without one it trains on the CPU,
+whether or not the host can do that by itself.
 """
 
-from __future__ import annotations
+# Not in `__main__`, because spawned workers import their function from a module.
 
-import argparse
 import contextlib
-import logging
-import sys
+import os
+from collections.abc import Iterator
+from typing import Any
 
-import gin
 import torch
-from torch import multiprocessing as mp
+import torch.distributed as dist
+from generative_recommenders.research.trainer import train
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
-from hpgr_plugin.hosts import research
-from hpgr_plugin.hosts.research.cpu import ranks_are_the_cpu
-from hpgr_plugin.hosts.seams import host_has_seam
+from hpgr_plugin.hosts.launch import (
+    CONFIGURATION_ERRORS,
+    USER_ERRORS,
+    argument_parser,
+    one_line_errors,
+    read_config,
+    start_workers,
+)
+from hpgr_plugin.hosts.research.attach import attach
+from hpgr_plugin.hosts.research.pretrain import research_pretrain
+from hpgr_plugin.hosts.seams import host_has_seam, replaced
+
+_CPU = torch.device("cpu")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the flags and run."""
-    parser = argparse.ArgumentParser(prog="python -m hpgr_plugin.hosts.research")
-    parser.add_argument("--gin_config_file", required=True)
+    """Parse the command line and run the mode."""
+    parser = argument_parser("hpgr_plugin.hosts.research", __doc__)
     parser.add_argument("--mode", choices=("train", "pretrain"), default="train")
     parser.add_argument("--master_port", type=int, default=12355)
     options = parser.parse_args(arguments)
+    config = (options.gin_config_file, options.gin_bindings)
     if options.mode == "pretrain":
-        _read(options.gin_config_file)
-        research.pretrain()
+        with one_line_errors(CONFIGURATION_ERRORS):
+            read_config(*config, attach)
+        with one_line_errors(USER_ERRORS):
+            research_pretrain()
         return
-    world_size = max(1, torch.cuda.device_count())
-    mp.start_processes(
-        train_worker,
-        args=(world_size, options.master_port, options.gin_config_file),
-        nprocs=world_size,
-        start_method="spawn",
-    )
+    start_workers(train_worker, max(1, torch.cuda.device_count()), options.master_port, *config)
 
 
-def train_worker(rank: int, world_size: int, master_port: int, gin_config_file: str) -> None:
-    """One rank of the host's train_fn."""
-    from generative_recommenders.research.trainer.train import train_fn
-
-    _read(gin_config_file)
+def train_worker(
+    rank: int, world_size: int, master_port: int, gin_config_file: str, gin_bindings: list[str]
+) -> None:
+    """One process of the host's `train_fn`."""
+    with one_line_errors(CONFIGURATION_ERRORS):
+        read_config(gin_config_file, gin_bindings, attach)
     without_gpu = not torch.cuda.is_available() and not host_has_seam("research_cpu")
-    with ranks_are_the_cpu() if without_gpu else contextlib.nullcontext():
-        train_fn(rank, world_size, master_port)
+    with (
+        one_line_errors(USER_ERRORS),
+        ranks_are_the_cpu() if without_gpu else contextlib.nullcontext(),
+    ):
+        train.train_fn(rank, world_size, master_port)
 
 
-def _read(gin_config_file: str) -> None:
-    gin.parse_config_file(gin_config_file)
-    research.attach()
-    # The host's metrics are INFO lines, and importing fbgemm has raised the level above them.
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, force=True)
+@contextlib.contextmanager
+def ranks_are_the_cpu() -> Iterator[None]:
+    """Inside, a device given as a number is the CPU, and the host's process group is gloo.
+
+    `train_fn` uses its rank as the device; nothing else in it needs a GPU.
+    """
+    with replaced(train, setup=_setup_gloo, DDP=_ddp_on_cpu), _NumbersAreTheCpu():
+        yield
+
+
+class _NumbersAreTheCpu(TorchFunctionMode):
+    """Inside, torch functions that get a number as their device get the CPU instead."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.to or func is torch._C._nn._parse_to:  # the latter: Module.to
+            args = tuple(map(_device, args))
+        if "device" in kwargs:
+            kwargs["device"] = _device(kwargs["device"])
+        return func(*args, **kwargs)
+
+
+def _device(value: Any) -> Any:
+    return _CPU if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _setup_gloo(rank: int, world_size: int, master_port: int) -> None:
+    os.environ["MASTER_ADDR"] = "localhost"
+    os.environ["MASTER_PORT"] = str(master_port)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+
+
+def _ddp_on_cpu(module: torch.nn.Module, device_ids: Any = None, **kwargs: Any) -> Any:
+    return DistributedDataParallel(module, **kwargs)

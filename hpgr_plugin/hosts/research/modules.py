@@ -1,6 +1,4 @@
-"""What the slots put around the host's input preprocessor."""
-
-from __future__ import annotations
+"""The input preprocessor that holds the slots, around the host's own."""
 
 import math
 from typing import Any
@@ -11,29 +9,32 @@ from torch import Tensor, nn
 
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.hosts.slots import SlotError
 from hpgr_plugin.ops.jagged import complete_cumsum, dense_to_jagged, jagged_to_padded_dense
 
 _TIMESTAMPS = "timestamps"
+WHY_CAUSAL = "the retrieval trainer predicts every next item of a history"
 
 
 class HierarchicalInputPreprocessor(nn.Module):
     """SEM and time-aware positions in front of the host's own preprocessor.
 
     SEM works on the raw rows of the item table, where stage 1 trained it. The host then scales by
-    `sqrt(D)`, drops out and masks, as ever; with a positional encoder its own positions are zero
-    and ours are added on their scale: `sqrt(D) e + position`.
+    sqrt(D), applies dropout and masks. With a positional encoder the host's positions are zero, and
+    the encoder's are added on the same scale: `sqrt(D) e + position`.
 
-    The trainer has no candidate, so the encoder numbers the history alone, 1..N (Eq. 4). Rows past
-    `past_lengths` (padding, and in training the target) go through unchanged: the host's encoders
-    do not read them for any supervised row.
+    The trainer has no candidate, so the encoder numbers only the history, 1..N (Eq. 4). Rows past
+    `past_lengths` (padding, and in training the target) stay unchanged: the host's encoders do not
+    read them for any supervised row.
 
     Args:
-        host_preprocessor: the host's, already built.
-        sem: in causal form, or None.
-        positional_encoder: or None for the host's positions.
+        host_preprocessor: The host's, already built.
+        sem: None, or a SEM, which takes the causal form.
+        positional_encoder: None keeps the host's positions.
 
     Raises:
-        ValueError: a SEM that is not causal, or a preprocessor whose positions are not one a token.
+        HpgrError: A SEM with `causal=False`.
+        SlotError: A host preprocessor that has not one position per item.
     """
 
     def __init__(
@@ -44,12 +45,8 @@ class HierarchicalInputPreprocessor(nn.Module):
         positional_encoder: TimeAwarePositionalEncoder | None,
     ) -> None:
         super().__init__()
-        if sem is not None and not sem.causal:
-            raise ValueError(
-                "sem must be in causal form here (hpgr.SessionEnhancementModule.causal = True): "
-                "the trainer predicts every next item, and a context of the whole history would "
-                "show it the answer"
-            )
+        if sem is not None:
+            sem.decide_causal(True, WHY_CAUSAL)
         self.host_preprocessor: Any = host_preprocessor
         self.sem = sem
         self.positional_encoder = positional_encoder
@@ -70,7 +67,7 @@ class HierarchicalInputPreprocessor(nn.Module):
         past_embeddings: Tensor,
         past_payloads: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The host's signature.
+        """Enrich the histories, then preprocess them as the host does.
 
         Args:
             past_lengths: `[B]`.
@@ -79,7 +76,7 @@ class HierarchicalInputPreprocessor(nn.Module):
             past_payloads: "timestamps" `[B, N]` in seconds, and the host's others.
 
         Raises:
-            ValueError: no timestamps, or a history out of order.
+            ValueError: There are no timestamps, or a history is out of order.
         """
         if _TIMESTAMPS not in past_payloads:
             raise ValueError(
@@ -95,7 +92,7 @@ class HierarchicalInputPreprocessor(nn.Module):
         return lengths, embeddings, mask
 
     def _enrich(self, lengths: Tensor, embeddings: Tensor, timestamps: Tensor) -> Tensor:
-        """`[B, N, D]`, the first `lengths[b]` rows of each b rewritten."""
+        """`[B, N, D]` with the first `lengths[b]` rows of each user enriched."""
         offsets = complete_cumsum(lengths.long())
         total = int(offsets[-1].item())
         history = dense_to_jagged(embeddings, offsets, total)
@@ -125,10 +122,10 @@ class HierarchicalInputPreprocessor(nn.Module):
         return scaled
 
     def _zero(self) -> Tensor:
-        """0 that every parameter of the slots has a part in.
+        """A sum of 0 over all parameters of the slots, so that each has a gradient.
 
-        The host's DistributedDataParallel stops at a parameter without gradient, and in a batch
-        of single sessions the causal SEM has nothing to work on.
+        The host's DistributedDataParallel stops at a parameter without gradient, and in a batch of
+        single sessions the causal SEM uses none of its own.
         """
         slots = [module for module in (self.sem, self.positional_encoder) if module is not None]
         parts = [
@@ -141,7 +138,7 @@ class HierarchicalInputPreprocessor(nn.Module):
 
 
 class _NoPositions(nn.Module):
-    """Stands where the host's position table stood."""
+    """Replaces the host's position table: all positions are zero."""
 
     def __init__(self, embedding_dim: int) -> None:
         super().__init__()
@@ -154,15 +151,18 @@ class _NoPositions(nn.Module):
 
 
 def _take_positions_out(host_preprocessor: Any) -> float:
-    """Remove the host's positions; the factor that it puts on embeddings.
+    """Remove the host's positions.
+
+    Returns:
+        The host's factor on embeddings, sqrt(D).
 
     Raises:
-        ValueError: not the preprocessor that train_fn builds by default.
+        SlotError: Not the preprocessor that `train_fn` builds by default.
     """
     known = input_features_preprocessors.LearnablePositionalEmbeddingInputFeaturesPreprocessor
     if type(host_preprocessor) is not known:
-        raise ValueError(
-            f"positional_encoder takes the place of the positions of {known.__name__}, "
+        raise SlotError(
+            f"positional_encoder replaces the positions of {known.__name__}, "
             f"got a {type(host_preprocessor).__name__}, whose tokens are not the history's items"
         )
     embedding_dim = int(host_preprocessor._embedding_dim)

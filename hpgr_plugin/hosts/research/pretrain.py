@@ -1,7 +1,5 @@
 """Stage 1 over the data sets of the host's retrieval trainer."""
 
-from __future__ import annotations
-
 import logging
 from typing import NamedTuple
 
@@ -12,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hpgr_plugin.components.mim import MaskedItemModel
+from hpgr_plugin.hosts.research.modules import WHY_CAUSAL
 from hpgr_plugin.hosts.research.pretrained import host_item_digest
 from hpgr_plugin.ops.jagged import complete_cumsum
 from hpgr_plugin.transfer.handoff import save_handoff
@@ -23,9 +22,9 @@ class Histories(NamedTuple):
     """Users' items in order of time, as masked item modelling takes them.
 
     Attributes:
-        items: int64 `[T]`, 0..V-1: the host's ids without its padding id.
-        offsets: int64 `[B + 1]`.
-        timestamps: int64 `[T]` seconds.
+        items: `[T]` int64 in 0..V-1: the host's ids minus 1, as 0 is its padding.
+        offsets: `[B + 1]` int64.
+        timestamps: `[T]` int64 seconds.
     """
 
     items: Tensor
@@ -34,7 +33,7 @@ class Histories(NamedTuple):
 
 
 def histories_of_rows(rows: dict[str, Tensor]) -> Histories:
-    """A batch of the host's rows, history and target in one sequence.
+    """A batch of the host's rows, with the target appended to the history.
 
     Args:
         rows: "historical_ids" and "historical_timestamps" `[B, N]`, "history_lengths" `[B]`,
@@ -56,8 +55,8 @@ def histories_of_rows(rows: dict[str, Tensor]) -> Histories:
     )
 
 
-@gin.configurable("research_pretrain", module="hpgr")
-def pretrain(
+@gin.configurable(module="hpgr")
+def research_pretrain(
     *,
     output: str,
     dataset_name: str,
@@ -70,19 +69,23 @@ def pretrain(
     seed: int = 0,
     device: str | None = None,
 ) -> None:
-    """Masked item modelling (Eq. 3) on the host's training rows, written as a hand-over.
+    """Masked item modelling (Eq. 3) on the host's training rows; writes a hand-over.
 
-    The model is `hpgr.MaskedItemModel`; its `sem` has to be the one of `hpgr.SequentialEncoder`,
-    which is causal there and so here.
-    The rows are those of the host's training set, which ends one item before the item that its
-    evaluation predicts.
+    The model is `hpgr.MaskedItemModel`. Its `sem` must have the settings of the one in
+    `hpgr.SequentialEncoder`. The rows are those of the host's training set, which ends one item
+    before the item that its evaluation predicts.
 
     Args:
-        output: path of the hand-over.
-        dataset_name, max_sequence_length, item_embedding_dim: as in the host's train_fn.
-        num_epochs, batch_size, learning_rate, weight_decay: of AdamW.
-        seed: of the weights, the order of the rows and the masks.
-        device: None takes a GPU where there is one.
+        output: Path of the hand-over.
+        dataset_name: As in the host's `train_fn`.
+        max_sequence_length: As in the host's `train_fn`.
+        item_embedding_dim: As in the host's `train_fn`.
+        num_epochs: Passes over the rows.
+        batch_size: Users per step.
+        learning_rate: That of AdamW.
+        weight_decay: That of AdamW.
+        seed: That of the weights, the order of the rows and the masks.
+        device: None takes a GPU if there is one.
     """
     torch.manual_seed(seed)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -94,6 +97,8 @@ def pretrain(
         embedding_dim=item_embedding_dim,
         max_sequence_length=max_sequence_length + 1,
     ).to(place)
+    if model.sem is not None:
+        model.sem.decide_causal(True, WHY_CAUSAL)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(

@@ -8,11 +8,11 @@ import gin
 import pytest
 import torch
 
-from hpgr_plugin.data.prepare import prepare_data
+from hpgr_plugin.config.registry import build
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.ablation import run_ablation
-from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint
-from hpgr_plugin.hosts.embedded.train.distributed import Process
+from hpgr_plugin.hosts.embedded.report.evaluation import Task
+from hpgr_plugin.hosts.embedded.train.checkpoint import CheckpointError, load_checkpoint
 from hpgr_plugin.hosts.embedded.train.stages import (
     build_ranker,
     evaluate,
@@ -20,60 +20,55 @@ from hpgr_plugin.hosts.embedded.train.stages import (
     item_mean,
     pretrain,
 )
-from hpgr_plugin.hosts.embedded.train.trainer import Trainer
+from hpgr_plugin.hosts.embedded.train.trainer import Trainer, TrainingRun
 from hpgr_plugin.transfer.handoff import HandoffError
 
-Configure = Callable[..., None]
+Configure = Callable[..., Task]
+Training = Callable[..., TrainingRun]
 COSTS = ("seconds_per_step", "examples_per_second")
 
 
-def without_costs(figures: dict) -> dict:
-    return {key: value for key, value in figures.items() if key not in COSTS}
+def without_costs(metrics: dict) -> dict:
+    return {key: value for key, value in metrics.items() if key not in COSTS}
 
 
-def test_a_seed_fixes_both_stages(configure: Configure, alone: Process, tmp_path: Path) -> None:
+def test_a_seed_fixes_both_stages(configure: Configure, training: Training) -> None:
     runs = []
     for attempt in ("first", "second"):
-        configure()
-        data = prepare_data()
-        stage1 = pretrain(data, seed=3, output_dir=tmp_path / attempt / "1", process=alone)
+        task = configure()
+        stage1 = pretrain(task, build("PretrainSettings"), training(f"{attempt}/1", seed=3))
         with gin.config_scope("pgsa_recent"):
-            figures = finetune(
-                data,
-                seed=3,
-                output_dir=tmp_path / attempt / "2",
-                process=alone,
-                pretrained=str(stage1.handoff),
+            metrics = finetune(
+                task,
+                build("FinetuneSettings"),
+                training(f"{attempt}/2", seed=3),
+                pretrained=stage1.handoff,
             )
-        runs.append((without_costs(stage1.figures), without_costs(figures)))
+        runs.append((without_costs(stage1.metrics), without_costs(metrics)))
     assert runs[0] == runs[1]
-    configure()
-    other = pretrain(data, seed=4, output_dir=tmp_path / "other", process=alone)
-    assert other.figures["loss"] != runs[0][0]["loss"]
+    other = pretrain(task, build("PretrainSettings"), training("other", seed=4))
+    assert other.metrics["loss"] != runs[0][0]["loss"]
 
 
 @pytest.mark.parametrize("row", ["hstu", "stochastic", "sem"])
 def test_resuming_gives_the_same_numbers(
     configure: Configure,
-    alone: Process,
+    training: Training,
     tmp_path: Path,
     row: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def train(output_dir: Path, resume: bool = False) -> dict:
-        configure(
+    def train(folder: str, resume: bool = False) -> dict:
+        task = configure(
             "hpgr.FinetuneSettings.checkpoint_every = 4",
             "stochastic/hpgr.HSTURanker.attention_hook = @hpgr.StochasticLength()",
             "hpgr.StochasticLength.alpha = 1.2",
         )
         with gin.config_scope(row):
-            return without_costs(
-                finetune(
-                    prepare_data(), seed=0, output_dir=output_dir, process=alone, resume=resume
-                )
-            )
+            run = training(folder, resume=resume)
+            return without_costs(finetune(task, build("FinetuneSettings"), run))
 
-    whole = train(tmp_path / "whole")
+    whole = train("whole")
     step = Trainer._step
 
     def killed_at_step_10(self: Trainer, *args: object) -> torch.Tensor:
@@ -84,8 +79,8 @@ def test_resuming_gives_the_same_numbers(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", killed_at_step_10)
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "killed")
-    assert train(tmp_path / "killed", resume=True) == whole
+            train("killed")
+    assert train("killed", resume=True) == whole
     weights = [
         load_checkpoint(tmp_path / name / "checkpoint.pt", torch.device("cpu"))["model"]
         for name in ("whole", "killed")
@@ -93,21 +88,20 @@ def test_resuming_gives_the_same_numbers(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_stage_2_starts_from_stage_1(configure: Configure, alone: Process, tmp_path: Path) -> None:
-    configure()
-    data = prepare_data()
+def test_stage_2_starts_from_stage_1(configure: Configure, training: Training) -> None:
+    task = configure()
     with gin.config_scope("mim_sem"):
-        stage1 = pretrain(data, seed=0, output_dir=tmp_path, process=alone)
+        stage1 = pretrain(task, build("PretrainSettings"), training())
     with gin.config_scope("full"):
-        fresh = build_ranker(data)
-        ranker = build_ranker(data, pretrained=str(stage1.handoff))
+        fresh = build_ranker(task)
+        ranker = build_ranker(task, pretrained=stage1.handoff)
     assert fresh.inherited == ()
     assert ranker.inherited == ("item_table", "sem")
     assert not torch.equal(fresh.item_table.weight, ranker.item_table.weight)
     with pytest.raises(HandoffError, match="vocabulary_digest"):
         HSTURanker(
-            num_items=data.log.num_items,
-            num_actions=data.log.num_actions,
+            num_items=task.data.log.num_items,
+            num_actions=task.data.log.num_actions,
             vocabulary_digest="another",
             embedding_dim=16,
             pretrained=str(stage1.handoff),
@@ -115,11 +109,9 @@ def test_stage_2_starts_from_stage_1(configure: Configure, alone: Process, tmp_p
 
 
 @pytest.mark.parametrize("row", ["hstu", "mtgr"])
-def test_it_learns_what_was_planted(
-    configure: Configure, alone: Process, tmp_path: Path, row: str
-) -> None:
-    """A label is known from the user's old events alone: the item mean is a coin."""
-    configure(
+def test_it_learns_what_was_planted(configure: Configure, training: Training, row: str) -> None:
+    """Only the user's old events tell a label: the item mean is no better than a coin."""
+    task = configure(
         "NUM_USERS = 400",
         "DISTRACTORS = 5",
         "hpgr.SyntheticReader.num_clusters = 8",
@@ -129,54 +121,61 @@ def test_it_learns_what_was_planted(
         "hpgr.FinetuneSettings.epochs = 5",
         "hpgr.FinetuneSettings.learning_rate = 5e-3",
     )
-    data = prepare_data()
     with gin.config_scope(row):
-        figures = finetune(data, seed=0, output_dir=tmp_path, process=alone)
-    assert item_mean(data)["auc"] < 0.6
-    assert figures["auc"] > 0.95
+        metrics = finetune(task, build("FinetuneSettings"), training())
+    assert item_mean(task)["auc"] < 0.6
+    assert metrics["auc"] > 0.95
 
 
 def test_evaluate_reads_the_best_weights(
-    configure: Configure, alone: Process, tmp_path: Path
+    configure: Configure, training: Training, tmp_path: Path
 ) -> None:
-    configure()
-    data = prepare_data()
-    trained = finetune(data, seed=0, output_dir=tmp_path, process=alone)
-    again = evaluate(data, output_dir=tmp_path, process=alone)
+    task = configure()
+    trained = finetune(task, build("FinetuneSettings"), training())
+    again = evaluate(task, tmp_path / "run")
     assert again["auc"] == trained["auc"]
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        evaluate(task, tmp_path / "elsewhere")
 
 
 def test_sem_that_would_show_the_future_is_refused(configure: Configure) -> None:
-    configure("hpgr.SessionEnhancementModule.causal = False")
+    task = configure("hpgr.SessionEnhancementModule.causal = False")
     with gin.config_scope("sem"), pytest.raises(ValueError, match="causal must be True"):
-        build_ranker(prepare_data())
+        build_ranker(task)
+
+
+def test_the_session_gap_reaches_the_metrics(configure: Configure) -> None:
+    """Sessions of the synthetic log are 7140 s apart: with a longer gap there is only one."""
+    task = configure("SESSION_GAP_SECONDS = 9000")
+    assert "auc_many_sessions" in item_mean(task)
+    gap = gin.query_parameter("SESSION_GAP_SECONDS/gin.macro.value")
+    coarse = Task(task.data, task.requests, task.process, session_gap_seconds=gap)
+    assert "auc_many_sessions" not in item_mean(coarse)
+    for name in ("run", "prepare_data"):
+        bound = gin.query_parameter(f"hpgr.{name}.session_gap_seconds")
+        assert bound.scoped_configurable_fn() == gap
 
 
 def test_an_ablation_writes_table_plot_and_warnings(
-    configure: Configure, alone: Process, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    configure("hpgr.FinetuneSettings.epochs = 1", "hpgr.PretrainSettings.epochs = 1")
-    figures = run_ablation(
-        prepare_data(),
-        rows=["base", "pgsa", "full"],
-        seeds=[0, 1],
-        output_dir=tmp_path,
-        process=alone,
-    )
+    task = configure("hpgr.FinetuneSettings.epochs = 1", "hpgr.PretrainSettings.epochs = 1")
+    results = run_ablation(task, ["base", "pgsa", "full"], seeds=[0, 1], output_dir=tmp_path)
     table = (tmp_path / "table.md").read_text()
-    assert [row["scope"] for row in figures["rows"]] == ["item_mean", "base", "pgsa", "full"]
-    assert all(len(row["seeds"]) == 2 for row in figures["rows"][1:])
-    assert {scope: len(runs) for scope, runs in figures["stage1"].items()} == {
+    assert [row["scope"] for row in results["rows"]] == ["item_mean", "base", "pgsa", "full"]
+    assert all(len(row["seeds"]) == 2 for row in results["rows"][1:])
+    assert {scope: len(runs) for scope, runs in results["stage1"].items()} == {
         "mim": 2,
         "mim_sem": 2,
     }
     assert "HPGR base" in table
     assert "±" in table
     printed = capsys.readouterr().out
-    floor = figures["rows"][0]["seeds"][0]["auc"]
-    for row in figures["rows"][1:]:
-        beaten = sum(seed["auc"] for seed in row["seeds"]) / 2 > floor
+    baseline = results["rows"][0]["seeds"][0]["auc"]
+    for row in results["rows"][1:]:
+        beaten = sum(seed["auc"] for seed in row["seeds"]) / 2 > baseline
         assert (f"WARNING: {row['title']} did NOT beat" in printed) == (not beaten)
     assert (tmp_path / "ablation.png").stat().st_size > 0
     assert list((tmp_path / "full_seed1" / "tb").iterdir())
-    json.dumps(figures)
+    assert not list(tmp_path.rglob("*.tmp"))
+    json.dumps(results)

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.components.transformer import plan_buckets
 from hpgr_plugin.hosts.embedded.model.bias import RelativeBias
 from hpgr_plugin.hosts.embedded.model.hstu import SequenceLayer, initialise_linear
 from hpgr_plugin.hosts.embedded.model.tokens import PADDING_MARKS, Marks, TokenSequence
 from hpgr_plugin.ops.compact.parts import row_weights
 from hpgr_plugin.ops.hstu_attention import AttentionSpec, MaskPosition, Places, Visibility
 from hpgr_plugin.ops.jagged import jagged_to_padded_dense, ranges
+from hpgr_plugin.ops.segments import plan_buckets
 
 
 class PaddedGroup(NamedTuple):

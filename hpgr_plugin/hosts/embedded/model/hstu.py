@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gin
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,7 +50,6 @@ class SequenceLayer(nn.Module):
         return hstu_attention(q, k, v, spec, bias=bias).flatten(1)
 
 
-@gin.configurable(module="hpgr")
 class HSTULayer(SequenceLayer):
     """`Y = f(LN(attention) * U) + X` with `U, V, Q, K = SiLU(f(LN(X)))`.
 

@@ -5,7 +5,6 @@ The dynamic mask is in the tokens' orders, see `tokens.py`.
 
 from __future__ import annotations
 
-import gin
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ class GroupLayerNorm(nn.Module):
         return normed * F.embedding(domains, self.weight) + F.embedding(domains, self.bias)
 
 
-@gin.configurable(module="hpgr")
 class MTGRLayer(SequenceLayer):
     """`X = MLP(GroupLN(V~ * U)) + X` with `V~ = SiLU(Q K^T) / N * mask * V`.
 

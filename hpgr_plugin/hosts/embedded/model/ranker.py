@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import gin
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.components.attention_hooks import AttentionHook, PreferenceGuidedSparseAttention
+from hpgr_plugin.components.attention_hooks import (
+    AttentionHook,
+    HookInputs,
+    PreferenceGuidedSparseAttention,
+)
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.data.batch import Batch
@@ -26,7 +29,6 @@ class SlotError(TypeError):
     """A slot holds the wrong kind of thing."""
 
 
-@gin.configurable(module="hpgr", denylist=["num_items", "num_actions", "vocabulary_digest"])
 class HSTURanker(nn.Module):
     """Ranks a user's candidates by their history: HSTU or MTGR layers, then an MLP.
 
@@ -190,14 +192,16 @@ class HSTURanker(nn.Module):
         if self.attention_hook is None:
             return None
         return self.attention_hook.plan(
-            history_embeddings=history_rows.detach(),
-            candidate_embeddings=candidate_rows.detach(),
-            history_offsets=batch.history_offsets,
-            candidate_offsets=batch.candidate_offsets,
-            history_timestamps=batch.history_timestamps,
-            candidate_timestamps=batch.candidate_timestamps if self.hide_future else None,
-            history_ids=batch.history_items,
-            candidate_ids=batch.candidate_items,
+            HookInputs(
+                history_embeddings=history_rows.detach(),
+                candidate_embeddings=candidate_rows.detach(),
+                history_offsets=batch.history_offsets,
+                candidate_offsets=batch.candidate_offsets,
+                history_timestamps=batch.history_timestamps,
+                candidate_timestamps=batch.candidate_timestamps if self.hide_future else None,
+                history_ids=batch.history_items,
+                candidate_ids=batch.candidate_items,
+            )
         )
 
     def visible(self, batch: Batch) -> Tensor:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpgr_plugin.files import atomic_write
 from hpgr_plugin.hosts.embedded.report.table import Row, mean_and_spread
 
 
 def plot_ablation(rows: Sequence[Row], path: Path) -> bool:
-    """Draw ``rows`` (see :func:`markdown_table`) into a PNG.
+    """Draw the rows of `markdown_table` into a PNG.
+
+    Args:
+        rows: see `markdown_table`.
+        path: of the PNG.
 
     Returns:
-        False when matplotlib (extra ``analysis``) is not installed.
+        False if matplotlib (extra `analysis`) is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -21,7 +26,7 @@ def plot_ablation(rows: Sequence[Row], path: Path) -> bool:
     figure = Figure(figsize=(11, 0.45 * len(rows) + 2), layout="constrained")
     bars, curves = figure.subplots(1, 2)
     titles = [row["title"] for row in rows]
-    stats = [mean_and_spread([figures["auc"] for figures in row["seeds"]]) for row in rows]
+    stats = [mean_and_spread([metrics["auc"] for metrics in row["seeds"]]) for row in rows]
     means, spreads = [mean for mean, _ in stats], [spread for _, spread in stats]
     bars.barh(titles, means, xerr=spreads, color="#4c72b0")
     bars.invert_yaxis()
@@ -35,5 +40,6 @@ def plot_ablation(rows: Sequence[Row], path: Path) -> bool:
     curves.set_xlabel("step")
     curves.set_ylabel("validation AUC")
     curves.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     return True

@@ -1,29 +1,21 @@
-"""results.json: figures together with all that is needed to get them again."""
+"""results.json: metrics together with all that is needed to reproduce them."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 from pathlib import Path
 from typing import Any
 
-import gin
 import torch
 
+from hpgr_plugin.config.scopes import operative_config_str
+from hpgr_plugin.files import atomic_write
 from hpgr_plugin.version import __version__
 
-PACKAGES = (
-    "torch",
-    "fbgemm-gpu",
-    "fbgemm-gpu-cpu",
-    "gin-config",
-    "numpy",
-    "torchmetrics",
-    "triton",
-)
+PACKAGES = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "gin-config", "numpy", "triton")
 
 
 def environment() -> dict[str, Any]:
@@ -43,15 +35,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_results(path: Path, figures: dict[str, Any], *, seeds: list[int]) -> None:
-    """Write figures, seeds, environment and the operative gin config; a kill leaves no half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_results(path: Path, metrics: dict[str, Any], *, seeds: list[int]) -> None:
+    """Write metrics, seeds, environment and the operative gin configuration."""
     payload = {
-        "figures": figures,
+        "metrics": metrics,
         "seeds": seeds,
         "environment": environment(),
-        "operative_config": gin.operative_config_str(),
+        "operative_config": operative_config_str(),
     }
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(payload, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(payload, indent=2, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""The ablation's table: one line a model, mean and spread over the seeds."""
+"""The table of an ablation: one line per model, mean and spread over the seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-#: column title -> (key of a seed's figures, digits)
+# column title -> (key of the metrics of one seed, digits)
 COLUMNS: dict[str, tuple[str, int]] = {
     "AUC": ("auc", 4),
     "GAUC": ("gauc", 4),
@@ -28,7 +28,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _cell(row: Row, key: str, digits: int) -> str:
-    values = [figures[key] for figures in row["seeds"] if figures.get(key) is not None]
+    values = [metrics[key] for metrics in row["seeds"] if metrics.get(key) is not None]
     if not values:
         return "-"
     mean, spread = mean_and_spread(values)
@@ -37,14 +37,15 @@ def _cell(row: Row, key: str, digits: int) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """A markdown table of ``rows``: dicts with ``title`` and ``seeds``, a list of figures.
+    """A markdown table; columns that no row has a value for are left out.
 
-    Columns that no row has a figure for are left out.
+    Args:
+        rows: dicts with `title` and `seeds`, the metrics of each seed.
     """
     columns = {
         title: (key, digits)
         for title, (key, digits) in COLUMNS.items()
-        if any(figures.get(key) is not None for row in rows for figures in row["seeds"])
+        if any(metrics.get(key) is not None for row in rows for metrics in row["seeds"])
     }
     lines = [["model", *columns]]
     for row in rows:

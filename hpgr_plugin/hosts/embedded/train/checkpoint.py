@@ -1,8 +1,7 @@
-"""Checkpoints that resume to the same numbers: weights, optimizer, schedule and generators."""
+"""Checkpoints: a resumed training gives the same numbers as one that was not interrupted."""
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.files import atomic_write
+
 FORMAT_VERSION = 1
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing or was written by another format version."""
+class CheckpointError(HpgrError):
+    """A checkpoint that is missing or has another format version."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` with the generators' states; a kill half-way leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save({"format_version": FORMAT_VERSION, "generators": _generators(), **state}, temporary)
-    os.replace(temporary, path)
+    """Write `state` and the states of all random generators.
+
+    Args:
+        path: of the checkpoint.
+        state: tensors, numbers, strings, and lists and dicts of them.
+    """
+    content = {"format_version": FORMAT_VERSION, "generators": _generators(), **state}
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a checkpoint and put the generators back where it left them.
+    """Read a checkpoint and restore the random generators.
+
+    Args:
+        path: of the checkpoint.
+        device: where its tensors are put.
 
     Raises:
         CheckpointError: no such file, or another format version.

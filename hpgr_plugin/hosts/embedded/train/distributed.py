@@ -1,4 +1,4 @@
-"""The process group: one process, or what ``torchrun`` started (gloo on CPU, nccl on CUDA)."""
+"""The process group: one process, or those of `torchrun` (gloo on CPU, NCCL on CUDA)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Process:
-    """This process among its peers."""
+    """This process among its peers.
+
+    Attributes:
+        rank: 0 to world_size - 1.
+        world_size: number of processes.
+        device: of this process.
+    """
 
     rank: int
     world_size: int
@@ -29,7 +35,7 @@ class Process:
 
 @contextmanager
 def process_group() -> Iterator[Process]:
-    """Join the group that ``torchrun`` describes in the environment, or stand alone."""
+    """Join the group that `torchrun` describes in the environment, or run as one process."""
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -46,14 +52,14 @@ def process_group() -> Iterator[Process]:
 
 
 def seed_everything(seed: int) -> None:
-    """Fix python's, numpy's and torch's generators."""
+    """Seed the generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of ``value`` over all processes (``value`` itself when alone)."""
+    """The sum of `value` over all processes."""
     if dist.is_initialized():
         value = value.clone()
         dist.all_reduce(value)
@@ -61,7 +67,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def gather_arrays(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Each array concatenated over the ranks, in rank order, on every rank."""
+    """Each array concatenated over the processes, in the order of their ranks, on all of them."""
     if not dist.is_initialized():
         return arrays
     gathered: list[list[np.ndarray]] = [[] for _ in range(dist.get_world_size())]
@@ -70,6 +76,6 @@ def gather_arrays(arrays: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def barrier() -> None:
-    """Wait for every rank."""
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()

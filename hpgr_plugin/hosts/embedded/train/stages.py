@@ -1,4 +1,4 @@
-"""The two stages: masked item modelling, then ranking with what it handed over."""
+"""The two stages: masked item modelling, then ranking from its hand-over."""
 
 from __future__ import annotations
 
@@ -6,41 +6,38 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gin
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpgr_plugin.components.mim import MaskedItemModel
-from hpgr_plugin.data.baselines import item_mean_scores
-from hpgr_plugin.data.batch import Batch, SequenceBatch
-from hpgr_plugin.data.batches import RequestLoader
-from hpgr_plugin.data.log import InteractionLog
-from hpgr_plugin.data.prepared import PreparedData
-from hpgr_plugin.data.requests import RequestSettings
-from hpgr_plugin.data.sequences import SequenceLoader
+from hpgr_plugin.config.registry import build
+from hpgr_plugin.data import Batch, InteractionLog, SequenceBatch, item_mean_scores
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
-from hpgr_plugin.hosts.embedded.report.evaluation import figures_of, kept_tokens, score
+from hpgr_plugin.hosts.embedded.report.evaluation import Task, kept_tokens
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint
-from hpgr_plugin.hosts.embedded.train.distributed import Process, barrier, seed_everything
-from hpgr_plugin.hosts.embedded.train.trainer import CHECKPOINT, FitResult, Trainer, TrainSettings
+from hpgr_plugin.hosts.embedded.train.distributed import barrier, seed_everything
+from hpgr_plugin.hosts.embedded.train.trainer import (
+    CHECKPOINT,
+    FitResult,
+    Trainer,
+    TrainingRun,
+    TrainSettings,
+)
 from hpgr_plugin.transfer.handoff import save_handoff
 from hpgr_plugin.transfer.learning_rates import parameter_groups
 
 HELD_OUT_USERS = 0.05
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True)
 class PretrainSettings(TrainSettings):
-    """:class:`TrainSettings` of stage 1."""
+    """`TrainSettings` of stage 1."""
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True)
 class FinetuneSettings(TrainSettings):
-    """:class:`TrainSettings` of stage 2."""
+    """`TrainSettings` of stage 2."""
 
 
 @dataclass(frozen=True)
@@ -48,50 +45,46 @@ class Stage1:
     """A finished stage 1.
 
     Attributes:
-        handoff: the file that stage 2 starts from.
-        figures: validation loss and cost.
+        handoff: the hand-over that stage 2 starts from.
+        metrics: validation loss and cost.
     """
 
     handoff: Path
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
 
 
-def pretrain(
-    data: PreparedData,
-    *,
-    seed: int,
-    output_dir: Path,
-    process: Process,
-    resume: bool = False,
-    title: str = "pretrain",
-) -> Stage1:
-    """Stage 1: train a :class:`MaskedItemModel` and write its hand-over.
+def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1:
+    """Stage 1: train a masked item model (Eq. 3) and write its hand-over.
 
-    Sequences of 5% of the users are held out; training stops when their loss does not fall.
+    5% of the users are held out; training stops when the loss of their sequences stops falling.
+
+    Args:
+        task: data, and the requests of stage 2, which decide the form of SEM.
+        settings: how it is trained.
+        run: seed, folder and process.
     """
-    seed_everything(seed)
-    settings = PretrainSettings()
-    # the other sizes come from gin
-    model = MaskedItemModel(num_items=data.log.num_items).to(process.device)  # type: ignore[call-arg]
-    held_out = np.random.default_rng(seed).random(data.log.num_users) < HELD_OUT_USERS
-    longest = model.max_sequence_length
-    train = SequenceLoader(
-        prepared=data,
-        max_length=longest,
+    seed_everything(run.seed)
+    data, process = task.data, run.process
+    model = build("MaskedItemModel", num_items=data.log.num_items).to(process.device)
+    task.decide_causal(model.sem)
+    held_out = np.random.default_rng(run.seed).random(data.log.num_users) < HELD_OUT_USERS
+    sequences = {"prepared": data, "max_length": model.max_sequence_length, "seed": run.seed}
+    train = build(
+        "SequenceLoader",
+        **sequences,
         users=~held_out,
-        seed=seed,
         rank=process.rank,
         world_size=process.world_size,
     )
-    validation = SequenceLoader(prepared=data, max_length=longest, users=held_out, seed=seed)
+    validation = build("SequenceLoader", **sequences, users=held_out)
 
     def loss(forward: nn.Module, batch: SequenceBatch, step: int) -> tuple[Tensor, int]:
-        masks = torch.Generator().manual_seed(_mask_seed(seed, step, process.rank))
+        masks = torch.Generator().manual_seed(_mask_seed(run.seed, step, process.rank))
         output = forward(batch.items, batch.offsets, batch.timestamps, generator=masks)
         return output.loss * output.num_masked, output.num_masked
 
-    def validate(_: nn.Module) -> dict[str, float]:
-        masks = torch.Generator().manual_seed(seed)
+    def validate() -> dict[str, float]:
+        masks = torch.Generator().manual_seed(run.seed)
         losses = hits = masked = 0.0
         for batch in validation.batches():
             batch = batch.to(process.device)
@@ -111,11 +104,9 @@ def pretrain(
         validate=validate,
         monitor=("loss", False),
         settings=settings,
-        output_dir=output_dir,
-        process=process,
-        title=title,
-    ).fit(resume=resume)
-    handoff = output_dir / "handoff.safetensors"
+        run=run,
+    ).fit()
+    handoff = run.output_dir / "handoff.safetensors"
     if process.is_main:
         save_handoff(
             handoff,
@@ -123,38 +114,34 @@ def pretrain(
             sem=model.sem,
             vocabulary_digest=data.log.item_vocabulary_digest,
             gap_seconds=model.gap_seconds,
-            extra=_host_ids(data.log),
+            extra=_source_ids(data.log),
         )
     barrier()
     return Stage1(handoff, _cost(result) | result.best)
 
 
 def finetune(
-    data: PreparedData,
+    task: Task,
+    settings: FinetuneSettings,
+    run: TrainingRun,
     *,
-    seed: int,
-    output_dir: Path,
-    process: Process,
-    resume: bool = False,
-    title: str = "finetune",
-    pretrained: str | None = None,
+    pretrained: Path | None = None,
 ) -> dict[str, Any]:
-    """Stage 2: train an :class:`HSTURanker`, and the figures of its best weights on the test split.
+    """Stage 2: train a ranker by binary cross entropy (Eq. 6).
 
     Args:
-        data: prepared data.
-        seed: fixes initial weights, order of batches and dropout.
-        output_dir: checkpoint and TensorBoard files.
-        process: this process among its peers.
-        resume: go on from the last checkpoint.
-        title: of the progress bar.
-        pretrained: stage-1 hand-over; None leaves the slot to gin.
+        task: data, requests and metrics.
+        settings: how it is trained.
+        run: seed, folder and process.
+        pretrained: hand-over of stage 1; None leaves the slot to gin.
+
+    Returns:
+        Test metrics of the weights with the best validation AUC, cost, and the validations.
     """
-    seed_everything(seed)
-    settings = FinetuneSettings()
-    model = build_ranker(data, pretrained=pretrained).to(process.device)
-    train = _requests(data, "train", process, seed=seed)
-    validation = _requests(data, "validation", process)
+    seed_everything(run.seed)
+    model = build_ranker(task, pretrained=pretrained)
+    train = task.loader("train", seed=run.seed)
+    validation = task.loader("validation")
 
     def loss(forward: nn.Module, batch: Batch, step: int) -> tuple[Tensor, int]:
         logits = forward(batch)
@@ -174,38 +161,37 @@ def finetune(
         ),
         loader=train,
         loss=loss,
-        validate=lambda _: figures_of(score(model, validation, process), data),
+        validate=lambda: task.metrics(task.score(model, validation)),
         monitor=("auc", True),
         settings=settings,
-        output_dir=output_dir,
-        process=process,
-        title=title,
-    ).fit(resume=resume)
-    return _test_figures(model, data, process) | _cost(result) | {"history": result.history}
+        run=run,
+    ).fit()
+    return _test_metrics(model, task) | _cost(result) | {"history": result.history}
 
 
-def evaluate(data: PreparedData, *, output_dir: Path, process: Process) -> dict[str, Any]:
-    """Test figures of the best weights in ``output_dir``'s checkpoint."""
-    state = load_checkpoint(output_dir / CHECKPOINT, process.device)
-    model = build_ranker(data).to(process.device)
+def evaluate(task: Task, output_dir: Path) -> dict[str, Any]:
+    """Test metrics of the best weights in the checkpoint of `output_dir`."""
+    state = load_checkpoint(output_dir / CHECKPOINT, task.process.device)
+    model = build_ranker(task)
     model.load_state_dict(state["best_model"])
-    return _test_figures(model, data, process)
+    return _test_metrics(model, task)
 
 
-def item_mean(data: PreparedData) -> dict[str, Any]:
-    """Test figures of the smoothed mean label of each item: the floor of every table."""
-    return figures_of(item_mean_scores(data, "test"), data)
+def item_mean(task: Task) -> dict[str, Any]:
+    """Test metrics of the smoothed mean label of each item: the baseline of every table."""
+    return task.metrics(item_mean_scores(task.data, "test", task.requests))
 
 
-def build_ranker(data: PreparedData, *, pretrained: str | None = None) -> HSTURanker:
-    """The ranker that gin describes, for this data.
+def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
+    """The configured ranker for this data, on the process's device.
 
     Raises:
-        ValueError: SEM would show candidates their own future.
+        ConfigError: a component does not fit, or SEM would show candidates their own future.
     """
-    log = data.log
-    slot: dict[str, Any] = {} if pretrained is None else {"pretrained": pretrained}
-    model = HSTURanker(
+    log = task.data.log
+    slot = {} if pretrained is None else {"pretrained": str(pretrained)}
+    model: HSTURanker = build(
+        "HSTURanker",
         num_items=log.num_items,
         num_actions=log.num_actions,
         vocabulary_digest=log.item_vocabulary_digest,
@@ -215,32 +201,19 @@ def build_ranker(data: PreparedData, *, pretrained: str | None = None) -> HSTURa
         },
         **slot,
     )
-    requests = RequestSettings()
-    shared = requests.history == "candidate" and requests.max_candidates > 1
-    if shared and model.sem is not None and not model.sem.causal:
-        raise ValueError(
-            "hpgr.SessionEnhancementModule.causal must be True where candidates of different "
-            "times share a history (hpgr.RequestSettings.history = 'candidate'): its context "
-            "would hold what comes after the earlier candidates; or set history = 'request'"
-        )
-    return model
+    task.decide_causal(model.sem)
+    return model.to(task.process.device)
 
 
-def _requests(data: PreparedData, split: str, process: Process, *, seed: int = 0) -> RequestLoader:
-    return RequestLoader(
-        prepared=data, split=split, seed=seed, rank=process.rank, world_size=process.world_size
-    )
-
-
-def _test_figures(model: HSTURanker, data: PreparedData, process: Process) -> dict[str, Any]:
+def _test_metrics(model: HSTURanker, task: Task) -> dict[str, Any]:
     model.eval()
-    test = _requests(data, "test", process)
-    figures: dict[str, Any] = figures_of(score(model, test, process), data)
-    return figures | {"kept_tokens": kept_tokens(model, test, process)}
+    test = task.loader("test")
+    metrics: dict[str, Any] = task.metrics(task.score(model, test))
+    return metrics | {"kept_tokens": kept_tokens(model, test, task.process)}
 
 
-def _host_ids(log: InteractionLog) -> dict[str, Any]:
-    """The source's own item ids, where they are numbers: another host may know items by them."""
+def _source_ids(log: InteractionLog) -> dict[str, Any]:
+    """The item ids of the source if they are numbers: another host may use the same ids."""
     ids = log.item_ids
     return {"item_ids": ids.tolist()} if np.issubdtype(ids.dtype, np.integer) else {}
 
@@ -252,5 +225,5 @@ def _cost(result: FitResult) -> dict[str, Any]:
 
 
 def _mask_seed(seed: int, step: int, rank: int) -> int:
-    """A stream of its own for every (seed, step, rank), so that a resumed run masks alike."""
+    """An own seed for every (seed, step, rank), so that a resumed training masks the same items."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""The training loop of both stages: warm-up, clipping, early stopping, checkpoints, logs."""
+"""Training loop of both stages: warm-up, clipping, early stopping, checkpoints, logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import gin
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,29 +25,33 @@ CHECKPOINT = "checkpoint.pt"
 
 
 class Loader(Protocol):
-    """Batches of one epoch, the same on every call, from any batch onwards."""
+    """Batches of an epoch: the same on every call."""
 
-    def batches(self, epoch: int, *, start: int = 0) -> Iterator[Any]: ...
+    def batches(self, epoch: int, *, start: int = 0) -> Iterator[Any]:
+        """The batches of the epoch from number `start` on."""
 
-    def num_batches(self, epoch: int) -> int: ...
+    def num_batches(self, epoch: int) -> int:
+        """How many batches the epoch has."""
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True)
 class TrainSettings:
     """How a stage is trained.
 
     Attributes:
-        epochs: passes over the training data at most.
-        learning_rate: AdamW's, after warm-up, for fresh weights.
-        weight_decay: AdamW's.
-        warmup_steps: steps of linear warm-up; cosine decay to a tenth follows when ``decay``.
-        decay: let the rate fall along a half cosine over the epochs asked for.
-        clip_norm: gradient norm bound.
-        evaluations_per_epoch: validations an epoch.
-        patience: validations without a better figure before training stops.
+        epochs: most passes over the training data.
+        learning_rate: of AdamW after the warm-up, for weights that are not inherited.
+        weight_decay: of AdamW.
+        warmup_steps: steps over which the learning rate rises linearly.
+        decay: lower the learning rate along half a cosine to a tenth, over `epochs`.
+        clip_norm: largest norm of the gradient.
+        evaluations_per_epoch: validations per epoch.
+        patience: validations without a better result before training stops.
         autocast: bfloat16 autocast on CUDA.
-        checkpoint_every: steps between checkpoints, beside one an epoch (0: only that one).
+        checkpoint_every: steps between checkpoints; 0 writes one per epoch only.
+
+    Raises:
+        ValueError: a count below 1.
     """
 
     epochs: int = 10
@@ -68,9 +71,28 @@ class TrainSettings:
                 raise ValueError(f"TrainSettings.{name} must be >= 1, got {getattr(self, name)}")
 
 
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training: its seed, and where it writes.
+
+    Attributes:
+        seed: of the initial weights, the order of the batches, masks and dropout.
+        output_dir: folder of the checkpoint, TensorBoard files and the hand-over.
+        process: this process among its peers.
+        title: label of the progress bar and the log.
+        resume: continue from the checkpoint in `output_dir`, if there is one.
+    """
+
+    seed: int
+    output_dir: Path
+    process: Process
+    title: str = "training"
+    resume: bool = False
+
+
 @dataclass
 class Progress:
-    """Where training stands; all of it is in the checkpoint."""
+    """State of a training; all of it is in the checkpoint."""
 
     epoch: int = 0
     batch: int = 0
@@ -84,7 +106,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training run brought: the best validation and its cost."""
+    """The best validation of a training, and what it cost.
+
+    Attributes:
+        best: metrics of the best validation.
+        steps: optimizer steps.
+        seconds_per_step: loading included, validation excluded.
+        examples_per_second: terms of the loss over all processes.
+        history: metrics and step of every validation.
+    """
 
     best: dict[str, float]
     steps: int
@@ -94,19 +124,17 @@ class FitResult:
 
 
 class Trainer:
-    """Trains ``model`` on ``loader`` and keeps the weights of the best validation.
+    """Trains a model and keeps the weights of the best validation.
 
     Args:
-        model: what is trained, on its device already.
-        groups: optimizer parameter groups, each with its full learning rate.
+        model: on its device.
+        groups: parameter groups of the optimizer, each with its learning rate after warm-up.
         loader: the batches.
-        loss: ``(model, batch, step) -> (sum of losses, number of terms)``.
-        validate: ``model -> figures``; called on every rank.
-        monitor: the figure that decides, and whether more is better.
-        settings: see :class:`TrainSettings`.
-        output_dir: checkpoint and TensorBoard files go here.
-        process: this process among its peers.
-        title: what the progress bar shows.
+        loss: `(model, batch, step) -> (sum of losses, number of terms)`.
+        validate: computes the validation metrics; called on every process.
+        monitor: name of the metric that decides, and whether more is better.
+        settings: how it is trained.
+        run: seed, folder, process, title.
     """
 
     def __init__(
@@ -116,12 +144,10 @@ class Trainer:
         groups: list[dict[str, Any]],
         loader: Loader,
         loss: Callable[[nn.Module, Any, int], tuple[Tensor, int]],
-        validate: Callable[[nn.Module], dict[str, float]],
+        validate: Callable[[], dict[str, float]],
         monitor: tuple[str, bool],
         settings: TrainSettings,
-        output_dir: Path,
-        process: Process,
-        title: str,
+        run: TrainingRun,
     ) -> None:
         self.model = model
         self.loader = loader
@@ -129,9 +155,8 @@ class Trainer:
         self.validate = validate
         self.monitor = monitor
         self.settings = settings
-        self.output_dir = output_dir
-        self.process = process
-        self.title = title
+        self.run = run
+        self.process = run.process
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         for group in self.optimizer.param_groups:
             group["full_lr"] = group["lr"]
@@ -139,21 +164,20 @@ class Trainer:
         self.best_state: dict[str, Tensor] = {}
         self._clock = 0.0
         self.forward: nn.Module = model
-        if process.world_size > 1:
+        if self.process.world_size > 1:
             # A batch without history leaves some weights without a gradient.
             self.forward = DistributedDataParallel(model, find_unused_parameters=True)
 
-    def fit(self, *, resume: bool = False) -> FitResult:
-        """Train to the end, from the last checkpoint when ``resume`` and there is one."""
-        path = self.output_dir / CHECKPOINT
-        if resume and path.exists():
-            self._restore(path)
-        writer = SummaryWriter(str(self.output_dir / "tb")) if self.process.is_main else None
+    def fit(self) -> FitResult:
+        """Train to the end and load the best weights into the model."""
+        if self.run.resume and self._checkpoint.exists():
+            self._restore()
+        writer = SummaryWriter(str(self.run.output_dir / "tb")) if self.process.is_main else None
         total = sum(self.loader.num_batches(e) for e in range(self.settings.epochs))
         bar = tqdm(
             total=total,
             initial=self.progress.step,
-            desc=self.title,
+            desc=self.run.title,
             disable=None if self.process.is_main else True,
             leave=False,
         )
@@ -164,6 +188,10 @@ class Trainer:
             writer.close()
         self.model.load_state_dict(self.best_state)
         return self._result()
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.run.output_dir / CHECKPOINT
 
     def _finished(self) -> bool:
         done = self.progress.epoch >= self.settings.epochs
@@ -194,13 +222,13 @@ class Trainer:
 
     def _step(self, batch: Any, total: int) -> Tensor:
         self.forward.train()
-        rate = self._rate(total)
+        factor = self._learning_rate_factor(total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["full_lr"]
+            group["lr"] = factor * group["full_lr"]
         batch = batch.to(self.process.device)
         with self._autocast():
             loss_sum, terms = self.loss(self.forward, batch, self.progress.step)
-        # Ranks hold different numbers of terms: scale so that the mean is over all of them.
+        # Processes have different numbers of terms: the mean is over all of them.
         terms_everywhere = sum_over_ranks(torch.tensor(float(terms), device=loss_sum.device))
         loss = loss_sum / terms_everywhere.clamp(min=1)
         self.optimizer.zero_grad(set_to_none=True)
@@ -211,7 +239,7 @@ class Trainer:
         self.progress.examples += terms * self.process.world_size
         return loss.detach()
 
-    def _rate(self, total: int) -> float:
+    def _learning_rate_factor(self, total: int) -> float:
         """Linear warm-up, then half a cosine down to a tenth."""
         step, warmup = self.progress.step + 1, self.settings.warmup_steps
         if step <= warmup:
@@ -227,7 +255,7 @@ class Trainer:
         return nullcontext()
 
     def _stop_clock(self) -> None:
-        """Count the training time since the clock started: loading and steps, not validation."""
+        """Count the time since the clock started: loading and steps, not validation."""
         if self.process.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -235,22 +263,22 @@ class Trainer:
         self._clock = now
 
     def _evaluate(self, writer: SummaryWriter | None) -> None:
-        progress = self.progress
+        progress, title = self.progress, self.run.title
         self._stop_clock()
         self.model.eval()
         with torch.no_grad(), self._autocast():
-            figures = self.validate(self.model)
-        progress.history.append({"step": progress.step, **figures})
+            metrics = self.validate()
+        progress.history.append({"step": progress.step, **metrics})
         if self.process.is_main:
-            text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            LOG.info("%s: step %d, %.0f s, %s", self.title, progress.step, progress.seconds, text)
+            text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            LOG.info("%s: step %d, %.0f s, %s", title, progress.step, progress.seconds, text)
         if writer is not None:
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 writer.add_scalar(f"validation/{name}", value, progress.step)
         name, more_is_better = self.monitor
-        score = figures[name] if more_is_better else -figures[name]
+        score = metrics[name] if more_is_better else -metrics[name]
         if math.isnan(score):
-            raise RuntimeError(f"{self.title}: validation {name} is NaN at step {progress.step}")
+            raise RuntimeError(f"{title}: validation {name} is NaN at step {progress.step}")
         progress.since_best += 1
         if score > progress.best or not self.best_state:
             progress.best, progress.since_best = score, 0
@@ -262,7 +290,7 @@ class Trainer:
         if not self.process.is_main:
             return
         save_checkpoint(
-            self.output_dir / CHECKPOINT,
+            self._checkpoint,
             {
                 "model": self.model.state_dict(),
                 "best_model": self.best_state,
@@ -271,8 +299,8 @@ class Trainer:
             },
         )
 
-    def _restore(self, path: Path) -> None:
-        state = load_checkpoint(path, self.process.device)
+    def _restore(self) -> None:
+        state = load_checkpoint(self._checkpoint, self.process.device)
         self.model.load_state_dict(state["model"])
         self.best_state = state["best_model"]
         self.optimizer.load_state_dict(state["optimizer"])

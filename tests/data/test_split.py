@@ -9,7 +9,7 @@ import pytest
 from hpgr_plugin.data import GlobalTimeSplit, InteractionLog, LastFractionSplit, LastNSplit
 from hpgr_plugin.data.build import build_log
 from hpgr_plugin.data.events import EventTable
-from hpgr_plugin.data.split import TEST, TRAIN, VALIDATION
+from hpgr_plugin.data.log import TEST, TRAIN, VALIDATION
 
 
 def random_log(seed: int) -> tuple[InteractionLog, np.ndarray]:

@@ -17,7 +17,7 @@ from hpgr_plugin.data import (
 )
 from hpgr_plugin.data.build import build_log
 from hpgr_plugin.data.events import EventTable, SideTable
-from hpgr_plugin.data.split import SPLITS
+from hpgr_plugin.data.log import SPLITS
 
 
 def prepared(seed: int, *, groups: bool = False) -> PreparedData:
@@ -183,7 +183,9 @@ def equal(first: Batch, second: Batch) -> bool:
 
 
 def test_epochs_repeat_differ_and_resume() -> None:
-    loader = RequestLoader(prepared=prepared(4), split="train", batch_tokens=80)
+    loader = RequestLoader(
+        prepared=prepared(4), split="train", settings=RequestSettings(), batch_tokens=80
+    )
     first, again = list(loader.batches(epoch=0)), list(loader.batches(epoch=0))
     assert len(first) > 3
     assert all(map(equal, first, again))
@@ -196,7 +198,9 @@ def test_epochs_repeat_differ_and_resume() -> None:
 def test_stopping_early_leaves_no_thread_behind() -> None:
     import threading
 
-    loader = RequestLoader(prepared=prepared(4), split="train", batch_tokens=80)
+    loader = RequestLoader(
+        prepared=prepared(4), split="train", settings=RequestSettings(), batch_tokens=80
+    )
     before = threading.active_count()
     batches = loader.batches()
     next(batches)
@@ -209,7 +213,14 @@ def test_ranks_share_the_epoch() -> None:
 
     def loaders(split: str, ranks: int) -> list[RequestLoader]:
         return [
-            RequestLoader(prepared=data, split=split, batch_tokens=70, rank=rank, world_size=ranks)
+            RequestLoader(
+                prepared=data,
+                split=split,
+                settings=RequestSettings(),
+                batch_tokens=70,
+                rank=rank,
+                world_size=ranks,
+            )
             for rank in range(ranks)
         ]
 
@@ -262,13 +273,17 @@ def test_train_fraction_draws_requests_by_seed() -> None:
 def test_an_empty_split_has_no_batches() -> None:
     data = prepared(8)
     data = dataclasses.replace(data, split=np.zeros_like(data.split))
-    loader = RequestLoader(prepared=data, split="test")
+    loader = RequestLoader(prepared=data, split="test", settings=RequestSettings())
     assert len(loader.requests) == loader.num_batches() == 0
     assert list(loader.batches()) == []
 
 
 def test_to_moves_everything() -> None:
-    batch = next(iter(RequestLoader(prepared=prepared(9), split="test").batches()))
+    batch = next(
+        iter(
+            RequestLoader(prepared=prepared(9), split="test", settings=RequestSettings()).batches()
+        )
+    )
     moved = batch.to("meta")
     assert moved.history_items.is_meta
     assert moved.user_features["odd"].is_meta
@@ -288,4 +303,4 @@ def test_settings_are_checked(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         RequestSettings(**wrong)
     with pytest.raises(ValueError, match="'dev'"):
-        build_requests(prepared(0), "dev")
+        build_requests(prepared(0), "dev", RequestSettings())

@@ -2,11 +2,11 @@
 
 import dataclasses
 import multiprocessing
+import resource
+import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import gin
 import numpy as np
 import pytest
 
@@ -16,8 +16,8 @@ from hpgr_plugin.data import (
     LastFractionSplit,
     LastNSplit,
     PreparedData,
+    RequestSettings,
     TableReader,
-    build_requests,
     item_mean_scores,
     label_column,
     prepare_data,
@@ -25,15 +25,6 @@ from hpgr_plugin.data import (
 )
 from hpgr_plugin.data import cache as cache_module
 from hpgr_plugin.data.events import EventTable
-
-CONFIGS = Path(__file__).parents[2] / "configs" / "data"
-
-
-@pytest.fixture(autouse=True)
-def _clear_gin() -> Iterator[None]:
-    gin.clear_config()
-    yield
-    gin.clear_config()
 
 
 def write_log(folder: Path, extra: str = "") -> Path:
@@ -148,7 +139,9 @@ class Slow:
 
 def store_slowly(path: Path, entry: Path, reached: Path) -> None:
     with cache_module.exclusive(entry):
-        cache_module.store(entry, prepare(path, None), {"remark": Slow(reached)})
+        prepared = prepare(path, None)
+        slow = dataclasses.replace(prepared, settings={"remark": Slow(reached)})
+        cache_module.store(entry, slow)
 
 
 def test_a_kill_half_way_leaves_nothing_half(tmp_path: Path) -> None:
@@ -194,6 +187,36 @@ def test_a_damaged_entry_is_named(tmp_path: Path) -> None:
     assert str(entries(cache)[0]) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["item.npy", "user_features.0.npy", "meta.json", "checksums.json"])
+def test_a_flipped_bit_is_an_error_that_names_the_file(tmp_path: Path, name: str) -> None:
+    path, cache = write_log(tmp_path / "data"), tmp_path / "cache"
+    prepare(path, cache)
+    file = entries(cache)[0] / name
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="damaged cache entry") as caught:
+        prepare(path, cache)
+    assert str(file.parent) in str(caught.value)
+    if name != "checksums.json":  # its flipped checksum accuses another file
+        assert str(file) in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    path, cache = write_log(tmp_path / "data"), tmp_path / "cache"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
+    try:
+        with pytest.raises(DataError, match="cannot be written"):
+            prepare(path, cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert entries(cache) == []
+    prepare(path, cache)
+
+
 @dataclasses.dataclass(frozen=True)
 class FixedReader:
     """Two users, four items; the last event of each is the test event."""
@@ -212,29 +235,15 @@ class FixedReader:
         )
 
 
-def test_item_mean_uses_training_labels_alone() -> None:
+def test_item_mean_uses_only_training_labels() -> None:
     data = prepare_data(
         reader=FixedReader(),
         label=label_column(),
         split=LastNSplit(test=1, validation=0),
         cache_dir=None,
     )
-    scored = item_mean_scores(data, "test", prior_events=2.0)
+    scored = item_mean_scores(data, "test", RequestSettings(), prior_events=2.0)
     # Training mean 3/4; item 1: two positives of two; item 4: never seen.
     np.testing.assert_allclose(scored.scores, [(2 + 2 * 0.75) / 4, 0.75])
     assert scored.labels.tolist() == [0, 1]
     assert scored.users.tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.gin")), ids=lambda path: path.stem)
-def test_configs_parse_and_say_where_data_is_missing(config: Path, tmp_path: Path) -> None:
-    absent = str(tmp_path / "absent")
-    bindings = [f'DATA_DIR = "{absent}"', "CACHE_DIR = None", "MAX_CANDIDATES = 2"]
-    gin.parse_config_files_and_bindings([str(config)], bindings)
-    if config.stem == "synthetic":
-        data = prepare_data()
-        assert data.log.num_users == 200
-        assert build_requests(data, "test").candidate_count.max() == 2
-    else:
-        with pytest.raises(DataError, match="no such file or folder"):
-            prepare_data()

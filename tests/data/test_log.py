@@ -8,8 +8,7 @@ import pyarrow as pa
 import pytest
 
 from hpgr_plugin.data.build import BuiltLog, build_log
-from hpgr_plugin.data.errors import DataError
-from hpgr_plugin.data.events import EventTable, SideTable
+from hpgr_plugin.data.events import DataError, EventTable, SideTable
 from hpgr_plugin.data.log import sessions_per_user, vocabulary_digest
 
 

@@ -295,7 +295,7 @@ def ebnerd(folder: Path, inview: list[list[int] | None]) -> EBNeRDReader:
 def test_ebnerd_lists_become_events(tmp_path: Path) -> None:
     events = ebnerd(tmp_path, [[1, 2, 3], [1, 2], [3]]).read(["is_click"])
     # The reads at and after the first impression of user 8 are the impressions' own clicks, and
-    # the one given twice counts once; user 7 has a history alone.
+    # the one given twice counts once; user 7 has only a history.
     assert events.user.to_pylist() == [8, 7, 8, 8, 8, 8, 8, 9]
     assert events.item.to_pylist() == [6, 4, 1, 2, 3, 1, 2, 3]
     assert (events.timestamp - START).tolist() == [1, 2, 100, 100, 100, 300, 300, 200]

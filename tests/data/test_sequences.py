@@ -1,12 +1,12 @@
-"""Sequences for masked item modelling: training history alone, every event once."""
+"""Sequences for masked item modelling: only training history, every event once."""
 
 import numpy as np
 import pytest
 
 from hpgr_plugin.data import LastFractionSplit, PreparedData, SequenceLoader
 from hpgr_plugin.data.labels import label_column
+from hpgr_plugin.data.log import TRAIN
 from hpgr_plugin.data.prepare import prepare_data
-from hpgr_plugin.data.split import TRAIN
 from hpgr_plugin.data.synthetic import SyntheticReader
 
 

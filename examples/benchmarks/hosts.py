@@ -1,0 +1,230 @@
+"""What a user of the host gets: a whole training step of its DlrmHSTU, slots empty and filled.
+
+The host's ranking model on its own Triton kernels, forward and backward from embedding tables to
+loss, without the optimizer; 5 layers, D = 512, 4 heads of 128, tables of width 256, bfloat16.
+"x host" is the host's wall time over the row's, in one process: larger is faster. "busy ms" is the
+time in which a kernel runs, "launches" counts kernels per step, both from one profiled step.
+Tensor descriptors are off for every row, see NOTES.md.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from examples.benchmarks import host
+from examples.benchmarks.registry import measure_ceilings, print_table
+from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
+
+TABLE_DIM, WIDTH, LAYERS, HEADS, HEAD_DIM = 256, 512, 5, 4, 128
+NUM_ITEMS, STEPS = 100_000, 9
+
+
+class Size(NamedTuple):
+    """Tokens of a batch, tokens of one user's sequence, and candidates among them."""
+
+    tokens: int
+    length: int
+    candidates: int
+
+
+SIZES = (
+    Size(131072, 1024, 1),
+    Size(131072, 1024, 10),
+    Size(131072, 1024, 64),
+    Size(131072, 4096, 1),
+    Size(131072, 4096, 10),
+    Size(131072, 4096, 64),
+    Size(524288, 4096, 1),
+    Size(524288, 16384, 1),
+)
+QUICK_SIZES = (SIZES[0], SIZES[1], SIZES[3], SIZES[4], SIZES[6])
+HOOKS: dict[str, Callable[[], nn.Module | None]] = {
+    "slots empty": lambda: None,
+    "PGSA K=32 sigma=2, per candidate": lambda: PreferenceGuidedSparseAttention(
+        top_k=32, sigma=2.0
+    ),
+    "PGSA K=8 sigma=1 recent=32, per candidate": lambda: PreferenceGuidedSparseAttention(
+        top_k=8, sigma=1.0, recent=32
+    ),
+    "PGSA K=50 sigma=2, shared history": lambda: PreferenceGuidedSparseAttention(
+        top_k=50, sigma=2.0, layout="shared_history"
+    ),
+    "stochastic length, alpha=1.6": lambda: StochasticLength(alpha=1.6),
+}
+
+
+def run(*, quick: bool) -> None:
+    if not host.is_there():
+        print("no host checkout on PYTHONPATH: nothing to measure")
+        return
+    measure_ceilings()
+    host.stand_in()
+    host.compile_in_parallel(12, ("dense", "weighted"))
+    host.prepare_tuning()
+    from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostModel
+    from generative_recommenders.ops.triton import triton_hstu_preprocess_and_attention
+
+    from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
+
+    triton_hstu_preprocess_and_attention._should_enable_tma = lambda: False
+    rows: list[dict[str, object]] = []
+    for size in QUICK_SIZES if quick else SIZES:
+        data = make_batch(size)
+        base = _measure(HostModel, size, data, {})
+        measured = [_row(size, "host", base, base)]
+        for name, hook in HOOKS.items():
+            slots = {"attention_hook": hook()}
+            measured.append(_row(size, name, _measure(DlrmHSTU, size, data, slots), base))
+        print_table(measured)
+        rows += measured
+    print("\nAll of them:")
+    print_table(rows)
+
+
+def make_batch(size: Size) -> tuple[Any, Any]:
+    """Histories in order of time, and candidates that come after all of them."""
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    users, history = size.tokens // size.length, size.length - size.candidates
+
+    def keyed(values: dict[str, Tensor], lengths: list[int]) -> Any:
+        return KeyedJaggedTensor.from_lengths_sync(
+            keys=list(values),
+            values=torch.cat([column.flatten() for column in values.values()]),
+            lengths=torch.tensor([n for n in lengths for _ in range(users)]),
+        ).to("cuda")
+
+    def draw(bound: int, per_user: int) -> Tensor:
+        return torch.randint(0, bound, (users, per_user))
+
+    torch.manual_seed(0)
+    past = {
+        "item": draw(NUM_ITEMS, history),
+        "time": draw(10**7, history).sort(1).values,
+        "action": draw(4, history),
+        "watchtime": draw(100, history),
+        "user_id": draw(20, 1),
+    }
+    offered = {
+        "candidate_item": draw(NUM_ITEMS, size.candidates),
+        "candidate_time": draw(1000, size.candidates) + 10**7,
+        "candidate_action": draw(2, size.candidates),
+        "candidate_watchtime": draw(100, size.candidates),
+    }
+    return keyed(past, [history] * 4 + [1]), keyed(offered, [size.candidates] * 4)
+
+
+def build(model_class: type, size: Size, slots: dict[str, Any]) -> Any:
+    """The host's model, or ours with slots, on CUDA with seeded weights."""
+    from generative_recommenders.common import HammerKernel
+    from generative_recommenders.modules.dlrm_hstu import DlrmHSTUConfig
+    from generative_recommenders.modules.multitask_module import MultitaskTaskType, TaskConfig
+    from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
+
+    task = TaskConfig(
+        task_name="click", task_weight=1, task_type=MultitaskTaskType.BINARY_CLASSIFICATION
+    )
+    pairs = [(name, f"candidate_{name}") for name in ("item", "time", "action", "watchtime")]
+    config = DlrmHSTUConfig(
+        max_seq_len=size.length + 1,
+        max_num_candidates=size.candidates,
+        hstu_num_heads=HEADS,
+        hstu_attn_linear_dim=HEAD_DIM,
+        hstu_attn_qk_dim=HEAD_DIM,
+        hstu_attn_num_layers=LAYERS,
+        hstu_embedding_table_dim=TABLE_DIM,
+        hstu_preprocessor_hidden_dim=256,
+        hstu_transducer_embedding_dim=WIDTH,
+        hstu_input_dropout_ratio=0.0,
+        hstu_linear_dropout_rate=0.0,
+        contextual_feature_to_max_length={"user_id": 1},
+        candidates_weight_feature_name="candidate_action",
+        candidates_watchtime_feature_name="candidate_watchtime",
+        candidates_querytime_feature_name="candidate_time",
+        multitask_configs=[task],
+        user_embedding_feature_names=["item", "user_id"],
+        item_embedding_feature_names=["candidate_item"],
+        uih_post_id_feature_name="item",
+        uih_action_time_feature_name="time",
+        uih_weight_feature_name="action",
+        hstu_uih_feature_names=["item", "time", "action", "watchtime", "user_id"],
+        hstu_candidate_feature_names=[candidate for _, candidate in pairs],
+        merge_uih_candidate_feature_mapping=pairs,
+        action_weights=[1, 2],
+    )
+    tables = {
+        name: EmbeddingConfig(
+            num_embeddings=rows,
+            embedding_dim=TABLE_DIM,
+            name=name,
+            data_type=DataType.FP32,
+            feature_names=features,
+        )
+        for name, rows, features in (
+            ("item_table", NUM_ITEMS, ["item", "candidate_item"]),
+            ("user_table", 20, ["user_id"]),
+        )
+    }
+    torch.manual_seed(0)
+    model = model_class(config, tables, is_inference=False, bf16_training=True, **slots)
+    model._embedding_collection.to_empty(device="cpu")
+    for weight in model._embedding_collection.parameters():
+        nn.init.normal_(weight, std=0.02)
+    model.set_hammer_kernel(HammerKernel.TRITON)
+    return model.to("cuda").train()
+
+
+def _measure(
+    model_class: type, size: Size, data: tuple[Any, Any], slots: dict[str, Any]
+) -> dict[str, float]:
+    """Median wall ms, busy ms, launches and peak GiB of a step."""
+    model = build(model_class, size, slots)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        losses = model(*data)[2]
+        sum(losses.values()).backward()
+
+    for _ in range(3):  # the first ones compile and tune
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    busy, launches = _profile(step)
+    torch.cuda.empty_cache()
+    return {"wall": statistics.median(times), "busy": busy, "launches": launches, "peak": peak}
+
+
+def _profile(step: Callable[[], None]) -> tuple[float, int]:
+    """Milliseconds in kernels, and their number, of one step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.device_time for e in kernels) / 1e3, len(kernels)
+
+
+def _row(
+    size: Size, name: str, measured: dict[str, float], base: dict[str, float]
+) -> dict[str, object]:
+    return {
+        "tokens": size.tokens,
+        "n": size.length,
+        "candidates": size.candidates,
+        "model": name,
+        "wall ms": measured["wall"],
+        "x host": base["wall"] / measured["wall"],
+        "busy ms": measured["busy"],
+        "launches": measured["launches"],
+        "peak GiB": measured["peak"],
+    }

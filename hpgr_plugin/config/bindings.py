@@ -1,0 +1,196 @@
+"""Checks of all bindings before any work starts: their types, and whether anything reads them."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import gin
+from gin.config import _CONFIG, ConfigurableReference, iterate_references
+from typeguard import TypeCheckError, check_type
+
+from hpgr_plugin.config.registry import ConfigError, registered_target, registered_targets
+
+_MACRO = "gin.macro"
+
+
+def check_types() -> None:
+    """Every `hpgr` binding has the type that its parameter takes.
+
+    Raises:
+        ConfigError: naming the binding, its value and what it takes.
+    """
+    for binding, hint, value in _typed_bindings():
+        value = _resolve_macro(value)
+        if value is gin.REQUIRED:
+            raise ConfigError(f"{binding} must be bound: it takes {describe(hint)}")
+        if not _fits(value, hint):
+            raise ConfigError(f"{binding} takes {describe(hint)}, got {_show(value)}")
+
+
+def check_unused(roots: Iterable[str], *, allow: bool = False) -> None:
+    """Every `hpgr` binding and every macro is read by something that this run can build.
+
+    Args:
+        roots: names that code builds itself, without `hpgr.`; everything else has to be referred
+            to by a binding, as in `slot = @hpgr.Name()`.
+        allow: do not check, for files that several runs share.
+
+    Raises:
+        ConfigError: naming the bindings that nothing reads.
+    """
+    if allow:
+        return
+    reached = _reached({f"hpgr.{name}" for name in roots})
+    unused = sorted({key[1] for key in _CONFIG if _is_ours(key) and key[1] not in reached})
+    macros = {"/".join(ref.scopes) for ref in _references(_CONFIG) if _is_macro(ref)}
+    unused += sorted(scope for scope, name in _CONFIG if name == _MACRO and scope not in macros)
+    if unused:
+        raise ConfigError(
+            f"nothing reads the bindings of {', '.join(unused)}: no slot or other binding refers "
+            "to them. Remove them, or bind hpgr.run.allow_unused = True for a file that several "
+            "runs share"
+        )
+
+
+def describe(hint: Any) -> str:
+    """A type in words, components by the names that gin knows them by."""
+    members = _members(hint)
+    words = [word for member in members if member is not type(None) for word in _words(member)]
+    if type(None) in members:
+        words.append("None")
+    return " or ".join(dict.fromkeys(words))
+
+
+def _typed_bindings() -> Iterator[tuple[str, Any, Any]]:
+    """Name, type hint and value of every `hpgr` binding."""
+    for (scope, selector), parameters in list(_CONFIG.items()):
+        if not _is_ours((scope, selector)):
+            continue
+        target = registered_target(selector.removeprefix("hpgr."))
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        for name, value in parameters.items():
+            prefix = f"{scope}/" if scope else ""
+            yield f"{prefix}{selector}.{name}", hints.get(name, Any), value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    members = _members(hint)
+    if isinstance(value, ConfigurableReference):
+        return any(_reference_fits(value, member) for member in members)
+    if isinstance(value, bool) and not {bool, Any} & set(members):
+        return any(get_origin(m) is Literal and value in get_args(m) for m in members)
+    if isinstance(value, str):  # a string is a sequence of strings, but never meant as one
+        members = [m for m in members if m in (str, Any) or get_origin(m) is Literal]
+    if _holds_references(value):
+        return True
+    return any(_is_of(value, member) for member in members)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    try:
+        check_type(value, hint)
+    except TypeCheckError:
+        return False
+    return True
+
+
+def _reference_fits(reference: ConfigurableReference, hint: Any) -> bool:
+    """Whether `@name()` makes, or `@name` is, what the hint takes."""
+    if hint is Any:
+        return True
+    target = reference.configurable.wrapped
+    if not reference.evaluate:
+        kind = get_args(hint)[0] if get_origin(hint) is type else None
+        return inspect.isclass(target) and kind is not None and issubclass(target, kind)
+    made = target if inspect.isclass(target) else get_type_hints(target).get("return", Any)
+    if made is Any or getattr(hint, "_is_protocol", False):
+        return True
+    return inspect.isclass(hint) and inspect.isclass(made) and issubclass(made, hint)
+
+
+def _members(hint: Any) -> list[Any]:
+    """The members of a union, or the hint itself."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return list(get_args(hint))
+    return [hint]
+
+
+def _words(hint: Any) -> list[str]:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return [repr(choice) for choice in get_args(hint)]
+    if origin is type:
+        kind, brackets = get_args(hint)[0], ""
+    else:
+        kind, brackets = hint, "()"
+    if inspect.isclass(kind):
+        names = [n for n, t in registered_targets().items() if _makes(t, kind)]
+        if names:
+            return [f"@hpgr.{name}{brackets}" for name in names]
+        plain = {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
+        return [plain.get(kind, kind.__name__)]
+    return [str(hint).replace("typing.", "").replace("collections.abc.", "")]
+
+
+def _makes(target: Any, kind: type) -> bool:
+    if getattr(kind, "_is_protocol", False) or kind.__module__ == "builtins":
+        return False
+    made = target if inspect.isclass(target) else get_type_hints(target).get("return")
+    return inspect.isclass(made) and issubclass(made, kind)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, ConfigurableReference):
+        return str(value)
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _resolve_macro(value: Any) -> Any:
+    """The value behind `%NAME`; other values as they are."""
+    while isinstance(value, ConfigurableReference) and _is_macro(value):
+        bound = _CONFIG.get(("/".join(value.scopes), _MACRO))
+        if bound is None:
+            raise ConfigError(f"the macro %{'/'.join(value.scopes)} has no value")
+        value = bound["value"]
+    return value
+
+
+def _is_macro(reference: ConfigurableReference) -> bool:
+    return bool(reference.configurable.selector == _MACRO)
+
+
+def _is_ours(key: tuple[str, str]) -> bool:
+    return key[1].startswith("hpgr.")
+
+
+def _holds_references(value: Any) -> bool:
+    return (
+        any(True for _ in _references(value)) if isinstance(value, list | tuple | dict) else False
+    )
+
+
+def _references(value: Any) -> Iterator[ConfigurableReference]:
+    found: Iterator[ConfigurableReference] = iterate_references(value)
+    return found
+
+
+def _reached(roots: set[str]) -> set[str]:
+    """Selectors that the roots need, through the references in their bindings."""
+    reached: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        selector = waiting.pop()
+        if selector in reached:
+            continue
+        reached.add(selector)
+        values: list[Mapping[str, Any]] = [
+            bound for (_, name), bound in _CONFIG.items() if name == selector
+        ]
+        for reference in _references(values):
+            made = _resolve_macro(reference)
+            for inner in _references([made]):
+                waiting.append(inner.configurable.selector)
+    return reached

@@ -1,0 +1,73 @@
+"""What the launchers of the upstream hosts share: flags, gin, workers and one-line errors."""
+
+import argparse
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gin
+from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from hpgr_plugin.errors import HpgrError
+
+# What a missing file or an unfit slot raises at any time, and what wrong bindings raise besides
+# while a configuration is read and its objects are built.
+USER_ERRORS = (HpgrError, OSError)
+CONFIGURATION_ERRORS = (*USER_ERRORS, ValueError, TypeError, ImportError, RuntimeError)
+
+_EXIT_CODE = 2
+
+
+def argument_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser of `python -m MODULE` with the flags that every launcher has."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--gin_config_file", required=True, type=_existing_file, metavar="FILE")
+    parser.add_argument(
+        "--gin_bindings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="overrides one line of the file; may be repeated",
+    )
+    return parser
+
+
+def read_config(config_file: str, bindings: list[str], attach: Callable[[], None]) -> None:
+    """Parse the configuration, attach, and show INFO messages, the host's metrics among them."""
+    gin.parse_config_files_and_bindings([config_file], bindings)
+    attach()
+    # Importing fbgemm raises the root logger's level to WARNING.
+    logging.basicConfig(level=logging.INFO, force=True)
+
+
+@contextlib.contextmanager
+def one_line_errors(errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turn `errors` into one line on stderr and exit code 2; others keep their traceback."""
+    try:
+        yield
+    except errors as error:
+        # gin appends the calls that led here, each with an object's address.
+        message = re.sub(r" \(<[^\n]*>\)", "", str(error).strip())
+        print("error:", re.sub(r"\s*\n\s*", " | ", message), file=sys.stderr)
+        sys.exit(_EXIT_CODE)
+
+
+def start_workers(worker: Callable[..., None], count: int, *args: Any) -> None:
+    """Run `worker(rank, count, *args)` in `count` processes; exit as the first that fails does."""
+    try:
+        multiprocessing.start_processes(
+            worker, args=(count, *args), nprocs=count, start_method="spawn"
+        )
+    except ProcessExitedException as error:
+        sys.exit(error.exit_code)
+
+
+def _existing_file(path: str) -> str:
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"no file {path}")
+    return str(Path(path).resolve())

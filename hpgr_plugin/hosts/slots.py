@@ -1,0 +1,52 @@
+"""Checks of the slots, with the same messages on every host."""
+
+from typing import Any
+
+from hpgr_plugin.errors import HpgrError
+
+
+class SlotError(HpgrError):
+    """A slot holds something that the host's model cannot use."""
+
+
+def check_slot(owner: str, name: str, value: Any, kind: type) -> None:
+    """Check that a slot holds a `kind`, or nothing.
+
+    Args:
+        owner: The gin name of the model, such as "hpgr.DlrmHSTU".
+        name: The slot.
+        value: What it holds.
+        kind: `str` for a path, else a component. A class with subclasses is taken for an
+            interface: the message names its implementations.
+
+    Raises:
+        SlotError: `value` is neither None nor a `kind`.
+    """
+    if value is None or isinstance(value, kind):
+        return
+    choices = sorted({f"@hpgr.{c.__name__}()" for c in kind.__subclasses__() or [kind]})
+    takes = "a path" if kind is str else ", ".join(choices)
+    got = type(value).__name__
+    if isinstance(value, type):
+        got = f"the class {value.__name__} (write @hpgr.{value.__name__}() with parentheses)"
+    raise SlotError(f"{owner}.{name} takes {takes} or None, got {got}")
+
+
+def check_width(owner: str, name: str, width: int, *, expected: int, of: str) -> None:
+    """Check that the component in a slot has the width of the host's embeddings.
+
+    Args:
+        owner: The gin name of the model.
+        name: The slot.
+        width: `embedding_dim` of the component.
+        expected: The width it must have.
+        of: Whose width that is, in words.
+
+    Raises:
+        SlotError: The widths differ.
+    """
+    if width != expected:
+        raise SlotError(
+            f"{owner}.{name} must have the width of {of}: embedding_dim={expected}, "
+            f"got embedding_dim={width}"
+        )
