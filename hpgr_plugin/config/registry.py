@@ -170,13 +170,13 @@ def build(name: str, **arguments: Any) -> Any:
     """Call `hpgr.name` with the bound parameters and `arguments`, which have precedence.
 
     Raises:
-        ConfigError: the configuration does not fit what `hpgr.name` takes.
+        ConfigError: a required argument is neither bound nor given.
     """
     try:
         return configured(name)(**arguments)
-    except HpgrError:
-        raise
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        if "No values supplied by Gin" not in str(error):
+            raise
         raise ConfigError(str(error)) from error
 
 

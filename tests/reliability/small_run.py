@@ -20,7 +20,8 @@ BINDINGS = (
     "hpgr.RequestLoader.batch_tokens = 512",
     "hpgr.SequenceLoader.batch_tokens = 512",
     "hpgr.PretrainSettings.epochs = 2",
-    "hpgr.FinetuneSettings.epochs = 3",
+    "hpgr.FinetuneSettings.epochs = 8",
+    "hpgr.FinetuneSettings.patience = 8",
     "hpgr.PretrainSettings.checkpoint_every = 3",
     "hpgr.FinetuneSettings.checkpoint_every = 3",
 )

@@ -49,10 +49,10 @@ def test_other_settings_do_not_continue_a_run(whole: Path) -> None:
     before = (whole / "out" / "results.json").read_bytes()
     config = write_config(whole, "hpgr.FinetuneSettings.learning_rate = 0.5")
     one_error(
-        *run(config), "learning_rate was 0.001, is 0.5", "hpgr.run.overwrite = True", str(whole)
+        *run(config), "learning_rate was not bound, is 0.5", "hpgr.run.overwrite = True", str(whole)
     )
     config = write_config(whole, "hpgr.FinetuneSettings.learning_rate = 0.5")
-    one_error(*run(config, module="evaluate"), "learning_rate was 0.001, is 0.5")
+    one_error(*run(config, module="evaluate"), "learning_rate was not bound, is 0.5")
     one_error(*run(write_config(whole, "SEED = 7")), "the data was")
     assert (whole / "out" / "results.json").read_bytes() == before
 
@@ -79,7 +79,8 @@ def test_early_stopping_inside_an_epoch_can_be_evaluated(tmp_path: Path, seed: i
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
+    long = ("hpgr.FinetuneSettings.epochs = 400", "hpgr.FinetuneSettings.patience = 400")
+    config = write_config(tmp_path, *long)
     first = start(config)
     try:
         while not (tmp_path / "out" / "run.json").exists():

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpgr_plugin.config.registry import build
-from hpgr_plugin.data import Batch, InteractionLog, SequenceBatch, item_mean_scores
+from hpgr_plugin.data import (
+    Batch,
+    InteractionLog,
+    SequenceBatch,
+    check_sequences,
+    check_splits,
+    item_mean_scores,
+)
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.evaluation import Task, kept_tokens
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, load_weights
@@ -75,6 +82,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
         rank=process.rank,
         world_size=process.world_size,
     )
+    check_sequences(train)
     validation = build("SequenceLoader", **sequences, users=held_out)
 
     def loss(forward: nn.Module, batch: SequenceBatch, step: int) -> tuple[Tensor, int]:
@@ -138,6 +146,7 @@ def finetune(
     Returns:
         Test metrics of the weights with the best validation AUC, cost, and the validations.
     """
+    check_splits(task.data, task.requests)
     seed_everything(run.seed)
     model = build_ranker(task, pretrained=pretrained)
     train = task.loader("train", seed=run.seed)
@@ -172,6 +181,7 @@ def finetune(
 
 def evaluate(task: Task, output_dir: Path) -> dict[str, Any]:
     """Test metrics of the best weights in the checkpoint of `output_dir`."""
+    check_splits(task.data, task.requests, ["test"])
     path = output_dir / CHECKPOINT
     state = load_checkpoint(path, task.process.device)
     model = build_ranker(task)
