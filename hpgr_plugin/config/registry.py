@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,7 +176,7 @@ def build(name: str, **arguments: Any) -> Any:
     try:
         return configured(name)(**arguments)
     except TypeError as error:
-        if "No values supplied by Gin" not in str(error):
+        if not re.search(r"__init__\(\) missing \d+ required", str(error)):
             raise
         raise ConfigError(str(error)) from error
 

@@ -21,6 +21,7 @@ from hpgr_plugin.config.registry import (
     register_entry,
 )
 from hpgr_plugin.config.scopes import check_scopes
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.data import LastFractionSplit, RequestSettings
 
 PACKAGE = Path(registry.__file__).parents[1]
@@ -118,7 +119,7 @@ def test_arguments_have_precedence_and_scopes_apply() -> None:
 )
 def test_a_value_out_of_range_is_a_config_error(binding: str, words: str) -> None:
     gin.parse_config(binding)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(HpgrError, match=words):
         build("RequestSettings")
 
 

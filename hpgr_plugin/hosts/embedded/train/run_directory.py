@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +105,7 @@ def check_trained_with(directory: Path, identity: RunIdentity) -> None:
     if not (directory / RECORD).exists():
         raise RunError(f"{directory} holds no run to evaluate: there is no {RECORD}")
     recorded, _ = _read(directory)
+    identity = replace(identity, world_size=recorded.world_size)  # any number can evaluate
     _refuse_differences(directory, identity, recorded, "so its checkpoint is of another model")
 
 
