@@ -38,16 +38,16 @@ class HostStack:
         from generative_recommenders.modules.stu import STULayer, STULayerConfig
 
         self.kernel = HammerKernel.TRITON
-        self.num_heads, self.alpha = stack.num_heads, stack.alpha
+        self.num_heads, self.alpha = stack.form.num_heads, stack.alpha
         self.norm_length = stack.norm_length
         self.layers = []
         for weights in stack._weights():
             width = weights.norm_weight.numel()
-            head_dim = weights.output_norm_weight.numel() // stack.num_heads
+            head_dim = weights.output_norm_weight.numel() // stack.form.num_heads
             layer = STULayer(
                 STULayerConfig(
                     embedding_dim=width,
-                    num_heads=stack.num_heads,
+                    num_heads=stack.form.num_heads,
                     hidden_dim=head_dim,
                     attention_dim=head_dim,
                     output_dropout_ratio=0.0,

@@ -17,7 +17,7 @@ from hpgr_plugin.ops.hstu_attention.triton import (
     zero_spare_rows,
 )
 from hpgr_plugin.ops.hstu_attention.triton import why_not as why_not_attention
-from hpgr_plugin.ops.hstu_layer.layer import LayerWeights
+from hpgr_plugin.ops.hstu_layer.layer import LayerForm, LayerWeights
 from hpgr_plugin.ops.hstu_layer.rowwise import (
     Norm,
     gate_backward,
@@ -44,39 +44,32 @@ class _Gated(NamedTuple):
     moments: Tensor
 
 
-def why_not(x: Tensor, *arguments: Any, num_heads: int, **_: Any) -> str | None:
+def why_not(x: Tensor, *arguments: Any, last: bool = False) -> str | None:
     """Why the kernels do not support the case, or None."""
     (weights,) = (a for a in arguments if isinstance(a, LayerWeights))
+    *_, specs, (num_heads, _) = arguments
     hidden = weights.output_norm_weight.numel()
     attention = weights.projection_bias.numel() // 2 - hidden
     q, v = (x.new_empty(0, num_heads, size // num_heads) for size in (attention, hidden))
-    specs = (a for a in arguments if isinstance(a, AttentionSpec))
+    specs = specs if isinstance(specs, tuple) else (specs,)
     reasons = (why_not_attention(q, q, v, spec) for spec in specs)
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def hstu_layer(
-    x: Tensor, weights: LayerWeights, spec: AttentionSpec, *, num_heads: int, eps: float
-) -> Tensor:
+def hstu_layer(x: Tensor, weights: LayerWeights, spec: AttentionSpec, form: LayerForm) -> Tensor:
     """See `hpgr_plugin.ops.hstu_layer.hstu_layer`."""
-    normed, residual = Norm.apply(x, weights.norm_weight, weights.norm_bias, eps)
+    normed, residual = Norm.apply(x, weights.norm_weight, weights.norm_bias, form.eps)
     projected = torch.addmm(weights.projection_bias, normed, weights.projection_weight)
     norm = weights.output_norm_weight, weights.output_norm_bias
-    gated = _AttendAndGate.apply(projected, *norm, _Form(spec, num_heads, eps))
+    gated = _AttendAndGate.apply(projected, *norm, _Form(spec, *form))
     return torch.addmm(residual, gated, weights.output_weight)
 
 
 def hstu_last_layer(
-    x: Tensor,
-    rows: Tensor,
-    weights: LayerWeights,
-    spec: AttentionSpec,
-    *,
-    num_heads: int,
-    eps: float,
+    x: Tensor, rows: Tensor, weights: LayerWeights, spec: AttentionSpec, form: LayerForm
 ) -> Tensor:
     """See `hpgr_plugin.ops.hstu_layer.hstu_last_layer`."""
-    output: Tensor = _LastLayer.apply(x, rows, _Form(spec, num_heads, eps), *weights)
+    output: Tensor = _LastLayer.apply(x, rows, _Form(spec, *form), *weights)
     return output
 
 
@@ -84,18 +77,16 @@ def candidate_layer(
     history: Tensor,
     candidates: Tensor,
     weights: LayerWeights,
-    spec: AttentionSpec,
-    reading: AttentionSpec,
+    specs: tuple[AttentionSpec, AttentionSpec],
+    form: LayerForm,
     *,
-    num_heads: int,
     last: bool,
-    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See `hpgr_plugin.ops.hstu_layer.candidate_layer`."""
-    norm = weights.norm_weight, weights.norm_bias, eps
+    norm = weights.norm_weight, weights.norm_bias, form.eps
     output_norm = weights.output_norm_weight, weights.output_norm_bias
     projection = weights.projection_bias, weights.projection_weight
-    read_form = _Form(reading, num_heads, eps)
+    own_form, read_form = (_Form(spec, *form) for spec in specs)
     normed_candidates, candidate_residual = Norm.apply(candidates, *norm)
     own = torch.addmm(projection[0], normed_candidates, projection[1])
     normed, residual = Norm.apply(history, *norm)
@@ -107,8 +98,7 @@ def candidate_layer(
         read = _Read.apply(own, keys, *output_norm, read_form)
         return history, torch.addmm(candidate_residual, read, weights.output_weight)
     projected = torch.addmm(projection[0], normed, projection[1])
-    form = _Form(spec, num_heads, eps)
-    gated, read = _AttendAndRead.apply(projected, own, *output_norm, form, read_form)
+    gated, read = _AttendAndRead.apply(projected, own, *output_norm, own_form, read_form)
     out = torch.addmm(candidate_residual, read, weights.output_weight)
     return torch.addmm(residual, gated, weights.output_weight), out
 

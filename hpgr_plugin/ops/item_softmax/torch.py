@@ -4,19 +4,12 @@ import torch
 from torch import Tensor
 
 from hpgr_plugin.ops.item_softmax.chunks import mean_in_chunks
-from hpgr_plugin.ops.item_softmax.losses import MeanLoss
+from hpgr_plugin.ops.item_softmax.losses import MeanLoss, SoftmaxInputs
 
 
-def mean_cross_entropy(
-    hidden: Tensor,
-    item_table: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    *,
-    chunk_bytes: int | None = None,
-) -> MeanLoss:
+def mean_cross_entropy(inputs: SoftmaxInputs) -> MeanLoss:
     """See `hpgr_plugin.ops.item_softmax.mean_cross_entropy`."""
-    return mean_in_chunks(hidden, item_table, targets, bias, chunk_bytes, softmax_slope)
+    return mean_in_chunks(inputs, softmax_slope)
 
 
 def softmax_slope(
