@@ -12,13 +12,7 @@ from torch import Tensor, nn
 
 from hpgr_plugin.ops.compact import compact
 from hpgr_plugin.ops.hstu_attention import AttentionSpec
-from hpgr_plugin.ops.hstu_layer import (
-    LayerForm,
-    LayerWeights,
-    candidate_layer,
-    hstu_last_layer,
-    hstu_layer,
-)
+from hpgr_plugin.ops.hstu_layer import LayerForm, LayerWeights, candidate_layer, hstu_layer
 from hpgr_plugin.ops.preference_plan import Selection
 
 
@@ -86,7 +80,7 @@ class HSTUStack(nn.Module):
             rows = hstu_layer(rows, weights, spec, self.form)
         one_each = torch.arange(len(offsets), device=offsets.device)
         reading = spec.replace(query_offsets=one_each, max_query_length=1)
-        return hstu_last_layer(rows, offsets[1:] - 1, last, reading, self.form)
+        return hstu_layer(rows, last, reading, self.form, rows=offsets[1:] - 1)
 
     def all_rows(self, rows: Tensor, offsets: Tensor, *, max_length: int) -> Tensor:
         """The plain dense stack: `[T, D]` to `[T, D]`."""
@@ -146,13 +140,11 @@ class HSTUStack(nn.Module):
             max_query_length=max_candidates,
             causal=False,
         )
-        layers = self._weights()
-        for place, weights in enumerate(layers):
-            last = place == len(layers) - 1
-            history, candidates = candidate_layer(
-                history, candidates, weights, (spec, reading), self.form, last=last
-            )
-        return candidates
+        *inner, last = self._weights()
+        tokens, specs = (history, candidates), (spec, reading)
+        for weights in inner:
+            tokens = candidate_layer(tokens, weights, specs, self.form, last=False)
+        return candidate_layer(tokens, last, specs, self.form, last=True)[1]
 
     def _spec(
         self, offsets: Tensor, column_weights: Tensor | None, max_length: int, exact: bool

@@ -21,7 +21,6 @@ from hpgr_plugin.ops.hstu_layer import (
     LayerForm,
     LayerWeights,
     candidate_layer,
-    hstu_last_layer,
     hstu_layer,
 )
 from hpgr_plugin.ops.item_softmax import mean_cross_entropy
@@ -133,7 +132,7 @@ def layer_case(lengths: list[int], which: str, mask_position: str = "post") -> C
     def last(backend: str, x: Tensor, *weights: Tensor) -> tuple[Tensor]:
         place = torch.tensor(rows, dtype=torch.int64, device=DEVICE)
         chosen = LayerWeights(*weights), suffix, form
-        return (hstu_last_layer(x, place, *chosen, backend=backend),)
+        return (hstu_layer(x, *chosen, rows=place, backend=backend),)
 
     counts = [(2, 0, 3)[b % 3] for b in range(len(lengths))]
     reading = spec.replace(
@@ -145,7 +144,7 @@ def layer_case(lengths: list[int], which: str, mask_position: str = "post") -> C
     def shared(backend: str, x: Tensor, own: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         chosen = LayerWeights(*weights), (dense, reading), form
         final = which == "last candidates"
-        read = candidate_layer(x, own, *chosen, last=final, backend=backend)
+        read = candidate_layer((x, own), *chosen, last=final, backend=backend)
         return read[1:] if final else read
 
     if which == "all":

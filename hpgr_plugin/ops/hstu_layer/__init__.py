@@ -4,9 +4,9 @@ from torch import Tensor
 
 from hpgr_plugin.ops.dispatch import Backend, Operator, triton_here
 from hpgr_plugin.ops.hstu_attention.spec import AttentionSpec
-from hpgr_plugin.ops.hstu_layer.layer import LayerForm, LayerWeights
+from hpgr_plugin.ops.hstu_layer.layer import LayerForm, LayerWeights, Specs, Tokens
 
-__all__ = ["LayerForm", "LayerWeights", "candidate_layer", "hstu_last_layer", "hstu_layer"]
+__all__ = ["LayerForm", "LayerWeights", "candidate_layer", "hstu_layer"]
 
 _OPERATOR = Operator(
     "hstu_layer",
@@ -22,9 +22,10 @@ def hstu_layer(
     spec: AttentionSpec,
     form: LayerForm,
     *,
+    rows: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """All rows of one layer.
+    """One layer.
 
         u, v, q, k = norm(x) W + b
         a = attention(q, k, v)
@@ -35,55 +36,31 @@ def hstu_layer(
         weights: of the layer.
         spec: the sequences and their column weights.
         form: heads and eps.
+        rows: int64 `[R]`, the only rows of y that are wanted, none twice: the last of every
+            sequence, as many as `spec.query_offsets` says. None: all rows.
         backend: "triton", "torch" or "naive"; None: the fastest that can.
 
     Returns:
-        `[T, D]`.
+        y `[T, D]`, or `[R, D]`.
     """
-    output: Tensor = _OPERATOR(x, weights, spec, form, backend=backend)
-    return output
-
-
-def hstu_last_layer(
-    x: Tensor,
-    rows: Tensor,
-    weights: LayerWeights,
-    spec: AttentionSpec,
-    form: LayerForm,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """`hstu_layer` for some rows only: keys and values of all rows, the rest of those.
-
-    Args:
-        x: `[T, D]`.
-        rows: `[R]` int64, no row twice: the last of every sequence, as many as
-            `spec.query_offsets` says.
-        weights, spec, form, backend: as in `hstu_layer`.
-
-    Returns:
-        `[R, D]`.
-    """
-    arguments = x, rows, weights, spec, form
-    output: Tensor = _OPERATOR.run("hstu_last_layer", *arguments, backend=backend)
+    output: Tensor = _OPERATOR(x, weights, spec, form, rows, backend=backend)
     return output
 
 
 def candidate_layer(
-    history: Tensor,
-    candidates: Tensor,
+    tokens: Tokens,
     weights: LayerWeights,
-    specs: tuple[AttentionSpec, AttentionSpec],
+    specs: Specs,
     form: LayerForm,
     *,
     last: bool,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tokens:
     """One layer of the layout "shared_history": a dense history, and candidates that read it.
 
     Args:
-        history: `[T, D]`.
-        candidates: `[C, D]`: each reads the history, weighted by its own row, and itself.
+        tokens: history `[T, D]`, and candidates `[C, D]`: each reads the history, weighted by its
+            own row, and itself.
         weights: of the layer.
         specs: of the history, and of the candidates over the history: not causal, with
             `row_weights`.
@@ -92,10 +69,8 @@ def candidate_layer(
         backend: as in `hstu_layer`.
 
     Returns:
-        The next history `[T, D]` and candidates `[C, D]`.
+        The next history and candidates.
     """
-    arguments = history, candidates, weights, specs, form
-    output: tuple[Tensor, Tensor] = _OPERATOR.run(
-        "candidate_layer", *arguments, last=last, backend=backend
-    )
+    arguments = tokens, weights, specs, form
+    output: Tokens = _OPERATOR.run("candidate_layer", *arguments, last=last, backend=backend)
     return output

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from hpgr_plugin.ops.hstu_attention.spec import AttentionSpec
 
+Tokens = tuple[Tensor, Tensor]  # history [T, D] and candidates [C, D]
+Specs = tuple[AttentionSpec, AttentionSpec]  # of the history, and of candidates over it
+
 
 class LayerWeights(NamedTuple):
     """Weights of a layer of width D with H heads of sizes dv (u, v) and d (q, k)."""
@@ -45,31 +48,20 @@ class PlainLayers:
         self.attention = attention
 
     def hstu_layer(
-        self, x: Tensor, weights: LayerWeights, spec: AttentionSpec, form: LayerForm
-    ) -> Tensor:
+        self, x: Tensor, weights: LayerWeights, spec: AttentionSpec, form: LayerForm,
+        rows: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """See `hpgr_plugin.ops.hstu_layer.hstu_layer`."""
         u, v, q, k = _projections(x, weights, form)
+        if rows is not None:
+            x, u, q = x[rows], u[rows], q[rows]
         return x + _gated(u, self.attention(q, k, v, spec), weights, form)
 
-    def hstu_last_layer(
-        self, x: Tensor, rows: Tensor, weights: LayerWeights, spec: AttentionSpec, form: LayerForm
-    ) -> Tensor:
-        """See `hpgr_plugin.ops.hstu_layer.hstu_last_layer`."""
-        u, v, q, k = _projections(x, weights, form)
-        return x[rows] + _gated(u[rows], self.attention(q[rows], k, v, spec), weights, form)
-
     def candidate_layer(
-        self,
-        history: Tensor,
-        candidates: Tensor,
-        weights: LayerWeights,
-        specs: tuple[AttentionSpec, AttentionSpec],
-        form: LayerForm,
-        *,
-        last: bool,
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens: Tokens, weights: LayerWeights, specs: Specs, form: LayerForm, *, last: bool
+    ) -> Tokens:
         """See `hpgr_plugin.ops.hstu_layer.candidate_layer`."""
-        spec, reading = specs
+        (history, candidates), (spec, reading) = tokens, specs
         u, v, q, k = _projections(history, weights, form)
         own_u, own_v, own_q, own_k = _projections(candidates, weights, form)
         score = reading.alpha * (own_q * own_k).sum(-1, keepdim=True)

@@ -17,7 +17,7 @@ from hpgr_plugin.ops.hstu_attention.triton import (
     zero_spare_rows,
 )
 from hpgr_plugin.ops.hstu_attention.triton import why_not as why_not_attention
-from hpgr_plugin.ops.hstu_layer.layer import LayerForm, LayerWeights
+from hpgr_plugin.ops.hstu_layer.layer import LayerForm, LayerWeights, Specs, Tokens
 from hpgr_plugin.ops.hstu_layer.rowwise import (
     Norm,
     gate_backward,
@@ -44,20 +44,31 @@ class _Gated(NamedTuple):
     moments: Tensor
 
 
-def why_not(x: Tensor, *arguments: Any, last: bool = False) -> str | None:
+def why_not(
+    x: Tensor, weights: LayerWeights, spec: AttentionSpec, form: LayerForm, rows: Tensor | None
+) -> str | None:
     """Why the kernels do not support the case, or None."""
-    (weights,) = (a for a in arguments if isinstance(a, LayerWeights))
-    *_, specs, (num_heads, _) = arguments
     hidden = weights.output_norm_weight.numel()
     attention = weights.projection_bias.numel() // 2 - hidden
-    q, v = (x.new_empty(0, num_heads, size // num_heads) for size in (attention, hidden))
-    specs = specs if isinstance(specs, tuple) else (specs,)
-    reasons = (why_not_attention(q, q, v, spec) for spec in specs)
+    q, v = (x.new_empty(0, form.num_heads, size // form.num_heads) for size in (attention, hidden))
+    return why_not_attention(q, q, v, spec)
+
+
+def why_not_candidate_layer(
+    tokens: Tokens, weights: LayerWeights, specs: Specs, form: LayerForm, *, last: bool
+) -> str | None:
+    """The same for `candidate_layer`."""
+    reasons = (why_not(tokens[0], weights, spec, form, None) for spec in specs)
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def hstu_layer(x: Tensor, weights: LayerWeights, spec: AttentionSpec, form: LayerForm) -> Tensor:
+def hstu_layer(
+    x: Tensor, weights: LayerWeights, spec: AttentionSpec, form: LayerForm, rows: Tensor | None
+) -> Tensor:
     """See `hpgr_plugin.ops.hstu_layer.hstu_layer`."""
+    if rows is not None:
+        output: Tensor = _LastLayer.apply(x, rows, _Form(spec, *form), *weights)
+        return output
     normed, residual = Norm.apply(x, weights.norm_weight, weights.norm_bias, form.eps)
     projected = torch.addmm(weights.projection_bias, normed, weights.projection_weight)
     norm = weights.output_norm_weight, weights.output_norm_bias
@@ -65,24 +76,11 @@ def hstu_layer(x: Tensor, weights: LayerWeights, spec: AttentionSpec, form: Laye
     return torch.addmm(residual, gated, weights.output_weight)
 
 
-def hstu_last_layer(
-    x: Tensor, rows: Tensor, weights: LayerWeights, spec: AttentionSpec, form: LayerForm
-) -> Tensor:
-    """See `hpgr_plugin.ops.hstu_layer.hstu_last_layer`."""
-    output: Tensor = _LastLayer.apply(x, rows, _Form(spec, *form), *weights)
-    return output
-
-
 def candidate_layer(
-    history: Tensor,
-    candidates: Tensor,
-    weights: LayerWeights,
-    specs: tuple[AttentionSpec, AttentionSpec],
-    form: LayerForm,
-    *,
-    last: bool,
-) -> tuple[Tensor, Tensor]:
+    tokens: Tokens, weights: LayerWeights, specs: Specs, form: LayerForm, *, last: bool
+) -> Tokens:
     """See `hpgr_plugin.ops.hstu_layer.candidate_layer`."""
+    history, candidates = tokens
     norm = weights.norm_weight, weights.norm_bias, form.eps
     output_norm = weights.output_norm_weight, weights.output_norm_bias
     projection = weights.projection_bias, weights.projection_weight
@@ -181,6 +179,8 @@ class _AttendAndRead(torch.autograd.Function):
 
 
 class _LastLayer(torch.autograd.Function):
+    """A whole layer for some rows: keys and values of all rows, the rest only of those."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, form: _Form, *parameters: Tensor) -> Tensor:
         weights = LayerWeights(*parameters)
