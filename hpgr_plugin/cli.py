@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from typing import Any
 
@@ -12,7 +11,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from hpgr_plugin.config.registry import ConfigError, build, configured, register
-from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.errors import HpgrError, one_line
 
 FLAGS = flags.FLAGS
 
@@ -38,15 +37,10 @@ def load_configs(config_files: list[str], bindings: list[str]) -> None:
     try:
         gin.parse_config_files_and_bindings(config_files, bindings)
     except SyntaxError as error:
-        raise ConfigError(f"{error}: {(error.text or '').strip()}") from error
+        where = f"{error.filename or '--gin_bindings'}, line {error.lineno}"
+        raise ConfigError(f"{where}: {error.msg} {(error.text or '').strip()}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
-
-
-def one_line(error: Exception) -> str:
-    """The message of `error` without line breaks, and without the addresses that gin adds."""
-    message = re.sub(r" \(<[^\n]*>\)", "", str(error).strip())
-    return re.sub(r"\s*\n\s*", " | ", message)
 
 
 def run_app(**overrides: Any) -> None:

@@ -1,5 +1,13 @@
 """The base of every error that a user can cause: its message is one line, without a traceback."""
 
+import re
+
 
 class HpgrError(ValueError):
     """A configuration, path or file that cannot be used; the message says what would be."""
+
+
+def one_line(error: Exception) -> str:
+    """The message of `error` without line breaks, and without the addresses that gin adds."""
+    message = re.sub(r" \(<[^\n]*>\)", "", str(error).strip())
+    return re.sub(r"\s*\n\s*", " | ", message)

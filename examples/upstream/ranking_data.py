@@ -1,9 +1,9 @@
-"""A small data set in the format of the host's MovieLens-1M reader, with something to learn.
+"""A small synthetic data set in the format of the host's MovieLens-1M reader.
 
 python examples/upstream/ranking_data.py --out tmp
 
-Every user likes one genre of items and comes back in sessions. A rating of 4 or 5 means an item of
-that genre, or one of the items that everybody likes, nine times in ten. The one file is
+Every user likes one genre of items and comes back in sessions. Nine times in ten, a rating of 4 or 5
+goes to an item of that genre or to one of the items that all users like. The one file is
 `OUT/data/ml-1m/sasrec_format.csv`.
 """
 

@@ -3,8 +3,8 @@
 python examples/upstream/retrieval_data.py FOLDER [--users 400]
 
 Writes FOLDER/tmp/ml-1m/sasrec_format.csv and FOLDER/tmp/processed/ml-1m/movies.csv, which the host
-reads from the current folder under the name "ml-1m". Users come in sessions; a session stays in one
-of 40 genres, and a user returns to few of them.
+reads from the current folder under the name "ml-1m". Users come in sessions. All items of a session
+belong to one of 40 genres, and every user likes three of them.
 """
 
 import argparse

@@ -140,6 +140,11 @@ def load(target: str) -> Any:
         raise ConfigError(f"module {module} has no {name!r} (config/registry.py)") from None
 
 
+def registered_targets() -> dict[str, Any]:
+    """Every registered class or function, by its name in gin without `hpgr.`."""
+    return {name: load(entry.target) for name, entry in _registered.items()}
+
+
 def configured(name: str) -> Any:
     """Gin's version of `hpgr.name`: called, it takes the bound parameters of the active scope.
 
@@ -167,14 +172,18 @@ def build(name: str, **arguments: Any) -> Any:
         raise ConfigError(str(error)) from error
 
 
+def shipped(path: str) -> Path:
+    """Where a shipped file such as "configs/runs/quickstart.gin" is, in a checkout or installed."""
+    package = Path(__file__).parents[1]
+    return (package if (package / "configs").is_dir() else package.parent) / path
+
+
 @functools.cache
 def _add_shipped_files() -> None:
-    """Let gin find `configs/...` in the checkout or in the installed package.
+    """Let gin find shipped files by relative paths, from any directory.
 
     The reader comes before gin's own reader of package resources, which logs an error for every
     path that is not a package, and fails on folders that could be one.
     """
-    package = Path(__file__).parents[1]
-    root = package if (package / "configs").is_dir() else package.parent
-    reader = (lambda path: (root / path).open(), lambda path: (root / path).is_file())
+    reader = (lambda path: shipped(path).open(), lambda path: shipped(path).is_file())
     gin.config._FILE_READERS.insert(1, reader)

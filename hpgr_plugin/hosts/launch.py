@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +12,13 @@ import gin
 from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.config.registry import build, shipped
+from hpgr_plugin.errors import HpgrError, one_line
 
 # What a missing file or an unfit slot raises at any time, and what wrong bindings raise besides
 # while a configuration is read and its objects are built.
 USER_ERRORS = (HpgrError, OSError)
-CONFIGURATION_ERRORS = (*USER_ERRORS, ValueError, TypeError, ImportError, RuntimeError)
+CONFIGURATION_ERRORS = (*USER_ERRORS, ValueError, TypeError, SyntaxError, ImportError, RuntimeError)
 
 _EXIT_CODE = 2
 
@@ -38,8 +38,9 @@ def argument_parser(module: str, description: str | None) -> argparse.ArgumentPa
 
 
 def read_config(config_file: str, bindings: list[str], attach: Callable[[], None]) -> None:
-    """Parse the configuration, attach, and show INFO messages, the host's metrics among them."""
+    """Parse the configuration, attach, and show INFO messages, such as the host's metrics."""
     gin.parse_config_files_and_bindings([config_file], bindings)
+    build("set_backends")
     attach()
     # Importing fbgemm raises the root logger's level to WARNING.
     logging.basicConfig(level=logging.INFO, force=True)
@@ -51,9 +52,7 @@ def one_line_errors(errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        # gin appends the calls that led here, each with an object's address.
-        message = re.sub(r" \(<[^\n]*>\)", "", str(error).strip())
-        print("error:", re.sub(r"\s*\n\s*", " | ", message), file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         sys.exit(_EXIT_CODE)
 
 
@@ -68,6 +67,8 @@ def start_workers(worker: Callable[..., None], count: int, *args: Any) -> None:
 
 
 def _existing_file(path: str) -> str:
-    if not Path(path).is_file():
+    """An absolute path, also of a shipped file such as "configs/upstream/ranking_synthetic.gin"."""
+    found = [place for place in (Path(path), shipped(path)) if place.is_file()]
+    if not found:
         raise argparse.ArgumentTypeError(f"no file {path}")
-    return str(Path(path).resolve())
+    return str(found[0].resolve())

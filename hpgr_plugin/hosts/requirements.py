@@ -35,7 +35,7 @@ _UTILS = "dlrm_v3.train.utils"
 DLRM_V3 = (
     # Replaced, or set through a seam of a patched host.
     _uses(_UTILS, "make_model", "dataset"),
-    _uses(_UTILS, "DlrmHSTU", "hstu_configs embedding_tables is_inference"),
+    _uses(_UTILS, "DlrmHSTU"),
     _uses(_UTILS, "KeyedOptimizerWrapper", "params optim_factory"),
     _uses(_UTILS, "apply_optimizer_in_backward"),
     _uses(_UTILS, "DistributedModelParallel", "module device plan"),

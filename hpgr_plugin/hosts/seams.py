@@ -73,3 +73,9 @@ def is_bound(parameter: str) -> bool:
         return gin.query_parameter(parameter) is not None
     except ValueError:
         return False
+
+
+def bind(parameter: str, value: Any) -> None:
+    """Bind `parameter` in gin's configuration, also after that was locked; None unbinds it."""
+    with gin.unlock_config():
+        gin.bind_parameter(parameter, value)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hpgr_plugin.config.registry import GROUPS
 from hpgr_plugin.errors import HpgrError
 
 
@@ -16,16 +17,15 @@ def check_slot(owner: str, name: str, value: Any, kind: type) -> None:
         owner: The gin name of the model, such as "hpgr.DlrmHSTU".
         name: The slot.
         value: What it holds.
-        kind: `str` for a path, else a component. A class with subclasses is taken for an
-            interface: the message names its implementations.
+        kind: `str` for a path, else the class or interface of the components.
 
     Raises:
         SlotError: `value` is neither None nor a `kind`.
     """
     if value is None or isinstance(value, kind):
         return
-    choices = sorted({f"@hpgr.{c.__name__}()" for c in kind.__subclasses__() or [kind]})
-    takes = "a path" if kind is str else ", ".join(choices)
+    entries = (entry for group in GROUPS.values() for entry in group if entry.slot == name)
+    takes = "a path" if kind is str else ", ".join(f"@hpgr.{entry.name}()" for entry in entries)
     got = type(value).__name__
     if isinstance(value, type):
         got = f"the class {value.__name__} (write @hpgr.{value.__name__}() with parentheses)"

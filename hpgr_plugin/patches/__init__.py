@@ -1,8 +1,8 @@
-"""Apply the project's patch series to a checkout of the host, and take it off again.
+"""Apply the project's patch series to a checkout of the host, and revert it.
 
-The files in `patches/` at the top of this project carry no line of the host: zero context, added
-lines only. Git cannot see then whether a hunk meets the file it was written for, so the blob
-id of every file is compared first, and a checkout of another version is not touched.
+The files in `patches/` at the top of this project carry no line of the host: they have no context
+and only add lines. Git cannot tell from them whether a file is the one they were written for, so
+the blob id of every file is compared first, and a checkout of another version is not touched.
 """
 
 from hpgr_plugin.patches.checkout import PatchError, State, apply, check, revert

@@ -9,7 +9,11 @@ from hpgr_plugin.patches.series import HOST_COMMIT, SERIES_FOLDER, Series, load_
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 if it did what was asked, 1 with the reason if not."""
+    """Run one command.
+
+    Returns:
+        The exit code: 0, or 1 after printing why the command was refused.
+    """
     parser = argparse.ArgumentParser(prog="python -m hpgr_plugin.patches", description=__doc__)
     parser.add_argument("command", choices=("check", "apply", "revert"))
     parser.add_argument("host", type=Path, help="top folder of the host's checkout")

@@ -12,22 +12,22 @@ from hpgr_plugin.patches.series import HOST_COMMIT, Series, load_series
 
 
 class State(enum.Enum):
-    """How a checkout stands to the series."""
+    """The two states of a checkout that the series knows."""
 
     CLEAN = "clean"  # every file is the one the series was written for
     APPLIED = "applied"  # every file is the one the series leaves
 
 
 class PatchError(RuntimeError):
-    """The checkout is not one this operation is for; nothing in it was changed."""
+    """The operation does not apply to the checkout; nothing in it was changed."""
 
 
 def check(host: Path, series: Series | None = None) -> State:
-    """Tell whether the series can be applied to `host`, or is applied already. Reads only.
+    """Tell whether the series can be applied to `host` or is applied already, without writing.
 
     Raises:
-        PatchError: `host` is another version, edited, or holds part of the series; every file that
-            differs is named.
+        PatchError: `host` is another version, is edited, or holds a part of the series; the message
+            names every file that differs.
     """
     series = series or load_series()
     found = {path: blob_id(host / path) for path in series.before}
@@ -43,7 +43,7 @@ def check(host: Path, series: Series | None = None) -> State:
     raise PatchError(
         f"{host} is not the host's commit {HOST_COMMIT} as published; nothing was changed:\n"
         + "\n".join(lines)
-        + f"\nThe series fits that commit alone: git checkout {HOST_COMMIT}"
+        + f"\nThe series fits only that commit: git checkout {HOST_COMMIT}"
     )
 
 
@@ -51,7 +51,7 @@ def apply(host: Path, series: Series | None = None) -> None:
     """Apply the whole series to `host`.
 
     Raises:
-        PatchError: the series is applied already, or `check` refuses the checkout.
+        PatchError: The series is applied already, or `check` refuses the checkout.
     """
     series = series or load_series()
     if check(host, series) is State.APPLIED:
@@ -60,10 +60,10 @@ def apply(host: Path, series: Series | None = None) -> None:
 
 
 def revert(host: Path, series: Series | None = None) -> None:
-    """Take the whole series off `host`; the files are then what they were, byte for byte.
+    """Revert the whole series in `host`; the files are then what they were, byte for byte.
 
     Raises:
-        PatchError: the series is not applied, or `check` refuses the checkout.
+        PatchError: The series is not applied, or `check` refuses the checkout.
     """
     series = series or load_series()
     if check(host, series) is State.CLEAN:
@@ -72,7 +72,7 @@ def revert(host: Path, series: Series | None = None) -> None:
 
 
 def blob_id(path: Path) -> str | None:
-    """The id git gives the bytes of a file, or None if there is no such file."""
+    """The id that git gives to the bytes of a file, or None if there is no file."""
     if not path.is_file():
         return None
     content = path.read_bytes()
@@ -82,7 +82,7 @@ def blob_id(path: Path) -> str | None:
 def _transform(
     host: Path, series: Series, patches: tuple[Path, ...], wanted: dict[str, str], *, reverse: bool
 ) -> None:
-    """Run git over the patches; on anything unexpected put every file back as it was."""
+    """Run git over the patches; if anything goes wrong, restore every file."""
     kept = {path: (host / path).read_bytes() for path in series.before}
     try:
         for patch in patches:

@@ -1,4 +1,4 @@
-"""The series as files: which blobs it starts from and which it leaves behind."""
+"""The series as files: the blobs it starts from and the blobs it leaves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ _BLOBS = re.compile(r"^index (?P<before>[0-9a-f]{40})\.\.(?P<after>[0-9a-f]{40})
 
 
 class FileChange(NamedTuple):
-    """One file of one patch: `path` goes from blob `before` to blob `after` (full git ids)."""
+    """One file of one patch.
+
+    Attributes:
+        path: In the host's checkout.
+        before: Full git blob id that the patch starts from.
+        after: Full git blob id that it leaves.
+    """
 
     path: str
     before: str
@@ -25,8 +31,10 @@ class FileChange(NamedTuple):
 class Series(NamedTuple):
     """The patches in order.
 
-    patches: the patch files, ascending by number.
-    before, after: path -> blob id without the series, and with all of it.
+    Attributes:
+        patches: The patch files, ascending by number.
+        before: Path -> blob id without the series.
+        after: Path -> blob id with all of it.
     """
 
     patches: tuple[Path, ...]
@@ -38,9 +46,8 @@ def load_series(folder: Path = SERIES_FOLDER) -> Series:
     """Read the numbered patches of `folder`.
 
     Raises:
-        FileNotFoundError: no patches there (they are part of the project's checkout, not of an
-            installed package).
-        ValueError: a patch lacks full blob ids, or does not start where its predecessor ended.
+        FileNotFoundError: There are no patches; an installed package does not contain them.
+        ValueError: A patch lacks full blob ids, or does not start where the one before it ended.
     """
     patches = tuple(sorted(folder.glob("[0-9][0-9][0-9][0-9]-*.patch")))
     if not patches:
@@ -65,7 +72,7 @@ def file_changes(lines: Iterable[str]) -> list[FileChange]:
     """The files a patch changes, from its `diff --git` and `index` lines.
 
     Raises:
-        ValueError: a file without a line of two full blob ids.
+        ValueError: A file has no line of two full blob ids.
     """
     changes: list[FileChange] = []
     path: str | None = None

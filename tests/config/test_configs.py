@@ -155,13 +155,15 @@ def test_a_value_that_is_not_the_default_has_a_comment(config: str) -> None:
         signature = inspect.signature(load(ENTRIES[line.selector.removeprefix("hpgr.")].target))
         default = signature.parameters[line.arg_name].default
         value, comments = line.value, line.location.line_content
-        if isinstance(value, tuple) and value[0] == "macro":
+        if isinstance(value, tuple) and value[:1] == ("macro",):
             macro = macros.get(value[1])
             if macro is None:  # set by another file, which is checked too
                 continue
             value, comments = macro.value, comments + macro.location.line_content
         if default in (inspect.Parameter.empty, None, "") and line.arg_name not in SLOTS:
             continue
+        if isinstance(value, tuple) and value[:1] == ("reference",):
+            value, default = value[1], getattr(default, "__name__", default)
         assert value == default or "#" in comments, (
             f"{config}: {line.selector}.{line.arg_name} = {value}, the default is {default}"
         )

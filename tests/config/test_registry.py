@@ -24,8 +24,15 @@ from hpgr_plugin.config.scopes import check_scopes
 from hpgr_plugin.data import LastFractionSplit, RequestSettings
 
 PACKAGE = Path(registry.__file__).parents[1]
-# Adapters query and bind the parameters of their hosts.
-MAY_IMPORT_GIN = ("cli.py", "config/", "hosts/dlrm_v3/", "hosts/research/", "hosts/launch.py")
+# Adapters of hosts parse, query and bind the parameters of the host.
+MAY_IMPORT_GIN = (
+    "cli.py",
+    "config/",
+    "hosts/dlrm_v3/",
+    "hosts/research/",
+    "hosts/launch.py",
+    "hosts/seams.py",
+)
 HERE = ("components", "data", "embedded")
 
 

@@ -1,4 +1,4 @@
-"""These tests need a checkout of the host; without one they are a single skip line."""
+"""These tests need a checkout of the host; without one they are skipped in a single line."""
 
 import importlib.util
 import sys
@@ -26,7 +26,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return None
 
 
-def _stand_in_for_new_torchrec() -> None:
+def _add_what_older_torchrec_lacks() -> None:
     """torchrec before 1.9 has no `sorted_index_select`, which the host imports."""
     name = "torchrec.modules.sorted_index_select"
     if importlib.util.find_spec("torchrec") is None or importlib.util.find_spec(name) is not None:
@@ -41,13 +41,13 @@ def _stand_in_for_new_torchrec() -> None:
 
 
 if not HOST_MISSING:
-    _stand_in_for_new_torchrec()
+    _add_what_older_torchrec_lacks()
 
 
 @pytest.fixture
 def float64_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fbgemm's CPU build has no float64, which leaves the host's PyTorch kernels without it: here
-    the three that the host uses get one, from the project's own torch versions."""
+    """fbgemm's CPU build has no float64, so neither have the host's PyTorch kernels. Here the three
+    operators that the host uses get it, from the project's own torch versions."""
     import torch
     from torch import Tensor
 
@@ -79,7 +79,7 @@ def float64_operators(monkeypatch: pytest.MonkeyPatch) -> None:
             return add(values, offsets, dense)
         return values + jagged.dense_to_jagged(dense, offsets[0], len(values)), offsets
 
-    # Let the project find out what fbgemm itself can do before it is changed.
+    # The project finds out what fbgemm itself can do before it is changed.
     one_row = torch.zeros(1, 1, 1, dtype=torch.float64)
     offsets = torch.tensor([0, 1])
     jagged.jagged_to_padded_dense(jagged.dense_to_jagged(one_row, offsets, 1), offsets, 1)

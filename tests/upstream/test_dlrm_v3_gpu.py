@@ -78,7 +78,7 @@ def relative_error(mine: Tensor, reference: Tensor) -> float:
 
 
 def models(kind: str, bf16: bool) -> tuple[Any, Any]:
-    """On CUDA through Triton, and its float64 twin on the CPU."""
+    """On CUDA through Triton, and a float64 copy on the CPU."""
     on_gpu = build(
         DlrmHSTU,
         config=config(),
@@ -87,14 +87,14 @@ def models(kind: str, bf16: bool) -> tuple[Any, Any]:
         bf16_training=bf16,
         **slots(kind),
     )
-    twin = copy.deepcopy(on_gpu).cpu().double()
-    twin.set_hammer_kernel(HammerKernel.PYTORCH)
-    twin.set_training_dtype(torch.float64)
-    twin._bf16_training = False
-    collection = twin._embedding_collection
+    reference = copy.deepcopy(on_gpu).cpu().double()
+    reference.set_hammer_kernel(HammerKernel.PYTORCH)
+    reference.set_training_dtype(torch.float64)
+    reference._bf16_training = False
+    collection = reference._embedding_collection
     collection._forward_hooks.clear()
     collection.register_forward_hook(in_dtype(torch.float64))
-    return on_gpu, twin
+    return on_gpu, reference
 
 
 # float32 through Triton uses TF32 products, an 11-bit mantissa as bf16 has 8.
@@ -102,13 +102,13 @@ def models(kind: str, bf16: bool) -> tuple[Any, Any]:
     ("bf16", "tolerance"), [(True, 2.5e-2), (False, 4e-3)], ids=["bf16", "fp32"]
 )
 @pytest.mark.parametrize("kind", ["per_candidate", "shared_history", "pre", "stochastic", "none"])
-def test_triton_kernels_agree_with_the_float64_twin(
+def test_triton_kernels_agree_with_the_float64_reference(
     kind: str, bf16: bool, tolerance: float
 ) -> None:
-    on_gpu, twin = models(kind, bf16)
+    on_gpu, reference = models(kind, bf16)
     # Query times anywhere in the history: candidates of a user see different parts of it.
     outputs, gradients = step(on_gpu, batch(LENGTHS, CANDIDATES, later=False, device="cuda"))
-    expected, expected_gradients = step(twin, batch(LENGTHS, CANDIDATES, later=False))
+    expected, expected_gradients = step(reference, batch(LENGTHS, CANDIDATES, later=False))
     errors = {
         name: relative_error(mine, reference)
         for name, mine, reference in zip(

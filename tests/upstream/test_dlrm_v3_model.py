@@ -23,7 +23,7 @@ from small_ranker import (
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
-from hpgr_plugin.hosts import dlrm_v3
+from hpgr_plugin.config.registry import configured
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("float64_operators")]
@@ -300,7 +300,7 @@ def test_slots_are_gin_parameters() -> None:
         hpgr.DlrmHSTU.model_config = {{"hstu_attn_num_layers": 2}}
         hpgr.DlrmHSTU.table_config = {{"item_table": {{"num_embeddings": 60}}}}
     """)
-    model = build(dlrm_v3.DlrmHSTU)
+    model = build(configured("DlrmHSTU"))
     assert isinstance(model.sem, SessionEnhancementModule)
     assert model.attention_hook.top_k == 3
     assert len(model._hstu_transducer._stu_module._stu_layers) == 2

@@ -9,6 +9,7 @@ import torch
 from generative_recommenders.research.trainer import train as host_train
 from torch import Tensor, multiprocessing
 
+from hpgr_plugin.config.registry import build
 from hpgr_plugin.hosts import research
 from hpgr_plugin.hosts.contract import host_version
 from hpgr_plugin.hosts.research.launch import ranks_are_the_cpu, train_worker
@@ -65,7 +66,7 @@ def checkpoint(folder: Path) -> dict[str, Any]:
 
 def pretrained(folder: Path, **bindings: str) -> Any:
     gin.parse_config_file(config(folder))
-    research.research_pretrain()
+    build("research_pretrain")
     return load_handoff(
         folder / "tmp" / "stage1.safetensors",
         num_items=NUM_ITEMS,

@@ -15,11 +15,12 @@ loops with any .gin file, on CPU or CUDA.
 Importing this package raises `HostContractError` if the host lacks something that it uses.
 """
 
+from hpgr_plugin.config.registry import register
 from hpgr_plugin.hosts import contract, requirements
 
 contract.require(__name__, requirements.DLRM_V3)
+register("components", "dlrm_v3")
 
-from hpgr_plugin.components import attention_hooks, positions, sem  # noqa: E402, F401  (for gin)
 from hpgr_plugin.hosts.dlrm_v3.attach import attach, detach, replaced_names  # noqa: E402
 from hpgr_plugin.hosts.dlrm_v3.model import DlrmHSTU  # noqa: E402
 

@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import gin
 import torch
 from generative_recommenders.dlrm_v3.train import utils as train
 
+from hpgr_plugin.config.registry import configured
 from hpgr_plugin.hosts.dlrm_v3.model import DlrmHSTU
-from hpgr_plugin.hosts.seams import host_has_seam, is_bound, replaced
+from hpgr_plugin.hosts.seams import bind, host_has_seam, is_bound, replaced
 from hpgr_plugin.transfer.learning_rates import by_lr_scale, lr_scale
 
 _KeyedOptimizerWrapper: Any = train.KeyedOptimizerWrapper
@@ -76,7 +76,7 @@ def apply_with_inherited_lr(
 # Name in the host's `dlrm_v3.train.utils` -> its replacement, and the seam of a patched host with
 # which no replacement is needed.
 _REPLACEMENTS: dict[str, tuple[Any, str]] = {
-    "DlrmHSTU": (DlrmHSTU, "model_cls"),
+    "DlrmHSTU": (configured("DlrmHSTU"), "model_cls"),
     "KeyedOptimizerWrapper": (InheritedLrOptimizer, "lr_scale"),
     "DistributedModelParallel": (PretrainedModelParallel, "lr_scale"),
     "apply_optimizer_in_backward": (apply_with_inherited_lr, "lr_scale"),
@@ -93,8 +93,7 @@ def attach() -> None:
     call `attach` again then. In other hosts the names that the trainer looks up are replaced.
     """
     if host_has_seam("model_cls") and not is_bound(_MODEL_CLASS):
-        with gin.unlock_config():
-            gin.parse_config(f"{_MODEL_CLASS} = @hpgr.DlrmHSTU")
+        bind(_MODEL_CLASS, configured("DlrmHSTU"))
     if not _replaced:
         values = {n: new for n, (new, seam) in _REPLACEMENTS.items() if not host_has_seam(seam)}
         _undo.enter_context(replaced(train, **values))
@@ -106,8 +105,7 @@ def detach() -> None:
     _undo.close()
     _replaced.clear()
     if host_has_seam("model_cls") and is_bound(_MODEL_CLASS):
-        with gin.unlock_config():
-            gin.bind_parameter(_MODEL_CLASS, None)
+        bind(_MODEL_CLASS, None)
 
 
 def replaced_names() -> list[str]:

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import gin
 from generative_recommenders.modules import dlrm_hstu as host
 from torch import Tensor, nn
 
@@ -36,7 +35,6 @@ _HISTORY_IDS = "hpgr_history_ids"
 _CANDIDATE_IDS = "hpgr_candidate_ids"
 
 
-@gin.configurable(module="hpgr")
 class DlrmHSTU(host.DlrmHSTU):
     """The host's `DlrmHSTU` with five slots; with all of them empty it is the host's own model.
 

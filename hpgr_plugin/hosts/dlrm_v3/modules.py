@@ -13,6 +13,7 @@ from generative_recommenders.modules.preprocessors import InputPreprocessor
 from torch import Tensor, nn
 
 from hpgr_plugin.components.attention_hooks import Layout, MaskPosition
+from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
 from hpgr_plugin.hosts.seams import host_has_seam
 from hpgr_plugin.ops.compact.parts import (
@@ -33,10 +34,10 @@ class SessionPreprocessor(InputPreprocessor):
 
     Args:
         preprocessor: The host's.
-        sem: `(embeddings [T, D], offsets [B + 1], timestamps [T]) -> [T, D]`.
+        sem: Of the item table's width.
     """
 
-    def __init__(self, preprocessor: Any, sem: nn.Module) -> None:
+    def __init__(self, preprocessor: Any, sem: SessionEnhancementModule) -> None:
         super().__init__(is_inference=preprocessor._is_inference)
         self.sem = sem
         self._preprocessor = preprocessor

@@ -14,11 +14,12 @@ or stage 1 over the host's data sets, on CPU or CUDA.
 Importing this package raises `HostContractError` if the host lacks something that it uses.
 """
 
+from hpgr_plugin.config.registry import register
 from hpgr_plugin.hosts import contract, requirements
 
 contract.require(__name__, requirements.RESEARCH)
+register("components", "research")
 
-from hpgr_plugin.components import attention_hooks, mim, positions, sem  # noqa: E402, F401  (for gin)
 from hpgr_plugin.hosts.research.attach import attach, attached, detach, replaced_names  # noqa: E402
 from hpgr_plugin.hosts.research.model import SequentialEncoder  # noqa: E402
 from hpgr_plugin.hosts.research.pretrain import research_pretrain  # noqa: E402

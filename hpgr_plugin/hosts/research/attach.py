@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import gin
 from generative_recommenders.research.modeling.sequential import encoder_utils
 from generative_recommenders.research.trainer import train
 from torch import nn
@@ -20,9 +19,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from hpgr_plugin.hosts.research.model import SequentialEncoder
-from hpgr_plugin.hosts.seams import host_has_seam, is_bound, replaced
-from hpgr_plugin.hosts.slots import SlotError
+from hpgr_plugin.config import registry
+from hpgr_plugin.hosts.seams import bind, host_has_seam, is_bound, replaced
 from hpgr_plugin.transfer.learning_rates import LR_SCALE, by_lr_scale, lr_scale
 
 _PARAM_GROUPS = "train_fn.param_groups_fn"
@@ -39,7 +37,7 @@ def attach() -> None:
     """
     global _attached
     if host_has_seam("param_groups_fn") and not is_bound(_PARAM_GROUPS):
-        _bind_param_groups(host_parameter_groups)
+        bind(_PARAM_GROUPS, host_parameter_groups)
     if _attached:
         return
     _attached = True
@@ -50,7 +48,7 @@ def attach() -> None:
         build = _with_slots(train.get_sequential_encoder)
         _undo.enter_context(replaced(train, get_sequential_encoder=build))
     if host_has_seam("param_groups_fn"):
-        _undo.callback(_bind_param_groups, None)
+        _undo.callback(bind, _PARAM_GROUPS, None)
     else:
         _undo.callback(StepHooks().remove)
 
@@ -173,11 +171,7 @@ def _with_slots(build: Callable[..., Any]) -> Callable[..., Any]:
 
     def build_with_slots(**arguments: Any) -> Any:
         encoder = build(**arguments)
-        try:
-            slots = SequentialEncoder()
-        except (TypeError, ValueError) as error:
-            raise SlotError(str(error)) from error
-        slots.fill(encoder)
+        registry.build("SequentialEncoder").fill(encoder)
         _check_param_groups(encoder)
         return encoder
 
@@ -192,8 +186,3 @@ def _check_param_groups(encoder: nn.Module) -> None:
             f"{_PARAM_GROUPS} is not bound, so inherited weights would train at the full learning "
             "rate: gin's configuration was cleared; call hosts.research.attach() after that"
         )
-
-
-def _bind_param_groups(function: Callable[..., Any] | None) -> None:
-    with gin.unlock_config():
-        gin.bind_parameter(_PARAM_GROUPS, function)

@@ -17,6 +17,7 @@ from generative_recommenders.research.trainer import train
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from hpgr_plugin.config.registry import build
 from hpgr_plugin.hosts.launch import (
     CONFIGURATION_ERRORS,
     USER_ERRORS,
@@ -26,7 +27,6 @@ from hpgr_plugin.hosts.launch import (
     start_workers,
 )
 from hpgr_plugin.hosts.research.attach import attach
-from hpgr_plugin.hosts.research.pretrain import research_pretrain
 from hpgr_plugin.hosts.seams import host_has_seam, replaced
 
 _CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         with one_line_errors(CONFIGURATION_ERRORS):
             read_config(*config, attach)
         with one_line_errors(USER_ERRORS):
-            research_pretrain()
+            build("research_pretrain")
         return
     start_workers(train_worker, max(1, torch.cuda.device_count()), options.master_port, *config)
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import gin
 from torch import nn
 
 from hpgr_plugin.components.attention_hooks import AttentionHook
@@ -17,7 +16,6 @@ from hpgr_plugin.transfer.learning_rates import check_lr_ratio
 _NAME = "hpgr.SequentialEncoder"
 
 
-@gin.configurable(module="hpgr")
 @dataclass(frozen=True)
 class SequentialEncoder:
     """The five slots of the retrieval trainer's encoder.

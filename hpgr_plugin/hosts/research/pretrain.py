@@ -3,13 +3,12 @@
 import logging
 from typing import NamedTuple
 
-import gin
 import torch
 from generative_recommenders.research.data.reco_dataset import get_reco_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hpgr_plugin.components.mim import MaskedItemModel
+from hpgr_plugin.config.registry import build
 from hpgr_plugin.hosts.research.modules import WHY_CAUSAL
 from hpgr_plugin.hosts.research.pretrained import host_item_digest
 from hpgr_plugin.ops.jagged import complete_cumsum
@@ -55,7 +54,6 @@ def histories_of_rows(rows: dict[str, Tensor]) -> Histories:
     )
 
 
-@gin.configurable(module="hpgr")
 def research_pretrain(
     *,
     output: str,
@@ -71,7 +69,7 @@ def research_pretrain(
 ) -> None:
     """Masked item modelling (Eq. 3) on the host's training rows; writes a hand-over.
 
-    The model is `hpgr.MaskedItemModel`. Its `sem` must have the settings of the one in
+    The model is gin's `hpgr.MaskedItemModel`. Its `sem` must have the settings of the one in
     `hpgr.SequentialEncoder`. The rows are those of the host's training set, which ends one item
     before the item that its evaluation predicts.
 
@@ -92,7 +90,8 @@ def research_pretrain(
     dataset = get_reco_dataset(
         dataset_name=dataset_name, max_sequence_length=max_sequence_length, chronological=True
     )
-    model = MaskedItemModel(
+    model = build(
+        "MaskedItemModel",
         num_items=dataset.max_item_id,
         embedding_dim=item_embedding_dim,
         max_sequence_length=max_sequence_length + 1,

@@ -56,7 +56,7 @@ def test_pretrain_writes_a_handoff(command_line: CommandLine, tmp_path: Path) ->
         (["hpgr.run.mode = 'trian'"], ["hpgr.run.mode", "trian"]),
         (["hpgr.HSTURanker.num_layers = 0"], ["num_layers", "got 0"]),
         (["hpgr.set_backends.choices = 3"], ["set_backends"]),
-        (["hpgr.HSTURanker.num_layers ="], ["num_layers"]),
+        (["hpgr.HSTURanker.num_layers ="], ["--gin_bindings", "line 12"]),
     ],
     ids=[
         "unknown-binding",

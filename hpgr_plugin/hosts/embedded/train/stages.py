@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint
 from hpgr_plugin.hosts.embedded.train.distributed import barrier, seed_everything
 from hpgr_plugin.hosts.embedded.train.trainer import (
     CHECKPOINT,
-    FitResult,
     Trainer,
     TrainingRun,
     TrainSettings,
@@ -94,7 +93,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
             masked += output.num_masked
         return {"loss": losses / max(1, masked), "accuracy": hits / max(1, masked)}
 
-    result = Trainer(
+    trainer = Trainer(
         model=model,
         groups=parameter_groups(
             model, inherited=(), lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -105,7 +104,8 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
         monitor=("loss", False),
         settings=settings,
         run=run,
-    ).fit()
+    )
+    cost = trainer.fit()
     handoff = run.output_dir / "handoff.safetensors"
     if process.is_main:
         save_handoff(
@@ -117,7 +117,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
             extra=_source_ids(data.log),
         )
     barrier()
-    return Stage1(handoff, _cost(result) | result.best)
+    return Stage1(handoff, cost | trainer.best)
 
 
 def finetune(
@@ -150,7 +150,7 @@ def finetune(
         )
         return total, batch.num_candidates
 
-    result = Trainer(
+    trainer = Trainer(
         model=model,
         groups=parameter_groups(
             model,
@@ -165,8 +165,9 @@ def finetune(
         monitor=("auc", True),
         settings=settings,
         run=run,
-    ).fit()
-    return _test_metrics(model, task) | _cost(result) | {"history": result.history}
+    )
+    cost = trainer.fit()
+    return _test_metrics(model, task) | cost | {"history": trainer.progress.history}
 
 
 def evaluate(task: Task, output_dir: Path) -> dict[str, Any]:
@@ -216,12 +217,6 @@ def _source_ids(log: InteractionLog) -> dict[str, Any]:
     """The item ids of the source if they are numbers: another host may use the same ids."""
     ids = log.item_ids
     return {"item_ids": ids.tolist()} if np.issubdtype(ids.dtype, np.integer) else {}
-
-
-def _cost(result: FitResult) -> dict[str, Any]:
-    cost = asdict(result)
-    del cost["best"], cost["history"]
-    return cost
 
 
 def _mask_seed(seed: int, step: int, rank: int) -> int:

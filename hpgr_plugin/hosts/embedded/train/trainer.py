@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from hpgr_plugin.data import RequestLoader, SequenceLoader
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, save_checkpoint
 from hpgr_plugin.hosts.embedded.train.distributed import Process, sum_over_ranks
 
 LOG = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.pt"
-
-
-class Loader(Protocol):
-    """Batches of an epoch: the same on every call."""
-
-    def batches(self, epoch: int, *, start: int = 0) -> Iterator[Any]:
-        """The batches of the epoch from number `start` on."""
-
-    def num_batches(self, epoch: int) -> int:
-        """How many batches the epoch has."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,9 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "evaluations_per_epoch", "patience"):
             if getattr(self, name) < 1:
-                raise ValueError(f"TrainSettings.{name} must be >= 1, got {getattr(self, name)}")
+                raise ValueError(
+                    f"hpgr.{type(self).__name__}.{name} takes 1 or more, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -104,29 +97,11 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class FitResult:
-    """The best validation of a training, and what it cost.
-
-    Attributes:
-        best: metrics of the best validation.
-        steps: optimizer steps.
-        seconds_per_step: loading included, validation excluded.
-        examples_per_second: terms of the loss over all processes.
-        history: metrics and step of every validation.
-    """
-
-    best: dict[str, float]
-    steps: int
-    seconds_per_step: float
-    examples_per_second: float
-    history: list[dict[str, float]]
-
-
+@dataclass(kw_only=True, eq=False)
 class Trainer:
     """Trains a model and keeps the weights of the best validation.
 
-    Args:
+    Attributes:
         model: on its device.
         groups: parameter groups of the optimizer, each with its learning rate after warm-up.
         loader: the batches.
@@ -135,47 +110,46 @@ class Trainer:
         monitor: name of the metric that decides, and whether more is better.
         settings: how it is trained.
         run: seed, folder, process, title.
+        progress: state of the training.
     """
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        groups: list[dict[str, Any]],
-        loader: Loader,
-        loss: Callable[[nn.Module, Any, int], tuple[Tensor, int]],
-        validate: Callable[[], dict[str, float]],
-        monitor: tuple[str, bool],
-        settings: TrainSettings,
-        run: TrainingRun,
-    ) -> None:
-        self.model = model
-        self.loader = loader
-        self.loss = loss
-        self.validate = validate
-        self.monitor = monitor
-        self.settings = settings
-        self.run = run
-        self.process = run.process
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    model: nn.Module
+    groups: list[dict[str, Any]]
+    loader: RequestLoader | SequenceLoader
+    loss: Callable[[nn.Module, Any, int], tuple[Tensor, int]]
+    validate: Callable[[], dict[str, float]]
+    monitor: tuple[str, bool]
+    settings: TrainSettings
+    run: TrainingRun
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.process = self.run.process
+        self.optimizer = torch.optim.AdamW(self.groups, weight_decay=self.settings.weight_decay)
         for group in self.optimizer.param_groups:
             group["full_lr"] = group["lr"]
-        self.progress = Progress()
         self.best_state: dict[str, Tensor] = {}
+        self._total = sum(self.loader.num_batches(e) for e in range(self.settings.epochs))
+        self._writer: SummaryWriter | None = None
         self._clock = 0.0
-        self.forward: nn.Module = model
+        self._forward = self.model
         if self.process.world_size > 1:
             # A batch without history leaves some weights without a gradient.
-            self.forward = DistributedDataParallel(model, find_unused_parameters=True)
+            self._forward = DistributedDataParallel(self.model, find_unused_parameters=True)
 
-    def fit(self) -> FitResult:
-        """Train to the end and load the best weights into the model."""
+    def fit(self) -> dict[str, float]:
+        """Train to the end and load the weights of the best validation into the model.
+
+        Returns:
+            The cost: "steps", "seconds_per_step" (with loading, without validation) and
+            "examples_per_second" (terms of the loss, over all processes).
+        """
         if self.run.resume and self._checkpoint.exists():
             self._restore()
-        writer = SummaryWriter(str(self.run.output_dir / "tb")) if self.process.is_main else None
-        total = sum(self.loader.num_batches(e) for e in range(self.settings.epochs))
+        if self.process.is_main:
+            self._writer = SummaryWriter(str(self.run.output_dir / "tb"))
         bar = tqdm(
-            total=total,
+            total=self._total,
             initial=self.progress.step,
             desc=self.run.title,
             disable=None if self.process.is_main else True,
@@ -183,11 +157,22 @@ class Trainer:
         )
         with bar:
             while not self._finished():
-                self._epoch(writer, bar, total)
-        if writer is not None:
-            writer.close()
+                self._epoch(bar)
+        if self._writer is not None:
+            self._writer.close()
         self.model.load_state_dict(self.best_state)
-        return self._result()
+        progress = self.progress
+        return {
+            "steps": progress.step,
+            "seconds_per_step": progress.seconds / max(1, progress.step),
+            "examples_per_second": progress.examples / max(1e-9, progress.seconds),
+        }
+
+    @property
+    def best(self) -> dict[str, float]:
+        """Step and metrics of the best validation."""
+        name, more_is_better = self.monitor
+        return (max if more_is_better else min)(self.progress.history, key=lambda row: row[name])
 
     @property
     def _checkpoint(self) -> Path:
@@ -197,37 +182,37 @@ class Trainer:
         done = self.progress.epoch >= self.settings.epochs
         return done or self.progress.since_best >= self.settings.patience
 
-    def _epoch(self, writer: SummaryWriter | None, bar: tqdm, total: int) -> None:
+    def _epoch(self, bar: tqdm) -> None:
         progress, settings = self.progress, self.settings
         batches = self.loader.num_batches(progress.epoch)
         every = max(1, math.ceil(batches / settings.evaluations_per_epoch))
         self._clock = time.perf_counter()
         for batch in self.loader.batches(progress.epoch, start=progress.batch):
-            loss = self._step(batch, total)
+            loss = self._step(batch)
             progress.batch += 1
             bar.update()
-            if writer is not None and progress.step % 10 == 0:
-                writer.add_scalar("train/loss", loss.item(), progress.step)
+            if progress.step % 10 == 0:
+                self._log({"train/loss": loss})
             if progress.batch % every == 0 and progress.batch < batches:
-                self._evaluate(writer)
+                self._evaluate()
             if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
                 self._stop_clock()
                 self._save()
             if self._finished():
                 return
-        self._evaluate(writer)
+        self._evaluate()
         progress.epoch += 1
         progress.batch = 0
         self._save()
 
-    def _step(self, batch: Any, total: int) -> Tensor:
-        self.forward.train()
-        factor = self._learning_rate_factor(total)
+    def _step(self, batch: Any) -> Tensor:
+        self._forward.train()
+        factor = self._learning_rate_factor()
         for group in self.optimizer.param_groups:
             group["lr"] = factor * group["full_lr"]
         batch = batch.to(self.process.device)
         with self._autocast():
-            loss_sum, terms = self.loss(self.forward, batch, self.progress.step)
+            loss_sum, terms = self.loss(self._forward, batch, self.progress.step)
         # Processes have different numbers of terms: the mean is over all of them.
         terms_everywhere = sum_over_ranks(torch.tensor(float(terms), device=loss_sum.device))
         loss = loss_sum / terms_everywhere.clamp(min=1)
@@ -239,14 +224,14 @@ class Trainer:
         self.progress.examples += terms * self.process.world_size
         return loss.detach()
 
-    def _learning_rate_factor(self, total: int) -> float:
+    def _learning_rate_factor(self) -> float:
         """Linear warm-up, then half a cosine down to a tenth."""
         step, warmup = self.progress.step + 1, self.settings.warmup_steps
         if step <= warmup:
             return step / warmup
         if not self.settings.decay:
             return 1.0
-        share = (step - warmup) / max(1, total - warmup)
+        share = (step - warmup) / max(1, self._total - warmup)
         return 0.55 + 0.45 * math.cos(math.pi * min(1.0, share))
 
     def _autocast(self) -> AbstractContextManager:
@@ -262,7 +247,7 @@ class Trainer:
         self.progress.seconds += now - self._clock
         self._clock = now
 
-    def _evaluate(self, writer: SummaryWriter | None) -> None:
+    def _evaluate(self) -> None:
         progress, title = self.progress, self.run.title
         self._stop_clock()
         self.model.eval()
@@ -272,9 +257,7 @@ class Trainer:
         if self.process.is_main:
             text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             LOG.info("%s: step %d, %.0f s, %s", title, progress.step, progress.seconds, text)
-        if writer is not None:
-            for name, value in metrics.items():
-                writer.add_scalar(f"validation/{name}", value, progress.step)
+        self._log({f"validation/{name}": value for name, value in metrics.items()})
         name, more_is_better = self.monitor
         score = metrics[name] if more_is_better else -metrics[name]
         if math.isnan(score):
@@ -285,6 +268,12 @@ class Trainer:
             state = self.model.state_dict()
             self.best_state = {key: value.detach().clone() for key, value in state.items()}
         self._clock = time.perf_counter()
+
+    def _log(self, values: Mapping[str, float | Tensor]) -> None:
+        """Write scalars for TensorBoard; a tensor waits for the device."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, float(value), self.progress.step)
 
     def _save(self) -> None:
         if not self.process.is_main:
@@ -305,15 +294,3 @@ class Trainer:
         self.best_state = state["best_model"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
-
-    def _result(self) -> FitResult:
-        progress = self.progress
-        name, more_is_better = self.monitor
-        best = (max if more_is_better else min)(progress.history, key=lambda row: row[name])
-        return FitResult(
-            best=best,
-            steps=progress.step,
-            seconds_per_step=progress.seconds / max(1, progress.step),
-            examples_per_second=progress.examples / max(1e-9, progress.seconds),
-            history=progress.history,
-        )
