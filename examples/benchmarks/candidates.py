@@ -14,7 +14,7 @@ SETTINGS = PlanSettings(top_k=50, sigma=2.0)
 def run(*, quick: bool) -> None:
     measure_ceilings()
     if host.is_there():
-        host.stand_in()
+        host.provide_torchrec_module()
     rows = []
     tokens = 131072 if quick else 1048576
     for length in (4096,) if quick else (1024, 4096, 16384):

@@ -33,7 +33,7 @@ class HostStack:
 
     def __init__(self, stack: HSTUStack, *, descriptors: bool = False) -> None:
         self.descriptors = descriptors
-        stand_in()
+        provide_torchrec_module()
         from generative_recommenders.common import HammerKernel
         from generative_recommenders.modules.stu import STULayer, STULayerConfig
 
@@ -222,8 +222,8 @@ def _time_shortly(call: Callable[[], object], quantiles: object) -> list[float]:
     return [time_ms(call, budget_ms=5.0, most=9)] * 3
 
 
-def stand_in() -> None:
-    """torchrec before 1.9 lacks a module of which the host imports one function."""
+def provide_torchrec_module() -> None:
+    """Provide a module that the host imports and torchrec before 1.9 lacks."""
     name = "torchrec.modules.sorted_index_select"
     if name in sys.modules:
         return

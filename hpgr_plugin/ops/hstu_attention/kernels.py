@@ -171,9 +171,9 @@ def forward_kernel(Q, K, V, Out, Offsets, QueryOffsets, Targets, Weights,
 @triton.jit
 def _backward_rows_columns(dq, q, grad, K, V, Matrix, positions, low, high, length, history,
                            stride_kt, stride_vt, alpha, D: tl.constexpr, DV: tl.constexpr,
-                           COLUMNS: tl.constexpr, MATRIX: tl.constexpr,
-                           TARGETS: tl.constexpr, APPROXIMATE: tl.constexpr,
-                           PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+                           COLUMNS: tl.constexpr, MATRIX: tl.constexpr, TARGETS: tl.constexpr,
+                           APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
+                           MASKED: tl.constexpr):  # fmt: skip
     for first in tl.range(low, high, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
         k = _load(K, columns, length, stride_kt, D, MASKED)
