@@ -20,9 +20,11 @@ import functools
 import importlib
 import importlib.util
 import os
+import pkgutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,16 +147,21 @@ def set_backends(choices: Mapping[str, str] | None = None) -> None:
 
     Args:
         choices: operator name -> backend name; None or empty goes back to the automatic choice.
+
+    Raises:
+        ValueError: there is no operator of a name.
     """
+    chosen = dict(choices or {})
+    _check_operators("choices", chosen)
     _CHOICES.clear()
-    _CHOICES.update(choices or {})
+    _CHOICES.update(chosen)
 
 
 def backend_choices() -> dict[str, str]:
     """The named backends by operator.
 
     Raises:
-        ValueError: `HPGR_BACKENDS` is not a list of operator=backend.
+        ValueError: `HPGR_BACKENDS` is not a list of operator=backend, or an operator is unknown.
     """
     return _CHOICES | _parse(os.environ.get(ENVIRONMENT_VARIABLE, ""))
 
@@ -167,22 +174,31 @@ def _parse(text: str) -> dict[str, str]:
         if not operator or not backend:
             raise ValueError(f"{ENVIRONMENT_VARIABLE} must be operator=backend,..., got {text!r}")
         choices[operator] = backend
+    _check_operators(ENVIRONMENT_VARIABLE, choices)
     return choices
 
 
+def _check_operators(name: str, choices: Mapping[str, str]) -> None:
+    """Operators are registered when they are imported; their folders say which there are."""
+    folders = pkgutil.iter_modules([str(Path(__file__).parent)])
+    known = sorted(folder.name for folder in folders if folder.ispkg)
+    unknown = sorted(choices.keys() - known)
+    if unknown:
+        raise ValueError(f"{name} must name operators among {known}, got {unknown}")
+
+
 def triton_here() -> str | None:
-    """Why no Triton kernel can run on this machine, or None."""
-    if not triton_is_installed():
-        return "triton is not installed"
-    if not torch.cuda.is_available() and not interpreted():
-        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on a CPU)"
-    return None
+    """Why no Triton kernel can run on this machine, or None; Triton is not imported to find out."""
+    return _triton_here(interpreted())
 
 
 @functools.cache
-def triton_is_installed() -> bool:
-    """Whether Triton can be imported; it is not imported to find out."""
-    return importlib.util.find_spec("triton") is not None
+def _triton_here(in_interpreter: bool) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and not in_interpreter:
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on a CPU)"
+    return None
 
 
 def interpreted() -> bool:
