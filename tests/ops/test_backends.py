@@ -206,12 +206,14 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
         for rows, items, bias, chunk in SOFTMAXES
     },
     "hstu_layer": {
-        f"{which} {name} {position}": lambda n=lengths, w=which, p=position: layer_case(n, w, p)
-        for which in ("all", "last", "candidates", "last candidates")
-        for name, lengths in EDGES.items()
-        for position in (("post", "pre") if which == "all" else ("post",))
-        if name not in ("all-empty", "one-item") or which == "all"
-    },
+        f"all {name}": lambda n=lengths: layer_case(n, "all") for name, lengths in EDGES.items()
+    }
+    | {
+        f"{which} {name}": lambda n=EDGES[name], w=which: layer_case(n, w)
+        for which in ("last", "candidates", "last candidates")
+        for name in ("random", "empty-rows")
+    }
+    | {"all pre": lambda: layer_case(EDGES["random"], "all", "pre")},
     "jagged": {
         f"{name} {width}": lambda n=lengths, w=width: jagged_case(n, w)
         for name, lengths in EDGES.items()
