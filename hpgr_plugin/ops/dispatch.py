@@ -25,12 +25,15 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "HPGR_BACKENDS"
+
+Check = Callable[..., str | None]
 
 _OPERATORS: dict[str, Operator] = {}
 _CHOICES: dict[str, str] = {}
@@ -74,6 +77,7 @@ class Operator:
             raise ValueError(f"operator {name!r} has two backends of one name: {names}")
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
+        self._loaded: dict[tuple[str, str], tuple[ModuleType, Check | None]] = {}
         _OPERATORS[name] = self
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
@@ -91,7 +95,7 @@ class Operator:
         Raises:
             ValueError: an unknown backend, or a named one that cannot run these arguments.
         """
-        module = importlib.import_module(self._choose(function, backend, args, kwargs).module)
+        module, _ = self._load(self._choose(function, backend, args, kwargs), function)
         return getattr(module, function)(*args, **kwargs)
 
     def why_not(
@@ -104,37 +108,47 @@ class Operator:
             reason = _off_cuda(args, kwargs)
         if reason is not None:
             return reason
-        module = importlib.import_module(entry.module)
-        check = getattr(module, f"why_not_{function or self.name}", None)
-        check = check or getattr(module, "why_not", None)
-        answer: str | None = None if check is None else check(*args, **kwargs)
-        return answer
+        check = self._load(entry, function or self.name)[1]
+        return None if check is None else check(*args, **kwargs)
+
+    def _load(self, backend: Backend, function: str) -> tuple[ModuleType, Check | None]:
+        """The backend's module, and what says why it cannot run some arguments."""
+        key = backend.name, function
+        if key not in self._loaded:
+            module = importlib.import_module(backend.module)
+            check = getattr(module, f"why_not_{function}", None)
+            self._loaded[key] = module, check or getattr(module, "why_not", None)
+        return self._loaded[key]
 
     def _choose(self, function: str, named: str | None, args: Any, kwargs: Any) -> Backend:
-        why_not = functools.partial(self.why_not, function=function)
-        named = named or backend_choices().get(self.name)
+        if named is None:
+            named = backend_choices().get(self.name)
         if named is not None:
             if named not in self.backends:
                 raise ValueError(f"{self.name} has backends {list(self.backends)}, got {named!r}")
-            reason = why_not(named, *args, **kwargs)
+            reason = self.why_not(named, *args, function=function, **kwargs)
             if reason is not None:
                 raise ValueError(f"{self.name}: backend {named!r} cannot run here: {reason}")
             return self.backends[named]
-        refused: list[str] = []
-        told: list[str] = []
+        refused: dict[str, str] = {}
         for name, backend in self.backends.items():
             if not backend.automatic:
                 continue
             # The interpreter is for tests: kernels run on CPU tensors only when they are named.
             reason = _off_cuda(args, kwargs) if name == "triton" else None
-            reason = reason or why_not(name, *args, **kwargs)
+            reason = reason or self.why_not(name, *args, function=function, **kwargs)
             if reason is None:
-                if told and _on_cuda(args, kwargs):
-                    warn_once(f"{self.name} runs on backend {name!r}: {'; '.join(told)}")
+                self._report(name, refused, args, kwargs)
                 return backend
-            refused.append(f"{name}: {reason}")
-            told += refused[-1:] if backend.warns else []
-        raise ValueError(f"no backend of {self.name} can run here: {'; '.join(refused)}")
+            refused[name] = reason
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ValueError(f"no backend of {self.name} can run here: {reasons}")
+
+    def _report(self, chosen: str, refused: dict[str, str], args: Any, kwargs: Any) -> None:
+        """Warn once where CUDA tensors fall back to a slower backend."""
+        told = [f"{name}: {why}" for name, why in refused.items() if self.backends[name].warns]
+        if told and _on_cuda(args, kwargs):
+            warn_once(f"{self.name} runs on backend {chosen!r}: {'; '.join(told)}")
 
 
 def operators() -> Mapping[str, Operator]:
@@ -163,7 +177,8 @@ def backend_choices() -> dict[str, str]:
     Raises:
         ValueError: `HPGR_BACKENDS` is not a list of operator=backend, or an operator is unknown.
     """
-    return _CHOICES | _parse(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return _CHOICES | _parse(text) if text else _CHOICES
 
 
 @functools.cache
