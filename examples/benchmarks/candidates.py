@@ -14,7 +14,7 @@ SETTINGS = PlanSettings(top_k=50, sigma=2.0)
 def run(*, quick: bool) -> None:
     measure_ceilings()
     if host.is_there():
-        host.stand_in()
+        host.provide_torchrec_module()
     rows = []
     tokens = 131072 if quick else 1048576
     for length in (4096,) if quick else (1024, 4096, 16384):
@@ -28,11 +28,9 @@ def run(*, quick: bool) -> None:
 def _measure(stack, users: int, length: int, count: int) -> dict[str, object]:  # type: ignore[no-untyped-def]
     places = torch.arange(users + 1, device="cuda")
     history_offsets, candidate_offsets = places * length, places * count
-    raw, raw_candidates = (
-        torch.randn(users * n, WIDTH, device="cuda").bfloat16() for n in (length, count)
-    )
-    history, candidates = (torch.randn_like(x).requires_grad_() for x in (raw, raw_candidates))
-    grad = torch.randn_like(raw_candidates)
+    tables = [torch.randn(users * n, WIDTH, device="cuda").bfloat16() for n in (length, count)]
+    history, candidates = (torch.randn_like(x).requires_grad_() for x in tables)
+    grad = torch.randn_like(candidates)
     inputs = PlanInputs(
         *tables, history_offsets, candidate_offsets, max_history=length, max_candidates=count
     )  # fmt: skip

@@ -33,21 +33,21 @@ class HostStack:
 
     def __init__(self, stack: HSTUStack, *, descriptors: bool = False) -> None:
         self.descriptors = descriptors
-        stand_in()
+        provide_torchrec_module()
         from generative_recommenders.common import HammerKernel
         from generative_recommenders.modules.stu import STULayer, STULayerConfig
 
         self.kernel = HammerKernel.TRITON
-        self.num_heads, self.alpha = stack.num_heads, stack.alpha
+        self.num_heads, self.alpha = stack.form.num_heads, stack.alpha
         self.norm_length = stack.norm_length
         self.layers = []
         for weights in stack._weights():
             width = weights.norm_weight.numel()
-            head_dim = weights.output_norm_weight.numel() // stack.num_heads
+            head_dim = weights.output_norm_weight.numel() // stack.form.num_heads
             layer = STULayer(
                 STULayerConfig(
                     embedding_dim=width,
-                    num_heads=stack.num_heads,
+                    num_heads=stack.form.num_heads,
                     hidden_dim=head_dim,
                     attention_dim=head_dim,
                     output_dropout_ratio=0.0,
@@ -222,8 +222,8 @@ def _time_shortly(call: Callable[[], object], quantiles: object) -> list[float]:
     return [time_ms(call, budget_ms=5.0, most=9)] * 3
 
 
-def stand_in() -> None:
-    """torchrec before 1.9 lacks a module of which the host imports one function."""
+def provide_torchrec_module() -> None:
+    """Provide a module that the host imports and torchrec before 1.9 lacks."""
     name = "torchrec.modules.sorted_index_select"
     if name in sys.modules:
         return

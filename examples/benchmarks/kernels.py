@@ -25,7 +25,7 @@ def run(*, quick: bool) -> None:
     in_parallel(check_form, FORMS)
     against_host = host.is_there()
     if against_host:
-        host.stand_in()
+        host.provide_torchrec_module()
         host.compile_in_parallel(12, ("dense", "described"))
     rows = []
     for length in (1024, 4096, 16384) if quick else (128, 512, 1024, 2048, 4096, 8192, 16384):

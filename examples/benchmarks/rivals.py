@@ -36,7 +36,7 @@ def run(*, quick: bool) -> None:
         print("no host checkout on PYTHONPATH: nothing to measure")
         return
     ceilings = measure_ceilings()
-    host.stand_in()
+    host.provide_torchrec_module()
     host.compile_in_parallel(12, ("dense", "weighted"))
     host.prepare_tuning()
     keep = None

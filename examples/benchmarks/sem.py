@@ -33,7 +33,7 @@ def run(*, quick: bool) -> None:
             step = _dense_ms(stack, batch, whole, module, times)
             rows.append(
                 {
-                    "tokens": tokens, "n": length, "events a session": session,
+                    "tokens": tokens, "n": length, "events per session": session,
                     "SEM f+b ms": own[1], "GiB": own[2], "dense host f+b ms": theirs,
                     "SEM / host": own[1] / theirs, "dense ours f+b ms": ours,
                     "with SEM": step, "adds / host": (step - ours) / theirs,
@@ -61,7 +61,7 @@ def _dense_ms(
 
 
 def _host_ms(stack: HSTUStack, batch: Batch, whole: Tensor) -> float:
-    host.stand_in()
+    host.provide_torchrec_module()
     dense = host.HostStack(stack)
     host.prepare_tuning()
     # Tuned at the smaller batch; the larger chooses among the best of those.

@@ -77,7 +77,7 @@ def new_stack(length: int) -> HSTUStack:
 def run(*, quick: bool) -> None:
     ceilings = measure_ceilings()
     if host.is_there():
-        host.stand_in()
+        host.provide_torchrec_module()
         host.compile_in_parallel(12, ("dense",))
     lengths = (1024, 4096, 16384) if quick else (1024, 4096, 16384, 2048, 8192, 512)
     settings = SETTINGS[1:] if quick else SETTINGS

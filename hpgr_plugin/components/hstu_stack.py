@@ -12,12 +12,7 @@ from torch import Tensor, nn
 
 from hpgr_plugin.ops.compact import compact
 from hpgr_plugin.ops.hstu_attention import AttentionSpec
-from hpgr_plugin.ops.hstu_layer import (
-    LayerWeights,
-    candidate_layer,
-    hstu_last_layer,
-    hstu_layer,
-)
+from hpgr_plugin.ops.hstu_layer import LayerForm, LayerWeights, candidate_layer, hstu_layer
 from hpgr_plugin.ops.preference_plan import Selection
 
 
@@ -44,7 +39,7 @@ class HSTUStack(nn.Module):
         super().__init__()
         hidden = num_heads * head_dim
         self.embedding_dim = embedding_dim
-        self.num_heads, self.norm_length = num_heads, float(norm_length)
+        self.form, self.norm_length = LayerForm(num_heads), float(norm_length)
         self.alpha = head_dim**-0.5
         self.layers = nn.ModuleList()
         for _ in range(num_layers):
@@ -82,16 +77,16 @@ class HSTUStack(nn.Module):
         spec = self._spec(offsets, column_weights, max_length, exact)
         *inner, last = self._weights()
         for weights in inner:
-            rows = hstu_layer(rows, weights, spec, num_heads=self.num_heads)
+            rows = hstu_layer(rows, weights, spec, self.form)
         one_each = torch.arange(len(offsets), device=offsets.device)
         reading = spec.replace(query_offsets=one_each, max_query_length=1)
-        return hstu_last_layer(rows, offsets[1:] - 1, last, reading, num_heads=self.num_heads)
+        return hstu_layer(rows, last, reading, self.form, rows=offsets[1:] - 1)
 
     def all_rows(self, rows: Tensor, offsets: Tensor, *, max_length: int) -> Tensor:
         """The plain dense stack: `[T, D]` to `[T, D]`."""
         spec = self._spec(offsets, None, max_length, True)
         for weights in self._weights():
-            rows = hstu_layer(rows, weights, spec, num_heads=self.num_heads)
+            rows = hstu_layer(rows, weights, spec, self.form)
         return rows
 
     def per_candidate(
@@ -145,18 +140,11 @@ class HSTUStack(nn.Module):
             max_query_length=max_candidates,
             causal=False,
         )
-        layers = self._weights()
-        for place, weights in enumerate(layers):
-            history, candidates = candidate_layer(
-                history,
-                candidates,
-                weights,
-                spec,
-                reading,
-                num_heads=self.num_heads,
-                last=place == len(layers) - 1,
-            )
-        return candidates
+        *inner, last = self._weights()
+        tokens, specs = (history, candidates), (spec, reading)
+        for weights in inner:
+            tokens = candidate_layer(tokens, weights, specs, self.form, last=False)
+        return candidate_layer(tokens, last, specs, self.form, last=True)[1]
 
     def _spec(
         self, offsets: Tensor, column_weights: Tensor | None, max_length: int, exact: bool

@@ -20,15 +20,20 @@ import functools
 import importlib
 import importlib.util
 import os
+import pkgutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "HPGR_BACKENDS"
+
+Check = Callable[..., str | None]
 
 _OPERATORS: dict[str, Operator] = {}
 _CHOICES: dict[str, str] = {}
@@ -72,6 +77,7 @@ class Operator:
             raise ValueError(f"operator {name!r} has two backends of one name: {names}")
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
+        self._loaded: dict[tuple[str, str], tuple[ModuleType, Check | None]] = {}
         _OPERATORS[name] = self
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
@@ -89,7 +95,7 @@ class Operator:
         Raises:
             ValueError: an unknown backend, or a named one that cannot run these arguments.
         """
-        module = importlib.import_module(self._choose(function, backend, args, kwargs).module)
+        module, _ = self._load(self._choose(function, backend, args, kwargs), function)
         return getattr(module, function)(*args, **kwargs)
 
     def why_not(
@@ -102,37 +108,47 @@ class Operator:
             reason = _off_cuda(args, kwargs)
         if reason is not None:
             return reason
-        module = importlib.import_module(entry.module)
-        check = getattr(module, f"why_not_{function or self.name}", None)
-        check = check or getattr(module, "why_not", None)
-        answer: str | None = None if check is None else check(*args, **kwargs)
-        return answer
+        check = self._load(entry, function or self.name)[1]
+        return None if check is None else check(*args, **kwargs)
+
+    def _load(self, backend: Backend, function: str) -> tuple[ModuleType, Check | None]:
+        """The backend's module, and what says why it cannot run some arguments."""
+        key = backend.name, function
+        if key not in self._loaded:
+            module = importlib.import_module(backend.module)
+            check = getattr(module, f"why_not_{function}", None)
+            self._loaded[key] = module, check or getattr(module, "why_not", None)
+        return self._loaded[key]
 
     def _choose(self, function: str, named: str | None, args: Any, kwargs: Any) -> Backend:
-        why_not = functools.partial(self.why_not, function=function)
-        named = named or backend_choices().get(self.name)
+        if named is None:
+            named = backend_choices().get(self.name)
         if named is not None:
             if named not in self.backends:
                 raise ValueError(f"{self.name} has backends {list(self.backends)}, got {named!r}")
-            reason = why_not(named, *args, **kwargs)
+            reason = self.why_not(named, *args, function=function, **kwargs)
             if reason is not None:
                 raise ValueError(f"{self.name}: backend {named!r} cannot run here: {reason}")
             return self.backends[named]
-        refused: list[str] = []
-        told: list[str] = []
+        refused: dict[str, str] = {}
         for name, backend in self.backends.items():
             if not backend.automatic:
                 continue
             # The interpreter is for tests: kernels run on CPU tensors only when they are named.
             reason = _off_cuda(args, kwargs) if name == "triton" else None
-            reason = reason or why_not(name, *args, **kwargs)
+            reason = reason or self.why_not(name, *args, function=function, **kwargs)
             if reason is None:
-                if told and _on_cuda(args, kwargs):
-                    warn_once(f"{self.name} runs on backend {name!r}: {'; '.join(told)}")
+                self._report(name, refused, args, kwargs)
                 return backend
-            refused.append(f"{name}: {reason}")
-            told += refused[-1:] if backend.warns else []
-        raise ValueError(f"no backend of {self.name} can run here: {'; '.join(refused)}")
+            refused[name] = reason
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ValueError(f"no backend of {self.name} can run here: {reasons}")
+
+    def _report(self, chosen: str, refused: dict[str, str], args: Any, kwargs: Any) -> None:
+        """Warn once where CUDA tensors fall back to a slower backend."""
+        told = [f"{name}: {why}" for name, why in refused.items() if self.backends[name].warns]
+        if told and _on_cuda(args, kwargs):
+            warn_once(f"{self.name} runs on backend {chosen!r}: {'; '.join(told)}")
 
 
 def operators() -> Mapping[str, Operator]:
@@ -145,18 +161,24 @@ def set_backends(choices: Mapping[str, str] | None = None) -> None:
 
     Args:
         choices: operator name -> backend name; None or empty goes back to the automatic choice.
+
+    Raises:
+        ValueError: there is no operator of a name.
     """
+    chosen = dict(choices or {})
+    _check_operators("choices", chosen)
     _CHOICES.clear()
-    _CHOICES.update(choices or {})
+    _CHOICES.update(chosen)
 
 
 def backend_choices() -> dict[str, str]:
     """The named backends by operator.
 
     Raises:
-        ValueError: `HPGR_BACKENDS` is not a list of operator=backend.
+        ValueError: `HPGR_BACKENDS` is not a list of operator=backend, or an operator is unknown.
     """
-    return _CHOICES | _parse(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return _CHOICES | _parse(text) if text else _CHOICES
 
 
 @functools.cache
@@ -167,22 +189,31 @@ def _parse(text: str) -> dict[str, str]:
         if not operator or not backend:
             raise ValueError(f"{ENVIRONMENT_VARIABLE} must be operator=backend,..., got {text!r}")
         choices[operator] = backend
+    _check_operators(ENVIRONMENT_VARIABLE, choices)
     return choices
 
 
+def _check_operators(name: str, choices: Mapping[str, str]) -> None:
+    """Operators are registered when they are imported; their folders say which there are."""
+    folders = pkgutil.iter_modules([str(Path(__file__).parent)])
+    known = sorted(folder.name for folder in folders if folder.ispkg)
+    unknown = sorted(choices.keys() - known)
+    if unknown:
+        raise ValueError(f"{name} must name operators among {known}, got {unknown}")
+
+
 def triton_here() -> str | None:
-    """Why no Triton kernel can run on this machine, or None."""
-    if not triton_is_installed():
-        return "triton is not installed"
-    if not torch.cuda.is_available() and not interpreted():
-        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on a CPU)"
-    return None
+    """Why no Triton kernel can run on this machine, or None; Triton is not imported to find out."""
+    return _triton_here(interpreted())
 
 
 @functools.cache
-def triton_is_installed() -> bool:
-    """Whether Triton can be imported; it is not imported to find out."""
-    return importlib.util.find_spec("triton") is not None
+def _triton_here(in_interpreter: bool) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and not in_interpreter:
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on a CPU)"
+    return None
 
 
 def interpreted() -> bool:

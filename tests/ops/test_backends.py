@@ -17,7 +17,12 @@ from triton_device import DEVICE
 from hpgr_plugin.ops import jagged
 from hpgr_plugin.ops.dispatch import set_backends
 from hpgr_plugin.ops.hstu_attention import AttentionSpec
-from hpgr_plugin.ops.hstu_layer import LayerWeights, candidate_layer, hstu_last_layer, hstu_layer
+from hpgr_plugin.ops.hstu_layer import (
+    LayerForm,
+    LayerWeights,
+    candidate_layer,
+    hstu_layer,
+)
 from hpgr_plugin.ops.item_softmax import mean_cross_entropy
 from hpgr_plugin.ops.preference_plan import plan_preferences
 from hpgr_plugin.ops.session_pool import PoolWeights, Spans, add_context, session_pool
@@ -113,11 +118,11 @@ def layer_case(lengths: list[int], which: str, mask_position: str = "post") -> C
         offsets=offsets_of(lengths), max_length=longest, alpha=0.25, norm_length=9.0,
         column_weights=torch.rand(total, device=DEVICE), mask_position=mask_position,
     )  # fmt: skip
-    options = {"num_heads": 2, "eps": 1e-6}
+    form = LayerForm(2)
     inputs = (randn(total, 24), *layer_weights(24, 32, 64))
 
     def whole(backend: str, x: Tensor, *weights: Tensor) -> tuple[Tensor]:
-        return (hstu_layer(x, LayerWeights(*weights), spec, **options, backend=backend),)
+        return (hstu_layer(x, LayerWeights(*weights), spec, form, backend=backend),)
 
     asked = [min(n, 2) for n in lengths]
     ends = offsets_of(lengths)[1:].tolist()
@@ -126,8 +131,8 @@ def layer_case(lengths: list[int], which: str, mask_position: str = "post") -> C
 
     def last(backend: str, x: Tensor, *weights: Tensor) -> tuple[Tensor]:
         place = torch.tensor(rows, dtype=torch.int64, device=DEVICE)
-        form = LayerWeights(*weights), suffix
-        return (hstu_last_layer(x, place, *form, **options, backend=backend),)
+        chosen = LayerWeights(*weights), suffix, form
+        return (hstu_layer(x, *chosen, rows=place, backend=backend),)
 
     counts = [(2, 0, 3)[b % 3] for b in range(len(lengths))]
     reading = spec.replace(
@@ -137,9 +142,9 @@ def layer_case(lengths: list[int], which: str, mask_position: str = "post") -> C
     dense = spec.replace(column_weights=None)
 
     def shared(backend: str, x: Tensor, own: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        form = LayerWeights(*weights), dense, reading
+        chosen = LayerWeights(*weights), (dense, reading), form
         final = which == "last candidates"
-        read = candidate_layer(x, own, *form, last=final, **options, backend=backend)
+        read = candidate_layer((x, own), *chosen, last=final, backend=backend)
         return read[1:] if final else read
 
     if which == "all":
@@ -201,12 +206,14 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
         for rows, items, bias, chunk in SOFTMAXES
     },
     "hstu_layer": {
-        f"{which} {name} {position}": lambda n=lengths, w=which, p=position: layer_case(n, w, p)
-        for which in ("all", "last", "candidates", "last candidates")
-        for name, lengths in EDGES.items()
-        for position in (("post", "pre") if which == "all" else ("post",))
-        if name not in ("all-empty", "one-item") or which == "all"
-    },
+        f"all {name}": lambda n=lengths: layer_case(n, "all") for name, lengths in EDGES.items()
+    }
+    | {
+        f"{which} {name}": lambda n=EDGES[name], w=which: layer_case(n, w)
+        for which in ("last", "candidates", "last candidates")
+        for name in ("random", "empty-rows")
+    }
+    | {"all pre": lambda: layer_case(EDGES["random"], "all", "pre")},
     "jagged": {
         f"{name} {width}": lambda n=lengths, w=width: jagged_case(n, w)
         for name, lengths in EDGES.items()

@@ -74,6 +74,11 @@ def test_unknown_names_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "preference_plan")
     with pytest.raises(ValueError, match=r"must be operator=backend,\.\.\., got 'preference_plan'"):
         plan_preferences(*ARGUMENTS)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "plan=torch")
+    with pytest.raises(ValueError, match=r"must name operators among .*, got \['plan'\]"):
+        plan_preferences(*ARGUMENTS)
+    with pytest.raises(ValueError, match=r"choices must name operators .*'preference_plan'"):
+        dispatch.set_backends({"plan": "torch"})
 
 
 def test_a_named_backend_that_cannot_run_gives_its_reason() -> None:

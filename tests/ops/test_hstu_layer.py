@@ -9,13 +9,13 @@ from triton_device import DEVICE
 
 from hpgr_plugin.components.hstu_stack import HSTUStack
 from hpgr_plugin.ops.compact import compact
-from hpgr_plugin.ops.hstu_layer import candidate_layer
+from hpgr_plugin.ops.hstu_layer import LayerForm, candidate_layer
 from hpgr_plugin.ops.hstu_layer.naive import hstu_layer as naive_layer
 from hpgr_plugin.ops.preference_plan import PlanInputs, PlanSettings
 from hpgr_plugin.ops.preference_plan.triton import select, weight_matrix
 
 WIDTH, HEADS, HEAD_DIM = 24, 2, 16
-EPS = 1e-6
+FORM = LayerForm(HEADS)
 UseBackends = Callable[..., None]
 
 
@@ -68,7 +68,7 @@ def test_a_stack_equals_its_layers_in_loops(
     spec = stack._spec(offsets, weights, 20, True)
     reference = x
     for layer in stack._weights():
-        reference = naive_layer(reference, layer, spec, num_heads=HEADS, eps=EPS)
+        reference = naive_layer(reference, layer, spec, FORM, None)
     assert_same_step(ours, reference[offsets[1:] - 1], [x, *stack.parameters()])
 
 
@@ -102,7 +102,7 @@ def test_a_shared_history_equals_one_long_masked_sequence(
     targets = torch.tensor(candidate_counts, device=DEVICE)
     spec = spec.replace(row_weights=torch.cat(masks), num_targets=targets)
     for layer in stack._weights():
-        rows = naive_layer(rows, layer, spec, num_heads=HEADS, eps=EPS)
+        rows = naive_layer(rows, layer, spec, FORM, None)
     reference = rows[[place for place, row in enumerate(order) if row >= 35]]
     assert_same_step(ours, reference, [history, candidates, *stack.parameters()])
 
@@ -115,7 +115,7 @@ def test_the_last_candidate_layer_returns_the_history(backend: str) -> None:
     reading = spec.replace(query_offsets=offsets_of([1]), max_query_length=1, causal=False)
     (layer,) = stack._weights()
     kept, _ = candidate_layer(
-        history, candidates, layer, spec, reading, num_heads=HEADS, last=True, backend=backend
+        (history, candidates), layer, (spec, reading), FORM, last=True, backend=backend
     )
     assert kept is history
 

@@ -1,4 +1,4 @@
-"""The softmax kernel against its twin in torch: losses, hits and slopes."""
+"""The softmax kernel against its formula in torch: losses, hits and slopes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hpgr_plugin.ops.item_softmax.torch import softmax_slope
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("size", [2, 16, 41, 200])
-def test_the_kernel_is_its_twin(
+def test_the_kernel_equals_its_formula(
     size: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(softmax_triton, "_BLOCK", 64)  # several blocks a row, the last ragged

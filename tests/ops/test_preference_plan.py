@@ -149,7 +149,7 @@ def test_hidden_items_do_not_matter(offsets_of):
     assert torch.equal(before.weights, after.weights)
 
 
-def test_a_plan_depends_on_its_own_user_alone(make_inputs, offsets_of):
+def test_a_plan_depends_only_on_its_own_user(make_inputs, offsets_of):
     lengths = [40, 0, 33, 7, 21, 90]
     inputs = make_inputs(lengths, timed=True, dtype=torch.float32, dim=33)
     counts = candidate_counts(lengths)
@@ -158,7 +158,7 @@ def test_a_plan_depends_on_its_own_user_alone(make_inputs, offsets_of):
         items = slice(*inputs["history_offsets"][b : b + 2].tolist())
         rows = range(*inputs["candidate_offsets"][b : b + 2].tolist())
         candidates = slice(rows.start, rows.stop)
-        alone = plan_preferences(
+        single = plan_preferences(
             inputs["history_embeddings"][items],
             inputs["candidate_embeddings"][candidates],
             offsets_of([lengths[b]]),
@@ -169,8 +169,8 @@ def test_a_plan_depends_on_its_own_user_alone(make_inputs, offsets_of):
             candidate_timestamps=inputs["candidate_timestamps"][candidates],
         )
         kept = slice(int(whole.offsets[rows.start]), int(whole.offsets[rows.stop]))
-        assert torch.equal(alone.index + items.start, whole.index[kept])
-        assert torch.equal(alone.weights, whole.weights[kept])
+        assert torch.equal(single.index + items.start, whole.index[kept])
+        assert torch.equal(single.weights, whole.weights[kept])
 
 
 @pytest.mark.parametrize("elements", [1, 3000])

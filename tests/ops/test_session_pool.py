@@ -63,7 +63,7 @@ def test_kernels_are_plain_torch(
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_no_user_has_a_history(backend: str, use_backends: Callable[..., None]) -> None:
     use_backends(session_pool=backend)
-    module = SessionEnhancementModule(embedding_dim=16, num_heads=2).to(DEVICE)
+    module = SessionEnhancementModule(embedding_dim=16, num_heads=2, causal=False).to(DEVICE)
     none = torch.empty(0, 16, device=DEVICE, requires_grad=True)
     out = module(none, torch.zeros(3, dtype=torch.int64, device=DEVICE),
                  torch.empty(0, dtype=torch.int64, device=DEVICE))  # fmt: skip

@@ -79,6 +79,19 @@ def _seen(positions, columns, history, TARGETS: tl.constexpr):
 
 
 @triton.jit
+def _weighted(x, Matrix, positions, columns, length, history, MATRIX: tl.constexpr,
+              TARGETS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """A block `[ROWS, COLUMNS]` times its weights; with MASKED, zero where a row sees nothing."""
+    if MATRIX:
+        weights = tl.load(Matrix + columns[None, :], mask=columns[None, :] < length, other=0.0)
+        x = x * weights
+    if MASKED:
+        seen = _seen(positions[:, None], columns[None, :], history, TARGETS)
+        x = tl.where(seen, x, 0.0)
+    return x
+
+
+@triton.jit
 def _row_block(Q, K, V, Matrix, pitch, first_row, head, start, length, query_start, query_length,
                history, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
                D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CROSS: tl.constexpr,
@@ -111,12 +124,9 @@ def _forward_columns(acc, q, K, V, Matrix, positions, low, high, length, history
         v = _load(V, columns, length, stride_vt, DV, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         attention = _silu_block(scores, alpha, APPROXIMATE)
-        if MATRIX:
-            weights = tl.load(Matrix + columns[None, :], mask=columns[None, :] < length, other=0.0)
-            attention = attention * weights
-        if MASKED:
-            seen = _seen(positions[:, None], columns[None, :], history, TARGETS)
-            attention = tl.where(seen, attention, 0.0)
+        attention = _weighted(
+            attention, Matrix, positions, columns, length, history, MATRIX, TARGETS, MASKED
+        )
         acc = tl.dot(attention.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc
 
@@ -161,9 +171,9 @@ def forward_kernel(Q, K, V, Out, Offsets, QueryOffsets, Targets, Weights,
 @triton.jit
 def _backward_rows_columns(dq, q, grad, K, V, Matrix, positions, low, high, length, history,
                            stride_kt, stride_vt, alpha, D: tl.constexpr, DV: tl.constexpr,
-                           COLUMNS: tl.constexpr, MATRIX: tl.constexpr,
-                           TARGETS: tl.constexpr, APPROXIMATE: tl.constexpr,
-                           PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+                           COLUMNS: tl.constexpr, MATRIX: tl.constexpr, TARGETS: tl.constexpr,
+                           APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
+                           MASKED: tl.constexpr):  # fmt: skip
     for first in tl.range(low, high, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
         k = _load(K, columns, length, stride_kt, D, MASKED)
@@ -172,12 +182,9 @@ def _backward_rows_columns(dq, q, grad, K, V, Matrix, positions, low, high, leng
         d_attention = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         _, slope = _silu_block_with_slope(scores, alpha, APPROXIMATE)
         d_scores = d_attention * slope
-        if MATRIX:
-            weights = tl.load(Matrix + columns[None, :], mask=columns[None, :] < length, other=0.0)
-            d_scores = d_scores * weights
-        if MASKED:
-            seen = _seen(positions[:, None], columns[None, :], history, TARGETS)
-            d_scores = tl.where(seen, d_scores, 0.0)
+        d_scores = _weighted(
+            d_scores, Matrix, positions, columns, length, history, MATRIX, TARGETS, MASKED
+        )
         dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 

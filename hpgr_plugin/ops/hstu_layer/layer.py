@@ -8,6 +8,9 @@ from torch import Tensor
 
 from hpgr_plugin.ops.hstu_attention.spec import AttentionSpec
 
+Tokens = tuple[Tensor, Tensor]  # history [T, D] and candidates [C, D]
+Specs = tuple[AttentionSpec, AttentionSpec]  # of the history, and of candidates over it
+
 
 class LayerWeights(NamedTuple):
     """Weights of a layer of width D with H heads of sizes dv (u, v) and d (q, k)."""
@@ -19,6 +22,13 @@ class LayerWeights(NamedTuple):
     output_norm_weight: Tensor  # [H dv]
     output_norm_bias: Tensor  # [H dv]
     output_weight: Tensor  # [3 H dv, D]
+
+
+class LayerForm(NamedTuple):
+    """Number of heads H, and the eps of both norms."""
+
+    num_heads: int
+    eps: float = 1e-6
 
 
 class Attention(Protocol):
@@ -38,65 +48,44 @@ class PlainLayers:
         self.attention = attention
 
     def hstu_layer(
-        self, x: Tensor, weights: LayerWeights, spec: AttentionSpec, *, num_heads: int, eps: float
-    ) -> Tensor:
+        self, x: Tensor, weights: LayerWeights, spec: AttentionSpec, form: LayerForm,
+        rows: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """See `hpgr_plugin.ops.hstu_layer.hstu_layer`."""
-        u, v, q, k = _projections(x, weights, num_heads, eps)
-        return x + _gated(u, self.attention(q, k, v, spec), weights, eps)
-
-    def hstu_last_layer(
-        self,
-        x: Tensor,
-        rows: Tensor,
-        weights: LayerWeights,
-        spec: AttentionSpec,
-        *,
-        num_heads: int,
-        eps: float,
-    ) -> Tensor:
-        """See `hpgr_plugin.ops.hstu_layer.hstu_last_layer`."""
-        u, v, q, k = _projections(x, weights, num_heads, eps)
-        return x[rows] + _gated(u[rows], self.attention(q[rows], k, v, spec), weights, eps)
+        u, v, q, k = _projections(x, weights, form)
+        if rows is not None:
+            x, u, q = x[rows], u[rows], q[rows]
+        return x + _gated(u, self.attention(q, k, v, spec), weights, form)
 
     def candidate_layer(
-        self,
-        history: Tensor,
-        candidates: Tensor,
-        weights: LayerWeights,
-        spec: AttentionSpec,
-        reading: AttentionSpec,
-        *,
-        num_heads: int,
-        last: bool,
-        eps: float,
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens: Tokens, weights: LayerWeights, specs: Specs, form: LayerForm, *, last: bool
+    ) -> Tokens:
         """See `hpgr_plugin.ops.hstu_layer.candidate_layer`."""
-        u, v, q, k = _projections(history, weights, num_heads, eps)
-        own_u, own_v, own_q, own_k = _projections(candidates, weights, num_heads, eps)
+        (history, candidates), (spec, reading) = tokens, specs
+        u, v, q, k = _projections(history, weights, form)
+        own_u, own_v, own_q, own_k = _projections(candidates, weights, form)
         score = reading.alpha * (own_q * own_k).sum(-1, keepdim=True)
         own = F.silu(score) / reading.norm_length * own_v
         read = self.attention(own_q, k, v, reading) + own
-        out = candidates + _gated(own_u, read, weights, eps)
+        out = candidates + _gated(own_u, read, weights, form)
         if last:
             return history, out
-        return history + _gated(u, self.attention(q, k, v, spec), weights, eps), out
+        return history + _gated(u, self.attention(q, k, v, spec), weights, form), out
 
 
-def _projections(
-    x: Tensor, weights: LayerWeights, num_heads: int, eps: float
-) -> tuple[Tensor, ...]:
+def _projections(x: Tensor, weights: LayerWeights, form: LayerForm) -> tuple[Tensor, ...]:
     """u, v, q and k, `[T, H, size]` each."""
-    normed = F.layer_norm(x, x.shape[1:], weights.norm_weight, weights.norm_bias, eps)
+    normed = F.layer_norm(x, x.shape[1:], weights.norm_weight, weights.norm_bias, form.eps)
     projected = torch.addmm(weights.projection_bias, normed, weights.projection_weight)
     hidden = weights.output_norm_weight.numel()
     attention = projected.shape[1] // 2 - hidden
     parts = projected.split([hidden, hidden, attention, attention], dim=1)
-    return tuple(part.unflatten(1, (num_heads, -1)) for part in parts)
+    return tuple(part.unflatten(1, (form.num_heads, -1)) for part in parts)
 
 
-def _gated(u: Tensor, attended: Tensor, weights: LayerWeights, eps: float) -> Tensor:
+def _gated(u: Tensor, attended: Tensor, weights: LayerWeights, form: LayerForm) -> Tensor:
     u, attended = F.silu(u.flatten(1)), attended.flatten(1)
     normed = F.layer_norm(
-        attended, attended.shape[1:], weights.output_norm_weight, weights.output_norm_bias, eps
+        attended, attended.shape[1:], weights.output_norm_weight, weights.output_norm_bias, form.eps
     )
     return torch.cat([u, attended, u * normed], 1) @ weights.output_weight

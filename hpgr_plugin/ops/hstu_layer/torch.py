@@ -5,5 +5,4 @@ from hpgr_plugin.ops.hstu_layer.layer import PlainLayers
 
 _LAYERS = PlainLayers(hstu_attention)
 hstu_layer = _LAYERS.hstu_layer
-hstu_last_layer = _LAYERS.hstu_last_layer
 candidate_layer = _LAYERS.candidate_layer

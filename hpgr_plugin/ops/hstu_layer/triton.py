@@ -17,7 +17,7 @@ from hpgr_plugin.ops.hstu_attention.triton import (
     zero_spare_rows,
 )
 from hpgr_plugin.ops.hstu_attention.triton import why_not as why_not_attention
-from hpgr_plugin.ops.hstu_layer.layer import LayerWeights
+from hpgr_plugin.ops.hstu_layer.layer import LayerForm, LayerWeights, Specs, Tokens
 from hpgr_plugin.ops.hstu_layer.rowwise import (
     Norm,
     gate_backward,
@@ -44,58 +44,47 @@ class _Gated(NamedTuple):
     moments: Tensor
 
 
-def why_not(x: Tensor, *arguments: Any, num_heads: int, **_: Any) -> str | None:
+def why_not(
+    x: Tensor, weights: LayerWeights, spec: AttentionSpec, form: LayerForm, rows: Tensor | None
+) -> str | None:
     """Why the kernels do not support the case, or None."""
-    (weights,) = (a for a in arguments if isinstance(a, LayerWeights))
     hidden = weights.output_norm_weight.numel()
     attention = weights.projection_bias.numel() // 2 - hidden
-    q, v = (x.new_empty(0, num_heads, size // num_heads) for size in (attention, hidden))
-    specs = (a for a in arguments if isinstance(a, AttentionSpec))
-    reasons = (why_not_attention(q, q, v, spec) for spec in specs)
+    q, v = (x.new_empty(0, form.num_heads, size // form.num_heads) for size in (attention, hidden))
+    return why_not_attention(q, q, v, spec)
+
+
+def why_not_candidate_layer(
+    tokens: Tokens, weights: LayerWeights, specs: Specs, form: LayerForm, *, last: bool
+) -> str | None:
+    """The same for `candidate_layer`."""
+    reasons = (why_not(tokens[0], weights, spec, form, None) for spec in specs)
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def hstu_layer(
-    x: Tensor, weights: LayerWeights, spec: AttentionSpec, *, num_heads: int, eps: float
+    x: Tensor, weights: LayerWeights, spec: AttentionSpec, form: LayerForm, rows: Tensor | None
 ) -> Tensor:
     """See `hpgr_plugin.ops.hstu_layer.hstu_layer`."""
-    normed, residual = Norm.apply(x, weights.norm_weight, weights.norm_bias, eps)
+    if rows is not None:
+        output: Tensor = _LastLayer.apply(x, rows, _Form(spec, *form), *weights)
+        return output
+    normed, residual = Norm.apply(x, weights.norm_weight, weights.norm_bias, form.eps)
     projected = torch.addmm(weights.projection_bias, normed, weights.projection_weight)
     norm = weights.output_norm_weight, weights.output_norm_bias
-    gated = _AttendAndGate.apply(projected, *norm, _Form(spec, num_heads, eps))
+    gated = _AttendAndGate.apply(projected, *norm, _Form(spec, *form))
     return torch.addmm(residual, gated, weights.output_weight)
 
 
-def hstu_last_layer(
-    x: Tensor,
-    rows: Tensor,
-    weights: LayerWeights,
-    spec: AttentionSpec,
-    *,
-    num_heads: int,
-    eps: float,
-) -> Tensor:
-    """See `hpgr_plugin.ops.hstu_layer.hstu_last_layer`."""
-    output: Tensor = _LastLayer.apply(x, rows, _Form(spec, num_heads, eps), *weights)
-    return output
-
-
 def candidate_layer(
-    history: Tensor,
-    candidates: Tensor,
-    weights: LayerWeights,
-    spec: AttentionSpec,
-    reading: AttentionSpec,
-    *,
-    num_heads: int,
-    last: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    tokens: Tokens, weights: LayerWeights, specs: Specs, form: LayerForm, *, last: bool
+) -> Tokens:
     """See `hpgr_plugin.ops.hstu_layer.candidate_layer`."""
-    norm = weights.norm_weight, weights.norm_bias, eps
+    history, candidates = tokens
+    norm = weights.norm_weight, weights.norm_bias, form.eps
     output_norm = weights.output_norm_weight, weights.output_norm_bias
     projection = weights.projection_bias, weights.projection_weight
-    read_form = _Form(reading, num_heads, eps)
+    own_form, read_form = (_Form(spec, *form) for spec in specs)
     normed_candidates, candidate_residual = Norm.apply(candidates, *norm)
     own = torch.addmm(projection[0], normed_candidates, projection[1])
     normed, residual = Norm.apply(history, *norm)
@@ -107,8 +96,7 @@ def candidate_layer(
         read = _Read.apply(own, keys, *output_norm, read_form)
         return history, torch.addmm(candidate_residual, read, weights.output_weight)
     projected = torch.addmm(projection[0], normed, projection[1])
-    form = _Form(spec, num_heads, eps)
-    gated, read = _AttendAndRead.apply(projected, own, *output_norm, form, read_form)
+    gated, read = _AttendAndRead.apply(projected, own, *output_norm, own_form, read_form)
     out = torch.addmm(candidate_residual, read, weights.output_weight)
     return torch.addmm(residual, gated, weights.output_weight), out
 
@@ -191,6 +179,8 @@ class _AttendAndRead(torch.autograd.Function):
 
 
 class _LastLayer(torch.autograd.Function):
+    """A whole layer for some rows: keys and values of all rows, the rest only of those."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, form: _Form, *parameters: Tensor) -> Tensor:
         weights = LayerWeights(*parameters)

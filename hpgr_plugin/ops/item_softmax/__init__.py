@@ -3,7 +3,12 @@
 from torch import Tensor
 
 from hpgr_plugin.ops.dispatch import Backend, Operator, triton_here
-from hpgr_plugin.ops.item_softmax.losses import ItemLosses, MeanLoss, sampled_cross_entropy
+from hpgr_plugin.ops.item_softmax.losses import (
+    ItemLosses,
+    MeanLoss,
+    SoftmaxInputs,
+    sampled_cross_entropy,
+)
 
 __all__ = ["ItemLosses", "MeanLoss", "mean_cross_entropy", "sampled_cross_entropy"]
 
@@ -42,8 +47,6 @@ def mean_cross_entropy(
     Returns:
         The mean loss, and how many positions had no item that scored higher than the target.
     """
-    loss: MeanLoss = _OPERATOR.run(
-        "mean_cross_entropy", hidden, item_table, targets, bias,
-        chunk_bytes=chunk_bytes, backend=backend,
-    )  # fmt: skip
+    inputs = SoftmaxInputs(hidden, item_table, targets, bias, chunk_bytes)
+    loss: MeanLoss = _OPERATOR.run("mean_cross_entropy", inputs, backend=backend)
     return loss

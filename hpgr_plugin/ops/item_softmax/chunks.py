@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hpgr_plugin.ops.item_softmax.losses import MeanLoss
+from hpgr_plugin.ops.item_softmax.losses import MeanLoss, SoftmaxInputs
 
 CHUNK_BYTES = 1 << 27  # of logits in memory at the same time
 CUDA_CHUNK_BYTES = 1 << 30  # there every further chunk adds to the table's gradient in memory
@@ -33,21 +33,15 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def mean_in_chunks(
-    hidden: Tensor,
-    item_table: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    chunk_bytes: int | None,
-    softmax_slope: SoftmaxSlope,
-) -> MeanLoss:
+def mean_in_chunks(inputs: SoftmaxInputs, softmax_slope: SoftmaxSlope) -> MeanLoss:
     """See `hpgr_plugin.ops.item_softmax.mean_cross_entropy`."""
+    hidden, item_table, targets, bias, chunk_bytes = inputs
     dtype = product_dtype(hidden)
     if chunk_bytes is None:
         chunk_bytes = CUDA_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES
     rows = max(1, chunk_bytes // max(1, len(item_table) * dtype.itemsize))
-    inputs = (hidden, item_table, bias)
-    slopes = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    learned = (hidden, item_table, bias)
+    slopes = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
     loss, hits = _MeanCrossEntropy.apply(
         hidden.to(dtype), item_table, bias, targets, min(rows, max(1, len(hidden))), slopes,
         softmax_slope,

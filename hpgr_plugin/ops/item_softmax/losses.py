@@ -8,6 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class SoftmaxInputs(NamedTuple):
+    """The arguments of `mean_cross_entropy`."""
+
+    hidden: Tensor
+    item_table: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    chunk_bytes: int | None
+
+
 class ItemLosses(NamedTuple):
     """Per scored position: `losses` `[M]`, and `hits` `[M]` bool, no item scored higher."""
 

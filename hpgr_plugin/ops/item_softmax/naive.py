@@ -1,20 +1,14 @@
 """The mean cross entropy over all items as a loop over positions: the reference."""
 
 import torch
-from torch import Tensor
 
-from hpgr_plugin.ops.item_softmax.losses import MeanLoss
+from hpgr_plugin.ops.item_softmax.losses import MeanLoss, SoftmaxInputs
 
 
-def mean_cross_entropy(
-    hidden: Tensor,
-    item_table: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    *,
-    chunk_bytes: int | None = None,
-) -> MeanLoss:
-    """`-log(exp(s_target) / sum_j exp(s_j))`, averaged over positions; `chunk_bytes` is unused."""
+def mean_cross_entropy(inputs: SoftmaxInputs) -> MeanLoss:
+    """`-log(exp(s_target) / sum_j exp(s_j))`, averaged over positions; in one chunk."""
+    hidden, item_table, targets, bias, _ = inputs
+    # Times zero: without positions the loss is 0 and so are the gradients.
     loss, hits = hidden.sum() * 0.0 + item_table.sum() * 0.0, targets.new_zeros(())
     for row, target in zip(hidden, targets.tolist(), strict=True):
         scores = torch.stack([row @ item for item in item_table])

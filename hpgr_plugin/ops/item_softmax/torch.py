@@ -1,22 +1,11 @@
 """The mean cross entropy over all items in plain torch."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from hpgr_plugin.ops.item_softmax.chunks import mean_in_chunks
-from hpgr_plugin.ops.item_softmax.losses import MeanLoss
-
-
-def mean_cross_entropy(
-    hidden: Tensor,
-    item_table: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    *,
-    chunk_bytes: int | None = None,
-) -> MeanLoss:
-    """See `hpgr_plugin.ops.item_softmax.mean_cross_entropy`."""
-    return mean_in_chunks(hidden, item_table, targets, bias, chunk_bytes, softmax_slope)
 
 
 def softmax_slope(
@@ -36,3 +25,6 @@ def softmax_slope(
         power.div_(total.unsqueeze(1))
         power.scatter_add_(1, place, torch.full_like(place, -1, dtype=power.dtype))
     return losses, target_score >= top, power
+
+
+mean_cross_entropy = functools.partial(mean_in_chunks, softmax_slope=softmax_slope)

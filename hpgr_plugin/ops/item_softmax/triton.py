@@ -1,34 +1,24 @@
 """The mean cross entropy over all items, one kernel for softmax and slope."""
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
 
 from hpgr_plugin.ops.item_softmax.chunks import mean_in_chunks, product_dtype
 from hpgr_plugin.ops.item_softmax.kernels import softmax_slope_kernel
-from hpgr_plugin.ops.item_softmax.losses import MeanLoss
+from hpgr_plugin.ops.item_softmax.losses import SoftmaxInputs
 
 _BLOCK = 16384  # logits of a row at a time
 _LANE = 8  # neighbours that one thread holds and reduces by itself
 
 
-def why_not(hidden: Tensor, *_: Tensor | None, chunk_bytes: int | None = None) -> str | None:
+def why_not(inputs: SoftmaxInputs) -> str | None:
     """Why the kernel does not support the case, or None."""
-    dtype = product_dtype(hidden)
+    dtype = product_dtype(inputs.hidden)
     known = dtype in (torch.float32, torch.bfloat16, torch.float16)
     return None if known else f"dtype {dtype}"
-
-
-def mean_cross_entropy(
-    hidden: Tensor,
-    item_table: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    *,
-    chunk_bytes: int | None = None,
-) -> MeanLoss:
-    """See `hpgr_plugin.ops.item_softmax.mean_cross_entropy`."""
-    return mean_in_chunks(hidden, item_table, targets, bias, chunk_bytes, softmax_slope)
 
 
 def softmax_slope(
@@ -49,3 +39,6 @@ def softmax_slope(
             LANE=_LANE, num_warps=min(32, max(1, block // 512)),
         )  # fmt: skip
     return losses, hits, scores
+
+
+mean_cross_entropy = functools.partial(mean_in_chunks, softmax_slope=softmax_slope)

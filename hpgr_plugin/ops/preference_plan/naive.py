@@ -33,9 +33,9 @@ def plan_preferences(inputs: PlanInputs, settings: PlanSettings) -> PreferencePl
                     index.append(j)
                     weights.append(mask)
             offsets.append(len(index))
-    double = history.dtype == torch.float64
+    dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
     return PreferencePlan(
-        torch.tensor(index, dtype=torch.int64),
-        torch.tensor(weights, dtype=torch.float64 if double else torch.float32),
-        torch.tensor(offsets, dtype=torch.int64),
+        torch.tensor(index, dtype=torch.int64, device=history.device),
+        torch.tensor(weights, dtype=dtype, device=history.device),
+        torch.tensor(offsets, dtype=torch.int64, device=history.device),
     )
