@@ -1,4 +1,4 @@
-"""Seconds a training step of every row of an ablation, alone on the machine, in one run.
+"""Seconds per training step of every row of an ablation, one row at a time, in one run.
 
     python -m examples.benchmarks.ablation_steps --config configs/runs/ml-1m_ablation.gin
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def time_row(data: PreparedData, batches: list[Batch], device: torch.device) -> tuple[float, float]:
-    """Median seconds a step of the row whose gin scope is open, and peak GiB on CUDA.
+    """Median seconds per step of the row whose gin scope is open, and peak GiB on CUDA.
 
     A first pass over the same batches warms up: it meets every shape once.
     """

@@ -1,13 +1,14 @@
-"""The candidate layout: 1, 10 and 64 candidates that share one dense history, n tokens in all."""
+"""The layout "shared_history": 1, 10 and 64 candidates per dense history, n tokens in all."""
 
 import torch
 
 from examples.benchmarks import host
 from examples.benchmarks.registry import check, measure_ceilings, print_table
 from examples.benchmarks.stack import HEADS, LAYERS, WIDTH, new_stack, step_times
+from hpgr_plugin.ops.preference_plan import PlanInputs, PlanSettings
 from hpgr_plugin.ops.preference_plan.triton import weight_matrix
 
-SETTING = {"top_k": 50, "sigma": 2.0, "eps": 1e-3, "recent": 0}
+SETTINGS = PlanSettings(top_k=50, sigma=2.0)
 
 
 def run(*, quick: bool) -> None:
@@ -27,16 +28,18 @@ def run(*, quick: bool) -> None:
 def _measure(stack, users: int, length: int, count: int) -> dict[str, object]:  # type: ignore[no-untyped-def]
     places = torch.arange(users + 1, device="cuda")
     history_offsets, candidate_offsets = places * length, places * count
-    raw, asked = (torch.randn(users * n, WIDTH, device="cuda").bfloat16() for n in (length, count))
-    history, candidates = (torch.randn_like(x).requires_grad_() for x in (raw, asked))
-    grad = torch.randn_like(asked)
+    raw, raw_candidates = (
+        torch.randn(users * n, WIDTH, device="cuda").bfloat16() for n in (length, count)
+    )
+    history, candidates = (torch.randn_like(x).requires_grad_() for x in (raw, raw_candidates))
+    grad = torch.randn_like(raw_candidates)
+    inputs = PlanInputs(
+        *tables, history_offsets, candidate_offsets, max_history=length, max_candidates=count
+    )  # fmt: skip
 
     def sparse() -> torch.Tensor:
-        matrix = weight_matrix(
-            raw, asked, history_offsets, candidate_offsets, **SETTING, max_history=length,
-            max_candidates=count,
-        )  # fmt: skip
-        return stack.candidate_scope(
+        matrix = weight_matrix(inputs, SETTINGS)
+        return stack.shared_history(
             history, candidates, history_offsets, candidate_offsets, matrix, max_candidates=count
         )
 
@@ -62,9 +65,9 @@ def _measure(stack, users: int, length: int, count: int) -> dict[str, object]:  
         output = dense.dense(whole, offsets, max_length=length + count, num_targets=targets)
         return output[own]
 
-    with torch.no_grad():  # without its mask, ours is the host's dense stack
+    with torch.no_grad():  # without a mask, ours equals the host's dense stack
         everything = torch.ones(users * count, length, device="cuda")
-        ours = stack.candidate_scope(
+        ours = stack.shared_history(
             history, candidates, history_offsets, candidate_offsets, everything,
             max_candidates=count,
         )  # fmt: skip

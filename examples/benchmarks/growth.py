@@ -1,4 +1,4 @@
-"""The same pairs and the same K while the history doubles: what a longer history costs."""
+"""What a longer history costs: the same pairs and the same K while the history doubles."""
 
 from examples.benchmarks.registry import measure_ceilings, print_table
 from examples.benchmarks.stack import Batch, new_stack, pgsa_step, step_times

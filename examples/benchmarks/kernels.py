@@ -1,4 +1,4 @@
-"""Our attention alone: against the host's on its Triton kernels, and what column weights cost."""
+"""Our attention against the host's on its Triton kernels, and the cost of column weights."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from examples.benchmarks.registry import (
     print_table,
     time_ms,
 )
-from hpgr_plugin.ops.hstu_attention.torch import hstu_attention, padded_hstu_attention
+from hpgr_plugin.ops.hstu_attention import AttentionSpec, hstu_attention
 
 HEADS, HEAD_DIM, TOKENS = 4, 128, 131072
 
@@ -56,7 +56,8 @@ def run(*, quick: bool) -> None:
             ours, weighted = times["ours"][which], times["weighted"][which]
             row[f"{kind} ms"] = ours
             row[f"{kind} TFLOP/s"] = flops * share / ours / 1e9
-            row[f"{kind} / floor"] = ours / ceilings.floor_ms(num_bytes=0, flops=flops * share)
+            bound_ms = ceilings.lower_bound_ms(num_bytes=0, flops=flops * share)
+            row[f"{kind} / lower bound"] = ours / bound_ms
             row[f"weights {kind}"] = weighted / ours
             for name in ("host", "host TMA") if against_host else ():
                 row[f"{name} / ours {kind}"] = times[name][which] / ours
@@ -68,10 +69,11 @@ def run(*, quick: bool) -> None:
 def _ours(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, n: int, weights: Tensor | None = None
 ) -> Tensor:
-    return hstu_attention(
-        q, k, v, offsets, max_length=n, alpha=HEAD_DIM**-0.5, norm_length=n,
+    spec = AttentionSpec(
+        offsets=offsets, max_length=n, alpha=HEAD_DIM**-0.5, norm_length=n,
         column_weights=weights, exact=True,
     )  # fmt: skip
+    return hstu_attention(q, k, v, spec)
 
 
 def _host(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, n: int, descriptors: bool) -> Tensor:
@@ -94,7 +96,7 @@ FORMS = ("dense", "weighted", "weighted before SiLU", "targets", "last rows")
 
 
 def check_form(name: str) -> None:
-    """Value and gradient of one form against padded torch in float64, in both dtypes."""
+    """Check value and gradient of one form against plain torch in float64, in both dtypes."""
     torch.manual_seed(0)
     lengths = torch.tensor([0, 1, 700, 64, 129, 500], device="cuda")
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -114,9 +116,11 @@ def check_form(name: str) -> None:
     for dtype, tolerance in ((torch.bfloat16, 8e-3), (torch.float32, 1e-4)):
         inputs = [_random(n, dtype).requires_grad_() for n in (num_queries, total, total)]
         exact = [x.detach().double().requires_grad_() for x in inputs]
-        settings = {"max_length": 700, "alpha": HEAD_DIM**-0.5, "norm_length": 700.0}
-        ours = hstu_attention(*inputs, offsets, kernel="triton", **settings, **form)
-        reference = padded_hstu_attention(*exact, offsets, **settings, **form)
+        spec = AttentionSpec(
+            offsets=offsets, max_length=700, alpha=HEAD_DIM**-0.5, norm_length=700.0, **form
+        )
+        ours = hstu_attention(*inputs, spec, backend="triton")
+        reference = hstu_attention(*exact, spec.replace(), backend="torch")
         grad = torch.randn_like(ours)
         pairs = zip(
             (ours, *torch.autograd.grad(ours, inputs, grad)),

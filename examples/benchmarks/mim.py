@@ -1,4 +1,4 @@
-"""The full softmax over all items against its own three matrix products."""
+"""The softmax over all items against its three matrix products."""
 
 import torch
 

@@ -1,10 +1,12 @@
-"""PGSA's selection alone, against reading the history once and against the scores' product."""
+"""PGSA's selection against reading the history once, and against the product of the scores."""
+
+from functools import partial
 
 import torch
 
 from examples.benchmarks.registry import measure_ceilings, print_table, time_ms
-from hpgr_plugin.ops.preference_plan import plan_preferences
-from hpgr_plugin.ops.preference_plan import triton as plan
+from hpgr_plugin.ops.preference_plan import PlanInputs, PlanSettings, plan_preferences
+from hpgr_plugin.ops.preference_plan.triton import select
 
 WIDTH = 512
 SETTINGS = ((50, 2.0, 0), (32, 2.0, 0), (8, 1.0, 32))
@@ -22,16 +24,16 @@ def run(*, quick: bool) -> None:
             history_offsets = torch.arange(0, tokens + 1, length, device="cuda")
             for candidates in (1, 64):
                 candidate_offsets = torch.arange(users + 1, device="cuda") * candidates
-                asked = torch.randn(users * candidates, WIDTH, device="cuda").bfloat16()
+                wanted = torch.randn(users * candidates, WIDTH, device="cuda").bfloat16()
                 read_ms = 2e3 * history.numel() / ceilings.bytes_per_s
-                product_ms = _product_ms(history.view(users, length, WIDTH), asked)
+                product_ms = _product_ms(history.view(users, length, WIDTH), wanted)
                 for top_k, sigma, recent in SETTINGS[1:] if quick else SETTINGS:
-                    arguments = (history, asked, history_offsets, candidate_offsets)
-                    settings = {"top_k": top_k, "sigma": sigma, "eps": 1e-3, "recent": recent}
-                    bounds = {"max_history": length, "max_candidates": candidates}
-                    step = lambda a=arguments, s=settings | bounds: plan.select(  # noqa: E731
-                        *a, **s, with_candidates=True
-                    )
+                    inputs = PlanInputs(
+                        history, wanted, history_offsets, candidate_offsets,
+                        max_history=length, max_candidates=candidates,
+                    )  # fmt: skip
+                    settings = PlanSettings(top_k, sigma, recent=recent)
+                    step = partial(select, inputs, settings, with_candidates=True)
                     eager = time_ms(step)
                     replayed = time_ms(_captured(step))
                     rows.append(
@@ -46,9 +48,9 @@ def run(*, quick: bool) -> None:
     print_table(rows)
 
 
-def _product_ms(history: torch.Tensor, asked: torch.Tensor) -> float:
-    """The scores as the library's batched matrix product, written as float32 would be."""
-    grouped = asked.view(len(history), -1, asked.shape[1]).transpose(1, 2)
+def _product_ms(history: torch.Tensor, candidates: torch.Tensor) -> float:
+    """The scores as the library's batched matrix product."""
+    grouped = candidates.view(len(history), -1, candidates.shape[1]).transpose(1, 2)
     return time_ms(lambda: torch.bmm(history, grouped))
 
 
@@ -69,20 +71,15 @@ def _check() -> None:
         candidate_offsets = torch.arange(6, device="cuda") * candidates
         total = int(history_offsets[-1])
         history = torch.randint(-2, 3, (total, 64), device="cuda").bfloat16()
-        asked = torch.randint(-2, 3, (5 * candidates, 64), device="cuda").bfloat16()
+        candidate_rows = torch.randint(-2, 3, (5 * candidates, 64), device="cuda").bfloat16()
         times = torch.cat([torch.arange(int(n), device="cuda") for n in lengths])
         now = torch.randint(0, 17000, (5 * candidates,), device="cuda")
+        tensors = (history, candidate_rows, history_offsets, candidate_offsets)
         for top_k, sigma, recent in SETTINGS:
-            arguments = (history, asked, history_offsets, candidate_offsets)
-            settings = {"top_k": top_k, "sigma": sigma, "recent": recent}
-            settings |= {"history_timestamps": times, "candidate_timestamps": now}
-            # On the CPU: of CUDA tensors the kernels would be compared with themselves.
+            settings = (top_k, sigma, 1e-3, recent)
+            got = plan_preferences(*tensors, *settings, times, now, backend="triton")
             wanted = plan_preferences(
-                *(x.cpu() for x in arguments),
-                **{k: x.cpu() if isinstance(x, torch.Tensor) else x for k, x in settings.items()},
-            )
-            got = plan.plan_preferences(
-                *arguments, **settings, max_history=16384, max_candidates=candidates
+                *(x.cpu() for x in tensors), *settings, times.cpu(), now.cpu(), backend="torch"
             )
             assert torch.equal(got.offsets.cpu(), wanted.offsets), (candidates, top_k, "offsets")
             assert torch.equal(got.index.cpu(), wanted.index), (candidates, top_k, "index")

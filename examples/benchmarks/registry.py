@@ -29,8 +29,8 @@ class Ceilings(NamedTuple):
     bytes_per_s: float
     flops_per_s: float
 
-    def floor_ms(self, *, num_bytes: float, flops: float) -> float:
-        """No implementation is faster than the larger of the two."""
+    def lower_bound_ms(self, *, num_bytes: float, flops: float) -> float:
+        """The larger of the times that moving the bytes and computing take at least."""
         return 1e3 * max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
 
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _each_by_itself(names: Sequence[str], *, quick: bool) -> int:
-    """One process each: what one leaves on the device, a fault too, is not the next one's."""
+    """One process each, so that memory or a fault left by one does not reach the next."""
     failed = 0
     for name in names:
         start = time.time()
@@ -62,7 +62,7 @@ def _each_by_itself(names: Sequence[str], *, quick: bool) -> int:
 
 
 def time_ms(step: Callable[[], object], *, budget_ms: float = 150.0, most: int = 30) -> float:
-    """Median time of a step on the device, by events; on the CPU, by the clock."""
+    """Median time per step on the device, by events; on the CPU, by the clock."""
     if not torch.cuda.is_available():
         return _time_cpu_ms(step, budget_ms=budget_ms, most=most)
     step()
@@ -93,7 +93,7 @@ def _time_cpu_ms(step: Callable[[], object], *, budget_ms: float, most: int) -> 
 
 
 def measure_ceilings() -> Ceilings:
-    """A large copy, bytes read plus bytes written, and a large bfloat16 matrix product."""
+    """Time a large copy (bytes read plus written) and a large bfloat16 matrix product."""
     source = torch.randn(2**29, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
     copy_ms = time_ms(lambda: target.copy_(source))
@@ -120,7 +120,7 @@ def in_parallel(job: Callable[[str], None], names: Sequence[str], processes: int
 
 
 def check(name: str, got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
-    """Relative error in the norm; a benchmark of a wrong result is worth nothing.
+    """Check the relative error in the norm, so that no wrong result is timed.
 
     Raises:
         AssertionError: it is above the tolerance, or not a number.
@@ -135,7 +135,7 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def print_table(rows: Sequence[dict[str, object]]) -> None:
-    """Markdown, one column a key of the first row that has it."""
+    """Print Markdown, one column per key, in the order in which keys appear."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     print("\n| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))

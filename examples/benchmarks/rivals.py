@@ -1,4 +1,4 @@
-"""On the host's kernels alone: stochastic length, and PGSA without a kernel of its own.
+"""Stochastic length, and PGSA without a kernel of its own, on the host's kernels only.
 
 Against the host's dense stack, as in `stack`. Lengths are divisible by 16 where they can be: see
 NOTES.md.
@@ -18,16 +18,15 @@ from examples.benchmarks.stack import (
     WIDTH,
     Batch,
     attention_flops,
-    dense_floor,
+    dense_work,
     host_times,
     linear_flops,
     name_of,
     new_stack,
-    pgsa_floor,
+    pgsa_work,
     row_of,
     step_times,
 )
-from hpgr_plugin.ops.compact.triton import gather_rows
 
 _ALIGNED = 16
 
@@ -50,7 +49,7 @@ def run(*, quick: bool) -> None:
             batch = Batch(tokens, length)
             whole = batch.whole()
             base = host_times(dense_host, batch, whole)
-            timed = [("dense host", base, tokens, dense_floor(batch))]
+            timed = [("dense host", base, tokens, dense_work(batch))]
             for alpha in (1.6, 1.8):
                 timed.append(_stochastic_length(dense_host, batch, alpha, whole))
             print_table([row_of(batch, *row, base, ceilings) for row in timed])
@@ -67,9 +66,9 @@ def _pgsa(dense_host: host.HostStack, batch: Batch, setting: tuple[int, float, i
     def step() -> Tensor:
         chosen = batch.select(setting)
         kept = int(chosen.offsets[-1])
-        # A last sequence that nobody reads brings the rows to a number divisible by 16.
+        # A last sequence whose output is unused makes the number of rows divisible by 16.
         filled = -(-kept // _ALIGNED) * _ALIGNED
-        rows = gather_rows(batch.history, batch.candidates, chosen, filled, disjoint=True)
+        rows = batch.gather(chosen, filled)
         offsets = F.pad(chosen.offsets, (0, 1), value=filled)
         weights = F.pad(chosen.weights[:kept], (0, filled - kept))
         output = dense_host.weighted(rows, weights, offsets, max_length=chosen.max_length)
@@ -79,7 +78,7 @@ def _pgsa(dense_host: host.HostStack, batch: Batch, setting: tuple[int, float, i
     times = step_times(step, inputs, batch.grad)
     chosen = batch.select(setting)
     name = f"{name_of(setting)}, host's kernels"
-    return name, times, int(chosen.offsets[-1]), pgsa_floor(batch, chosen)
+    return name, times, int(chosen.offsets[-1]), pgsa_work(batch, chosen)
 
 
 def _stochastic_length(
@@ -99,8 +98,8 @@ def _stochastic_length(
     times = step_times(step, [whole, *dense_host.parameters()], batch.grad)
     squares = float(lengths.double().square().sum())
     flops = 3 * linear_flops(total, LAYERS) + 3.5 * attention_flops(squares, LAYERS)
-    floor = {"flops": flops, "num_bytes": 2.0 * WIDTH * (total + batch.users * n)}
-    return f"stochastic length {alpha}, host", times, total, floor
+    work = {"flops": flops, "num_bytes": 2.0 * WIDTH * (total + batch.users * n)}
+    return f"stochastic length {alpha}, host", times, total, work
 
 
 def _shortened(

@@ -1,4 +1,4 @@
-"""SEM forward and backward: alone against the dense step, and what it adds to a step of ours."""
+"""SEM forward and backward: its own time against the dense step, and what it adds to our step."""
 
 import itertools
 from functools import partial
@@ -29,13 +29,13 @@ def run(*, quick: bool) -> None:
             module = SessionEnhancementModule(embedding_dim=WIDTH, num_heads=4).cuda().bfloat16()
             enhance = partial(module, whole, batch.offsets, times)
             inputs = [whole, *module.parameters()]
-            alone = step_times(enhance, inputs, torch.randn_like(whole))
+            own = step_times(enhance, inputs, torch.randn_like(whole))
             step = _dense_ms(stack, batch, whole, module, times)
             rows.append(
                 {
                     "tokens": tokens, "n": length, "events a session": session,
-                    "SEM f+b ms": alone[1], "GiB": alone[2], "dense host f+b ms": theirs,
-                    "SEM / host": alone[1] / theirs, "dense ours f+b ms": ours,
+                    "SEM f+b ms": own[1], "GiB": own[2], "dense host f+b ms": theirs,
+                    "SEM / host": own[1] / theirs, "dense ours f+b ms": ours,
                     "with SEM": step, "adds / host": (step - ours) / theirs,
                 }
             )  # fmt: skip
@@ -49,7 +49,7 @@ def _dense_ms(
     module: SessionEnhancementModule | None = None,
     times: Tensor | None = None,
 ) -> float:
-    """Forward and backward of our dense stack, of what SEM makes of the tokens if it is given."""
+    """Forward and backward of our dense stack, with SEM in front if there is a module."""
     last = batch.offsets[1:] - 1
 
     def forward() -> Tensor:

@@ -1,4 +1,4 @@
-"""The whole step: select, gather, five layers, the candidates' rows; against the dense stack.
+"""The whole step of a stack (select, gather, five layers, candidates) against the dense stack.
 
 Every user has one candidate, the last of n tokens. Forward, and forward and backward to the
 embeddings and all weights. "dense host" is the host's stack on its own Triton kernels, tuned by
@@ -19,12 +19,13 @@ from examples.benchmarks.registry import (
     time_ms,
 )
 from hpgr_plugin.components.hstu_stack import HSTUStack, graphed
-from hpgr_plugin.ops.compact.triton import gather_rows
-from hpgr_plugin.ops.preference_plan.triton import Selection, select
+from hpgr_plugin.ops.compact import compact
+from hpgr_plugin.ops.preference_plan import PlanInputs, PlanSettings, Selection
+from hpgr_plugin.ops.preference_plan.triton import select
 
 WIDTH, LAYERS, HEADS, HEAD_DIM = 512, 5, 4, 128
 SETTINGS = ((50, 2.0, 0), (32, 2.0, 0), (8, 1.0, 32))
-GRAPH_ROWS = 2**17  # above, launches hide behind the work and waiting for the length pays
+GRAPH_ROWS = 2**17  # above, launches cost nothing beside the work and knowing the length pays
 
 
 class Batch:
@@ -49,10 +50,18 @@ class Batch:
 
     def select(self, setting: tuple[int, float, int]) -> Selection:
         top_k, sigma, recent = setting
-        return select(
+        inputs = PlanInputs(
             self.raw, self.raw_candidates, self.history_offsets, self.candidate_offsets,
-            top_k=top_k, sigma=sigma, eps=1e-3, recent=recent, max_history=self.length - 1,
-            max_candidates=1, with_candidates=True,
+            max_history=self.length - 1, max_candidates=1,
+        )  # fmt: skip
+        settings = PlanSettings(top_k, sigma, recent=recent)
+        return select(inputs, settings, with_candidates=True)
+
+    def gather(self, chosen: Selection, num_rows: int) -> Tensor:
+        """Rows of the short sequences, zero from their end on."""
+        return compact(
+            self.history, self.candidates, chosen.index, chosen.offsets, num_rows=num_rows,
+            disjoint=True,
         )  # fmt: skip
 
 
@@ -107,18 +116,18 @@ def step_times(
 def pgsa_step(
     stack: HSTUStack, batch: Batch, setting: tuple[int, float, int]
 ) -> tuple[Callable[[], Tensor], str]:
-    """Our fastest path for the size: captured over all the room, or eager over what is kept."""
+    """Our fastest path for the size: captured for the most rows, or eager for the kept ones."""
     probe = batch.select(setting)
     room = len(probe.index)
     if room > GRAPH_ROWS:
-        return lambda: stack.sequence_scope(
+        return lambda: stack.per_candidate(
             batch.history, batch.candidates, batch.select(setting), exact=True, disjoint=True
         ), "eager"
     run_captured = graphed(stack, room, batch.users, probe.max_length)
 
     def step() -> Tensor:
         chosen = batch.select(setting)
-        rows = gather_rows(batch.history, batch.candidates, chosen, room, disjoint=True)
+        rows = batch.gather(chosen, room)
         output: Tensor = run_captured(rows, chosen.weights, chosen.offsets)
         return output
 
@@ -130,34 +139,38 @@ def row_of(
     name: str,
     times: tuple[float, float, float],
     kept: int,
-    floor: dict[str, float],
+    work: dict[str, float],
     base: tuple[float, ...],
     ceilings: Ceilings,
 ) -> dict[str, object]:
-    """A line of the table.
+    """One row of the table.
 
     Args:
+        batch: what was timed on.
+        name: of the stack.
         times: of `step_times`.
-        floor: `flops` and `num_bytes` of a forward and backward.
-        base: forward and both of what it is compared with.
+        kept: tokens in the stack.
+        work: `flops` and `num_bytes` of a forward and backward.
+        base: forward, and forward and backward, of what it is compared with.
+        ceilings: of the device.
     """
     forward, full, peak = times
-    floor_ms = ceilings.floor_ms(**floor)
+    bound_ms = ceilings.lower_bound_ms(**work)
     return {
         "tokens": batch.users * batch.length, "n": batch.length, "stack": name, "kept": kept,
         "f ms": forward, "f+b ms": full, "f x": base[0] / forward, "f+b x": base[1] / full,
-        "TFLOP/s": floor["flops"] / full / 1e9, "floor ms": floor_ms, "/ floor": full / floor_ms,
-        "GiB": peak,
+        "TFLOP/s": work["flops"] / full / 1e9, "lower bound ms": bound_ms,
+        "/ lower bound": full / bound_ms, "GiB": peak,
     }  # fmt: skip
 
 
-def dense_floor(batch: Batch) -> dict[str, float]:
+def dense_work(batch: Batch) -> dict[str, float]:
     tokens = batch.users * batch.length
     flops = 3 * linear_flops(tokens, LAYERS) + 3.5 * attention_flops(tokens * batch.length, LAYERS)
     return {"flops": flops, "num_bytes": 4.0 * tokens * WIDTH}
 
 
-def pgsa_floor(batch: Batch, chosen: Selection) -> dict[str, float]:
+def pgsa_work(batch: Batch, chosen: Selection) -> dict[str, float]:
     """Embeddings read, kept rows read, the gradient of all rows written; the kept rows' layers."""
     kept = int(chosen.offsets[-1])
     squares = float(chosen.offsets.diff().double().square().sum())
@@ -202,18 +215,18 @@ def _measure(
         host.prepare_tuning()
         host.forget_attention(keep=3 if tokens > 2**17 else None)
         times = host_times(dense_host, batch, whole)
-        timed.append(("dense host", times, tokens, dense_floor(batch)))
+        timed.append(("dense host", times, tokens, dense_work(batch)))
     times = step_times(
         lambda: stack.all_rows(whole, batch.offsets, max_length=batch.length)[last],
         [whole, *stack.parameters()], batch.grad,
     )  # fmt: skip
-    timed.append(("dense ours", times, tokens, dense_floor(batch)))
+    timed.append(("dense ours", times, tokens, dense_work(batch)))
     for setting in settings:
         chosen = batch.select(setting)
         step, how = pgsa_step(stack, batch, setting)
         times = step_times(step, ours, batch.grad)
-        kept, floor = int(chosen.offsets[-1]), pgsa_floor(batch, chosen)
-        timed.append((f"{name_of(setting)}, {how}", times, kept, floor))
+        kept, work = int(chosen.offsets[-1]), pgsa_work(batch, chosen)
+        timed.append((f"{name_of(setting)}, {how}", times, kept, work))
     base = timed[0][1]
     return [row_of(batch, *row, base, ceilings) for row in timed]
 

@@ -1,8 +1,8 @@
-"""A stack of HSTU layers read by its candidates alone, dense or over what PGSA keeps.
+"""A stack of HSTU layers that returns only candidates, dense or over what PGSA keeps.
 
-Nothing here waits for the device: lengths are bounds, and what a selection does not use of its
-room is rows of zeros that no sequence owns. So a step of one spec can be captured as a graph
-(`graphed`), which is what small batches need: their launches take longer than their work.
+Nothing here waits for the device: lengths are upper bounds, and rows that a selection does not use
+are zeros that no sequence owns. So a step of fixed sizes can be captured as a graph (`graphed`),
+which pays for small batches, whose kernel launches take longer than their work.
 """
 
 from typing import Any
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from hpgr_plugin.ops.compact import compact
 from hpgr_plugin.ops.hstu_attention import AttentionSpec
-from hpgr_plugin.ops.hstu_layer.triton import (
+from hpgr_plugin.ops.hstu_layer import (
     LayerWeights,
     candidate_layer,
     hstu_last_layer,
     hstu_layer,
 )
-from hpgr_plugin.ops.preference_plan.triton import Selection
+from hpgr_plugin.ops.preference_plan import Selection
 
 
 class HSTUStack(nn.Module):
@@ -48,22 +48,18 @@ class HSTUStack(nn.Module):
         self.alpha = head_dim**-0.5
         self.layers = nn.ModuleList()
         for _ in range(num_layers):
-            layer = nn.ParameterDict(
-                {
-                    "norm_weight": torch.ones(embedding_dim),
-                    "norm_bias": torch.zeros(embedding_dim),
-                    "projection_weight": nn.init.xavier_uniform_(
-                        torch.empty(embedding_dim, 4 * hidden)
-                    ),
-                    "projection_bias": torch.zeros(4 * hidden),
-                    "output_norm_weight": torch.ones(hidden),
-                    "output_norm_bias": torch.zeros(hidden),
-                    "output_weight": nn.init.xavier_uniform_(
-                        torch.empty(3 * hidden, embedding_dim)
-                    ),
-                }
+            projection = torch.empty(embedding_dim, 4 * hidden)
+            output = torch.empty(3 * hidden, embedding_dim)
+            weights = LayerWeights(
+                norm_weight=torch.ones(embedding_dim),
+                norm_bias=torch.zeros(embedding_dim),
+                projection_weight=nn.init.xavier_uniform_(projection),
+                projection_bias=torch.zeros(4 * hidden),
+                output_norm_weight=torch.ones(hidden),
+                output_norm_bias=torch.zeros(hidden),
+                output_weight=nn.init.xavier_uniform_(output),
             )
-            self.layers.append(layer)
+            self.layers.append(nn.ParameterDict(weights._asdict()))
 
     def forward(
         self,
@@ -77,6 +73,7 @@ class HSTUStack(nn.Module):
         """Sequences `[R, D]`, each ending in its one candidate, to candidates `[C, D]`.
 
         Args:
+            rows: `[R, D]`.
             column_weights: `[R]` float32, or None for a dense stack.
             offsets: `[C + 1]`.
             max_length: an upper bound of the lengths.
@@ -87,8 +84,8 @@ class HSTUStack(nn.Module):
         for weights in inner:
             rows = hstu_layer(rows, weights, spec, num_heads=self.num_heads)
         one_each = torch.arange(len(offsets), device=offsets.device)
-        asking = spec.replace(query_offsets=one_each, max_query_length=1)
-        return hstu_last_layer(rows, offsets[1:] - 1, last, asking, num_heads=self.num_heads)
+        reading = spec.replace(query_offsets=one_each, max_query_length=1)
+        return hstu_last_layer(rows, offsets[1:] - 1, last, reading, num_heads=self.num_heads)
 
     def all_rows(self, rows: Tensor, offsets: Tensor, *, max_length: int) -> Tensor:
         """The plain dense stack: `[T, D]` to `[T, D]`."""
@@ -112,21 +109,12 @@ class HSTUStack(nn.Module):
             history: `[T, D]`, encoded.
             candidates: `[C, D]`, encoded.
             selection: made with its candidates.
-            exact: wait for the number of kept rows instead of computing on all the room.
-            disjoint: one candidate a user, so no history row is selected twice.
+            exact: wait for the number of kept rows instead of computing on unused ones too.
+            disjoint: one candidate per user, so no history row is selected twice.
         """
-        num_rows = len(selection.index)
-        if exact:
-            num_rows = int(selection.offsets[-1])
-        rows = compact(
-            history,
-            candidates,
-            selection.index,
-            selection.offsets,
-            num_rows=num_rows,
-            disjoint=disjoint,
-            backend="triton",
-        )
+        index, offsets = selection.index, selection.offsets
+        num_rows = int(offsets[-1]) if exact else len(index)
+        rows = compact(history, candidates, index, offsets, num_rows=num_rows, disjoint=disjoint)
         weights = selection.weights[:num_rows]
         return self(rows, weights, selection.offsets, max_length=selection.max_length, exact=exact)
 
@@ -140,10 +128,15 @@ class HSTUStack(nn.Module):
         *,
         max_candidates: int,
     ) -> Tensor:
-        """Candidates `[C, D]` over a dense history that all of a user's share.
+        """Candidates `[C, D]` over the dense history of their user.
 
         Args:
+            history: `[T, D]`, encoded.
+            candidates: `[C, D]`, encoded.
+            history_offsets: `[B + 1]`.
+            candidate_offsets: `[B + 1]`.
             weight_matrix: M `[C, max_history]`.
+            max_candidates: an upper bound of the candidates per user.
         """
         spec = self._spec(history_offsets, None, weight_matrix.shape[1], True)
         reading = spec.replace(
@@ -194,9 +187,10 @@ class _FixedShape(nn.Module):
 
 
 def graphed(stack: HSTUStack, num_rows: int, num_candidates: int, max_length: int) -> Any:
-    """`stack(rows, column_weights, offsets)` captured, forward and backward, for one spec.
+    """`stack(rows, column_weights, offsets)` captured, forward and backward, for fixed sizes.
 
     Args:
+        stack: on a CUDA device.
         num_rows: R of the rows it will be called with, padded with zero rows.
         num_candidates: C.
         max_length: an upper bound of the lengths.

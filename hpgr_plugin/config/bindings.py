@@ -11,7 +11,7 @@ import gin
 from gin.config import _CONFIG, ConfigurableReference, iterate_references
 from typeguard import TypeCheckError, check_type
 
-from hpgr_plugin.config.registry import ConfigError, registered_target, registered_targets
+from hpgr_plugin.config.registry import ConfigError, registered_targets
 
 _MACRO = "gin.macro"
 
@@ -69,7 +69,7 @@ def _typed_bindings() -> Iterator[tuple[str, Any, Any]]:
     for (scope, selector), parameters in list(_CONFIG.items()):
         if not _is_ours((scope, selector)):
             continue
-        target = registered_target(selector.removeprefix("hpgr."))
+        target = registered_targets()[selector.removeprefix("hpgr.")]
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
         for name, value in parameters.items():
             prefix = f"{scope}/" if scope else ""

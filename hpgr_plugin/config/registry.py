@@ -140,6 +140,11 @@ def load(target: str) -> Any:
         raise ConfigError(f"module {module} has no {name!r} (config/registry.py)") from None
 
 
+def registered_targets() -> dict[str, Any]:
+    """Every registered class or function, by its name in gin without `hpgr.`."""
+    return {name: load(entry.target) for name, entry in _registered.items()}
+
+
 def configured(name: str) -> Any:
     """Gin's version of `hpgr.name`: called, it takes the bound parameters of the active scope.
 

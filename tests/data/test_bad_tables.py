@@ -146,6 +146,14 @@ def test_one_number_written_in_two_ways_is_an_error(tmp_path: Path, users: list[
     assert (error.row, error.field) == (2, "user_id")
 
 
+def test_an_empty_file_does_not_turn_ids_into_text(tmp_path: Path) -> None:
+    csv_of(tmp_path, ["10", "9"])
+    (tmp_path / "a.csv").write_text(HEADER)
+    reader = TableReader(path=str(tmp_path), group="label")
+    assert reader.read(["label"]).user.to_pylist() == [10, 9]
+    assert reader.read(["label"]).dropped == {"log.csv": 0, "a.csv": 0}
+
+
 @pytest.mark.parametrize("rating", ["100", "-7", "1e308", "0"])
 def test_ratings_outside_of_the_data_sets_range(tmp_path: Path, rating: str) -> None:
     (tmp_path / "u.data").write_text(f"1\t2\t4\t5\n1\t3\t{rating}\t6\n")
@@ -277,3 +285,53 @@ def test_latin_1_names_file_and_row(tmp_path: Path, field: str) -> None:
     (tmp_path / "log.csv").write_bytes(body)
     error = fails(TableReader(path=str(tmp_path / "log.csv")))
     assert (error.row, error.field) == (100_001, field)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_malformed_row_of_latin_1(
+    tmp_path: Path, drop: bool, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "log.csv").write_bytes(HEADER.encode() + b"1,1,1,1\n1,\xe9,1\n3,1,1,1\n")
+    error = fails(TableReader(path=str(tmp_path / "log.csv"), drop_bad_rows=drop))
+    assert error.row == 2
+    assert "3 fields, expected 4" in str(error)
+    assert capfd.readouterr().err == ""
+
+
+def damaged(content: bytes, changes: list[tuple[int, int]]) -> bytes:
+    """The content with bytes overwritten at these places."""
+    changed = bytearray(content)
+    for place, value in changes:
+        changed[place % len(changed)] = value
+    return bytes(changed)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=6),
+    drop=st.booleans(),
+    suffix=st.sampled_from([".csv", ".parquet"]),
+)
+def test_damaged_files_are_read_or_named(
+    tmp_path_factory: pytest.TempPathFactory,
+    changes: list[tuple[int, int]],
+    drop: bool,
+    suffix: str,
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    whole = Path((csv_of if suffix == ".csv" else parquet_of)(folder, **WHOLE[suffix]).path)
+    whole.write_bytes(damaged(whole.read_bytes(), changes))
+    reader = TableReader(path=str(whole), drop_bad_rows=drop)
+    try:
+        events = reader.read(["label"])
+    except DataError:
+        fails(reader)
+    else:
+        assert np.isfinite(events.values["label"]).all()
+        assert len(events.user) == len(events.item) == len(events.timestamp)
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    ".csv": {"users": ["7", "b", "9"]},
+    ".parquet": {"user_id": ["7", "b", "9"]},
+}

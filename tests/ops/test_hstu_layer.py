@@ -1,20 +1,22 @@
-"""The kernels' layers and stacks against the same formulas in plain torch."""
+"""Stacks of HSTU layers on every backend against the same formulas on the loops of naive.py."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from triton_device import DEVICE
 
 from hpgr_plugin.components.hstu_stack import HSTUStack
 from hpgr_plugin.ops.compact import compact
-from hpgr_plugin.ops.hstu_attention import AttentionSpec
-from hpgr_plugin.ops.hstu_attention import naive as naive_attention
-from hpgr_plugin.ops.hstu_layer.triton import LayerWeights, candidate_layer
+from hpgr_plugin.ops.hstu_layer import candidate_layer
+from hpgr_plugin.ops.hstu_layer.naive import hstu_layer as naive_layer
+from hpgr_plugin.ops.preference_plan import PlanInputs, PlanSettings
 from hpgr_plugin.ops.preference_plan.triton import select, weight_matrix
 
 WIDTH, HEADS, HEAD_DIM = 24, 2, 16
 EPS = 1e-6
+UseBackends = Callable[..., None]
 
 
 def offsets_of(lengths: list[int]) -> Tensor:
@@ -34,38 +36,6 @@ def new_stack(num_layers: int = 2, norm_length: int = 3) -> HSTUStack:
     return stack.to(DEVICE)
 
 
-def projections(x: Tensor, weights: LayerWeights) -> tuple[Tensor, ...]:
-    normed = F.layer_norm(x, x.shape[1:], weights.norm_weight, weights.norm_bias, EPS)
-    projected = normed @ weights.projection_weight + weights.projection_bias
-    return projected.view(len(x), 4, HEADS, HEAD_DIM).unbind(1)
-
-
-def output(x: Tensor, u: Tensor, attended: Tensor, weights: LayerWeights) -> Tensor:
-    u, attended = F.silu(u.flatten(1)), attended.flatten(1)
-    normed = F.layer_norm(
-        attended, attended.shape[1:], weights.output_norm_weight, weights.output_norm_bias, EPS
-    )
-    return x + torch.cat([u, attended, u * normed], 1) @ weights.output_weight
-
-
-def reference_layer(
-    x: Tensor, weights: LayerWeights, spec: AttentionSpec, **mask: object
-) -> Tensor:
-    u, v, q, k = projections(x, weights)
-    attended = naive_attention.hstu_attention(
-        q,
-        k,
-        v,
-        spec.offsets,
-        max_length=spec.max_length,
-        alpha=spec.alpha,
-        norm_length=spec.norm_length,
-        **mask,
-    )
-    padding = attended.new_zeros(len(x) - len(attended), *attended.shape[1:])
-    return output(x, u, torch.cat([attended, padding]), weights)
-
-
 def assert_same_step(ours: Tensor, reference: Tensor, inputs: list[Tensor]) -> None:
     grad = torch.randn_like(ours)
     torch.testing.assert_close(ours, reference, rtol=2e-4, atol=2e-4)
@@ -79,8 +49,12 @@ def assert_same_step(ours: Tensor, reference: Tensor, inputs: list[Tensor]) -> N
         torch.testing.assert_close(got / scale, wanted / scale, rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("spare_rows", [0, 5])
-def test_a_stack_equals_its_layers_in_torch(spare_rows: int) -> None:
+def test_a_stack_equals_its_layers_in_loops(
+    spare_rows: int, backend: str, use_backends: UseBackends
+) -> None:
+    use_backends(hstu_layer=backend)
     torch.manual_seed(0)
     stack, offsets = new_stack(), offsets_of([1, 9, 20])
     total = int(offsets[-1])
@@ -91,14 +65,18 @@ def test_a_stack_equals_its_layers_in_torch(spare_rows: int) -> None:
 
     ours = stack(x, weights, offsets, max_length=20, exact=spare_rows == 0)
 
-    spec = stack._spec(offsets, None, 20, True)
+    spec = stack._spec(offsets, weights, 20, True)
     reference = x
     for layer in stack._weights():
-        reference = reference_layer(reference, layer, spec, column_weights=weights)
+        reference = naive_layer(reference, layer, spec, num_heads=HEADS, eps=EPS)
     assert_same_step(ours, reference[offsets[1:] - 1], [x, *stack.parameters()])
 
 
-def test_the_candidate_scope_equals_one_long_masked_sequence() -> None:
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_shared_history_equals_one_long_masked_sequence(
+    backend: str, use_backends: UseBackends
+) -> None:
+    use_backends(hstu_layer=backend)
     torch.manual_seed(0)
     stack = new_stack(num_layers=2)
     history_lengths, candidate_counts = [0, 5, 30], [1, 3, 2]
@@ -122,19 +100,23 @@ def test_the_candidate_scope_equals_one_long_masked_sequence() -> None:
     spec = stack._spec(torch.tensor(offsets, device=DEVICE), None, 33, True)
     rows = torch.cat([history, candidates])[order]
     targets = torch.tensor(candidate_counts, device=DEVICE)
+    spec = spec.replace(row_weights=torch.cat(masks), num_targets=targets)
     for layer in stack._weights():
-        rows = reference_layer(rows, layer, spec, row_weights=torch.cat(masks), num_targets=targets)
+        rows = naive_layer(rows, layer, spec, num_heads=HEADS, eps=EPS)
     reference = rows[[place for place, row in enumerate(order) if row >= 35]]
     assert_same_step(ours, reference, [history, candidates, *stack.parameters()])
 
 
-def test_the_last_candidate_layer_hands_the_history_on() -> None:
+@pytest.mark.parametrize("backend", ["triton", "torch", "naive"])
+def test_the_last_candidate_layer_returns_the_history(backend: str) -> None:
     stack = new_stack(num_layers=1)
     history, candidates = (torch.randn(n, WIDTH, device=DEVICE) for n in (4, 1))
     spec = stack._spec(offsets_of([4]), None, 4, True)
     reading = spec.replace(query_offsets=offsets_of([1]), max_query_length=1, causal=False)
     (layer,) = stack._weights()
-    kept, _ = candidate_layer(history, candidates, layer, spec, reading, num_heads=HEADS, last=True)
+    kept, _ = candidate_layer(
+        history, candidates, layer, spec, reading, num_heads=HEADS, last=True, backend=backend
+    )
     assert kept is history
 
 
@@ -146,12 +128,12 @@ def test_gathered_rows_follow_the_selection_and_carry_gradients(disjoint: bool) 
     count = int(candidate_offsets[-1])
     history = torch.randn(44, WIDTH, device=DEVICE, requires_grad=True)
     candidates = torch.randn(count, WIDTH, device=DEVICE, requires_grad=True)
-    bounds = {"max_history": 40, "max_candidates": 1 if disjoint else 4}
-    settings = {"top_k": 2, "sigma": 1.0, "eps": 1e-3, "recent": 3}
-    selection = select(
+    inputs = PlanInputs(
         history.detach(), candidates.detach(), history_offsets, candidate_offsets,
-        **settings, **bounds, with_candidates=True,
+        max_history=40, max_candidates=1 if disjoint else 4,
     )  # fmt: skip
+    settings = PlanSettings(top_k=2, sigma=1.0, recent=3)
+    selection = select(inputs, settings, with_candidates=True)
     used, room = int(selection.offsets[-1]), len(selection.index)
     assert used <= room
 
@@ -170,10 +152,7 @@ def test_gathered_rows_follow_the_selection_and_carry_gradients(disjoint: bool) 
     assert not rows[used:].any()
     assert_same_step(rows[:used], reference, [history, candidates])
 
-    matrix = weight_matrix(
-        history.detach(), candidates.detach(), history_offsets, candidate_offsets,
-        **settings, **bounds,
-    )  # fmt: skip
+    matrix = weight_matrix(inputs, settings)
     for c in range(count):
         first, last = int(selection.offsets[c]), int(selection.offsets[c + 1]) - 1
         user = int((candidate_offsets[1:] <= c).sum())

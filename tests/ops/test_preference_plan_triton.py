@@ -44,20 +44,10 @@ def assert_same_plan(
     assert int(with_candidates.offsets.diff().max()) <= with_candidates.max_length
 
 
-@pytest.mark.parametrize("counts", [[1, 1, 1, 1, 1], [2, 0, 3, 1, 17], [0, 1, 0, 1, 1]])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"top_k": 4, "sigma": 1.0, "recent": 0},
-        {"top_k": 3, "sigma": 0.2, "recent": 5},
-        {"top_k": 50, "sigma": 2.0, "recent": 2},
-        {"top_k": 0, "sigma": 2.0, "recent": 4},
-    ],
-)
-def test_plans_are_those_of_torch(counts: list[int], settings: dict[str, float]) -> None:
-    lengths = [0, 1, 5, 33, 70]
+def test_a_selection_with_candidates() -> None:
+    counts = [2, 0, 1, 3]
     history, candidates = whole_numbers(109, 6), whole_numbers(sum(counts), 6)
-    assert_same_plan(history, candidates, lengths, counts, **settings)
+    assert_same_plan(history, candidates, [1, 5, 33, 70], counts, top_k=3, sigma=0.2, recent=5)
 
 
 @pytest.mark.parametrize("counts", [[1, 1], [3, 2]])

@@ -1,13 +1,15 @@
-"""SEM's kernels against its plain torch, value and every gradient, on ragged sessions."""
+"""SEM on kernels against SEM in plain torch, value and every gradient, on ragged sessions."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from triton_device import DEVICE
 
 from hpgr_plugin.components.sem import SessionEnhancementModule
-from hpgr_plugin.ops.session_pool import triton as sem_triton
+from hpgr_plugin.ops.session_pool import PoolWeights, Spans
+from hpgr_plugin.ops.session_pool import triton as pool_triton
 
 LENGTHS = [0, 1, 40, 0, 55, 2, 9]
 
@@ -37,7 +39,7 @@ def test_kernels_are_plain_torch(
     pooling: str,
     causal: bool,
     caps: tuple[int, int],
-    monkeypatch: pytest.MonkeyPatch,
+    use_backends: Callable[..., None],
 ) -> None:
     module = SessionEnhancementModule(
         embedding_dim=size, num_heads=num_heads, pooling=pooling, causal=causal,
@@ -50,16 +52,17 @@ def test_kernels_are_plain_torch(
     total = sum(LENGTHS)
     inputs = torch.randn(total, size, device=DEVICE), offsets, times
     grad = torch.randn(total, size, device=DEVICE)
-    monkeypatch.setattr(SessionEnhancementModule, "_on_kernels", lambda *_: False)
+    use_backends(session_pool="torch")
     wanted = run(copy.deepcopy(module).double(), inputs[0].double(), offsets, times, grad.double())
-    monkeypatch.setattr(SessionEnhancementModule, "_on_kernels", lambda *_: True)
+    use_backends(session_pool="triton")
     got = run(module, *inputs, grad)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-4, atol=2e-4)
 
 
-def test_nobody_has_a_history(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SessionEnhancementModule, "_on_kernels", lambda *_: True)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_no_user_has_a_history(backend: str, use_backends: Callable[..., None]) -> None:
+    use_backends(session_pool=backend)
     module = SessionEnhancementModule(embedding_dim=16, num_heads=2).to(DEVICE)
     none = torch.empty(0, 16, device=DEVICE, requires_grad=True)
     out = module(none, torch.zeros(3, dtype=torch.int64, device=DEVICE),
@@ -69,9 +72,16 @@ def test_nobody_has_a_history(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(module.session_cls.grad, torch.zeros_like(module.session_cls))
 
 
-def test_what_the_kernels_do_not_know_is_said() -> None:
-    assert sem_triton.why_not(torch.empty(1, 256), 4) is None
-    assert sem_triton.why_not(torch.empty(1, 512).bfloat16(), 4) is None
-    assert "float64" in str(sem_triton.why_not(torch.empty(1, 8).double(), 1))
-    assert "512, more than 256 in torch.float32" in str(sem_triton.why_not(torch.empty(1, 512), 4))
-    assert "32 heads" in str(sem_triton.why_not(torch.empty(1, 64), 32))
+def test_cases_without_a_kernel_have_a_reason() -> None:
+    def reason(size: int, num_heads: int, dtype: torch.dtype = torch.float32) -> str | None:
+        x = torch.empty(1, size, dtype=dtype)
+        heads = x.new_empty(num_heads, size // num_heads, size)
+        weights = PoolWeights(x[0], x[0], heads, heads[:, :, 0], heads)
+        spans = Spans(torch.tensor([0]), torch.tensor([1]))
+        return pool_triton.why_not_session_pool(x, x, x[0], weights, spans)
+
+    assert reason(256, 4) is None
+    assert reason(512, 4, torch.bfloat16) is None
+    assert "float64" in str(reason(8, 1, torch.float64))
+    assert "512, more than 256 in torch.float32" in str(reason(512, 4))
+    assert "32 heads" in str(reason(64, 32))

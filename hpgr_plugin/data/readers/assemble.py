@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,15 @@ def read_events(
     table, malformed = read_table(
         file, columns.with_fields(fields), drop_bad_rows=drop_bad_rows, **csv_options
     )
-    checks = RowChecks(table, file, drop_bad_rows=drop_bad_rows)
-    return check_events(checks, columns, fields, limits=limits, malformed=malformed)
+    checks = RowChecks(table, file, drop_bad_rows=drop_bad_rows, num_lost=malformed)
+    return check_events(checks, columns, fields, limits)
 
 
 def check_events(
     checks: RowChecks,
     columns: EventColumns,
     fields: Sequence[str],
-    *,
     limits: Limits | None = None,
-    malformed: int = 0,
 ) -> EventTable:
     """The events of a table with one event per row.
 
@@ -66,7 +65,6 @@ def check_events(
         columns: what its columns mean.
         fields: columns of numbers for labels and actions.
         limits: lowest and highest value by field, where the data set says so.
-        malformed: bad rows that the file lost before.
 
     Raises:
         DataError: a bad row, named.
@@ -75,7 +73,9 @@ def check_events(
     times = checks.seconds(columns.timestamp, columns.time_unit)
     values = {field: checks.numbers(field, (limits or {}).get(field)) for field in fields}
     groups = None if columns.group is None else checks.whole_numbers(columns.group)
-    candidates = None if columns.candidate is None else checks.numbers(columns.candidate) != 0
+    candidates = (
+        None if columns.candidate is None else checks.numbers(columns.candidate, (0, 1)) != 0
+    )
     events = EventTable(
         user=users,
         item=items,
@@ -83,7 +83,7 @@ def check_events(
         values=values,
         candidate=candidates,
         group=groups,
-        dropped={checks.file.name: malformed + checks.num_bad},
+        dropped={checks.file.name: checks.num_bad},
     )
     return events if checks.good.all() else events.take(checks.good)
 
@@ -94,12 +94,13 @@ def concatenate(parts: Sequence[EventTable]) -> EventTable:
     Ids that are numbers in one part and text in another become text. Parts without a group
     get -1, parts without candidate flags are candidates.
     """
-    if len(parts) == 1:
-        return parts[0]
-    dropped: dict[str, int] = {}
+    dropped: Counter[str] = Counter()
     for part in parts:
-        for file, count in part.dropped.items():
-            dropped[file] = dropped.get(file, 0) + count
+        dropped.update(part.dropped)
+    # An empty text file says nothing about the type of its ids.
+    parts = [part for part in parts if len(part.timestamp)] or parts[:1]
+    if len(parts) == 1:
+        return replace(parts[0], dropped=dict(dropped))
     return EventTable(
         user=_joined([part.user for part in parts]),
         item=_joined([part.item for part in parts]),
@@ -110,7 +111,7 @@ def concatenate(parts: Sequence[EventTable]) -> EventTable:
         },
         candidate=_optional([part.candidate for part in parts], parts, True),
         group=_optional([part.group for part in parts], parts, -1),
-        dropped=dropped,
+        dropped=dict(dropped),
     )
 
 

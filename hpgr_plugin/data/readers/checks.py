@@ -32,6 +32,7 @@ class RowChecks:
         file: named in errors.
         drop_bad_rows: collect bad rows in `good` instead of raising at the first.
         file_rows: the 1-based row of the file of each row [E]; None: 1, 2, ...
+        num_lost: bad rows that are not in the table any more.
 
     Attributes:
         good: bool [E]; False marks a bad row.
@@ -44,17 +45,19 @@ class RowChecks:
         *,
         drop_bad_rows: bool,
         file_rows: np.ndarray | None = None,
+        num_lost: int = 0,
     ) -> None:
-        self._table = table
+        self.table = table
         self.file = file
         self._file_rows = file_rows
         self._drop = drop_bad_rows
+        self._num_lost = num_lost
         self.good = np.ones(table.num_rows, dtype=bool)
 
     @property
     def num_bad(self) -> int:
-        """Bad rows met so far."""
-        return int((~self.good).sum())
+        """Bad rows found so far, and those lost before."""
+        return self._num_lost + int((~self.good).sum())
 
     def identifiers(self, field: str) -> pa.Array:
         """Ids [E], exactly: int64, uint64 where that is too narrow, or text."""
@@ -75,9 +78,11 @@ class RowChecks:
         column = self._column(field)
         if _is_text(column.type):
             column = _parsed(_trimmed(column))
-        if not any(is_kind(column.type) for is_kind in _NUMBER_KINDS):
-            raise DataError(f"takes numbers, got {column.type}", file=self.file, field=field)
-        values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        try:
+            values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        except pa.ArrowException as error:
+            problem = f"takes numbers, got {column.type}"
+            raise DataError(problem, file=self.file, field=field) from error
         self.judge(field, ~np.isfinite(values), "not a number")
         if limits is not None:
             outside = (values < limits[0]) | (values > limits[1])
@@ -85,17 +90,14 @@ class RowChecks:
         return values
 
     def whole_numbers(self, field: str) -> np.ndarray:
-        """Whole numbers [E], int64; unsigned ones may wrap round, and stay distinct."""
-        column = self._column(field)
-        if _is_text(column.type):
-            column = _first_cast(_trimmed(column), pa.int64())
-        if pa.types.is_integer(column.type):
-            self.judge(field, pc.is_null(column), "not a whole number")
-            return pc.fill_null(column, 0).cast(pa.int64(), safe=False).to_numpy()
-        values = self.numbers(field)
-        bad = np.isfinite(values) & ((values != np.floor(values)) | (abs(values) >= 2**53))
-        self.judge(field, bad, "not a whole number, or not exact")
-        return np.where(np.isfinite(values) & ~bad, values, 0).astype(np.int64)
+        """Whole numbers [E], int64, exactly."""
+        numbers = self.identifiers(field)
+        if not len(numbers):
+            return np.zeros(0, dtype=np.int64)
+        if numbers.type != pa.int64():
+            problem = f"takes whole numbers of 64 bits, got {numbers.type}"
+            raise DataError(problem, file=self.file, field=field)
+        return numbers.to_numpy()
 
     def seconds(self, field: str, unit: str = "s") -> np.ndarray:
         """Times [E], int64 seconds since 1970; `unit` is that of plain numbers."""
@@ -130,19 +132,19 @@ class RowChecks:
             DataError: there is one, and bad rows are not dropped.
         """
         if isinstance(bad, pa.Array):
-            bad = bad.to_numpy(zero_copy_only=False).astype(bool)
+            bad = _as_mask(bad)
         if not bad.any():
             return
         if not self._drop:
             first = int(bad.argmax())
             row = first + 1 if self._file_rows is None else int(self._file_rows[first])
-            shown = _shown(self._table[field][first].as_py())
+            shown = _shown(self.table[field][first].as_py())
             raise DataError(f"{problem}: {shown}", file=self.file, row=row, field=field)
         self.good &= ~bad
 
     def _column(self, field: str) -> pa.Array:
         """One array; text and bytes as their large kinds, which have no limit of 2 GiB."""
-        column = self._table[field]
+        column = self.table[field]
         kind = column.type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
@@ -203,14 +205,6 @@ def _utf8_or_none(value: bytes | None) -> str | None:
         return None
 
 
-_NUMBER_KINDS = (
-    pa.types.is_boolean,
-    pa.types.is_integer,
-    pa.types.is_floating,
-    pa.types.is_decimal,
-)
-
-
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_large_string(kind) or pa.types.is_large_binary(kind)
 
@@ -227,21 +221,22 @@ def _first_cast(column: pa.Array, *kinds: pa.DataType) -> pa.Array:
 
 def _unfit_ids(texts: pa.Array) -> dict[str, np.ndarray]:
     """By problem, which of the texts [N] cannot be stored as ids."""
-    unfit = {
-        "an id with a NUL character": pc.match_substring(texts, "\0"),
-        f"an id of more than {_LONGEST_ID} characters": pc.greater(
-            pc.utf8_length(texts), _LONGEST_ID
-        ),
+    long = pc.greater(pc.utf8_length(texts), _LONGEST_ID)
+    return {
+        "an id with a NUL character": _as_mask(pc.match_substring(texts, "\0")),
+        f"an id of more than {_LONGEST_ID} characters": _as_mask(long),
     }
-    return {name: bad.to_numpy(zero_copy_only=False).astype(bool) for name, bad in unfit.items()}
+
+
+def _as_mask(values: pa.Array) -> np.ndarray:
+    return values.to_numpy(zero_copy_only=False).astype(bool)
 
 
 def _ids_of_texts(texts: pa.Array) -> tuple[pa.Array, dict[str, np.ndarray]]:
     """Ids [N] of distinct texts [N], and by problem which of the texts are bad."""
 
     def match(pattern: str) -> np.ndarray:
-        found = pc.match_substring_regex(trimmed, pattern)
-        return found.to_numpy(zero_copy_only=False).astype(bool)
+        return _as_mask(pc.match_substring_regex(trimmed, pattern))
 
     trimmed = pc.utf8_trim_whitespace(texts)
     missing = match(_MISSING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,66 +71,61 @@ class EBNeRDReader:
         return replace(concatenate([history, exposures]), item_features=side)
 
     def _exposures(self, file: Path) -> EventTable:
-        columns = EventColumns("user_id", "item_id", "ts", "impression_id")
-        rows, num_bad = None, 0
         if "article_ids_inview" in parquet_columns(file):
-            table, rows, num_bad = self._exploded_behaviors(file)
+            checks = self._exploded_behaviors(file)
         else:
             table = read_parquet(file, ["user_id", "item_id", "ts", "impression_id", "label"])
-            table = table.rename_columns({"label": _LABEL})
-        checks = RowChecks(table, file, drop_bad_rows=self.drop_bad_rows, file_rows=rows)
-        limits = {_LABEL: (0.0, 1.0)}
-        return check_events(checks, columns, [_LABEL], limits=limits, malformed=num_bad)
+            checks = self._checks(file, table.rename_columns({"label": _LABEL}))
+        columns = EventColumns("user_id", "item_id", "ts", "impression_id")
+        return check_events(checks, columns, [_LABEL], {_LABEL: (0, 1)})
 
     def _reads(self, file: Path) -> EventTable:
-        columns = EventColumns("user_id", "item_id", "ts")
-        rows, num_bad = None, 0
         if "article_id_fixed" in parquet_columns(file):
-            table, rows, num_bad = self._exploded_history(file)
+            checks = self._exploded_history(file)
         else:
-            table = read_parquet(file, ["user_id", "item_id", "ts"])
-        table = table.append_column(_LABEL, pa.array(np.ones(table.num_rows)))
-        checks = RowChecks(table, file, drop_bad_rows=self.drop_bad_rows, file_rows=rows)
-        events = check_events(checks, columns, [_LABEL], malformed=num_bad)
-        return replace(events, candidate=np.zeros(len(events.timestamp), dtype=bool))
+            checks = self._checks(file, read_parquet(file, ["user_id", "item_id", "ts"]))
+        events = check_events(checks, EventColumns("user_id", "item_id", "ts"), [])
+        clicked = np.ones(len(events.timestamp))
+        return replace(events, values={_LABEL: clicked}, candidate=clicked == 0)
 
-    def _exploded_behaviors(self, file: Path) -> tuple[pa.Table, np.ndarray, int]:
-        """One row per article in view; the file's row of each, 1-based; bad impressions."""
+    def _checks(self, file: Path, table: pa.Table, **changes: Any) -> RowChecks:
+        return RowChecks(table, file, drop_bad_rows=self.drop_bad_rows, **changes)
+
+    def _exploded_behaviors(self, file: Path) -> RowChecks:
+        """One row per article in view of the good impressions."""
         single = {"user_id": "user_id", "impression_id": "impression_id", "impression_time": "ts"}
         lists = ["article_ids_inview", "article_ids_clicked"]
-        table, checks = self._lists(file, list(single), lists)
-        shown, clicked = (table[name].combine_chunks() for name in lists)
+        checks = self._checks(file, read_parquet(file, list(single), lists))
+        shown, clicked = (_lists(checks, name) for name in lists)
         is_click, unseen = _clicks(shown, clicked)
         checks.judge(lists[1], unseen, "clicked articles that are not in view")
         is_click = is_click[checks.good[pc.list_parent_indices(shown).to_numpy()]]
-        exploded, rows = _exploded(table, checks.good, single, {lists[0]: "item_id"})
-        return exploded.append_column(_LABEL, pa.array(is_click)), rows, checks.num_bad
+        table, rows = _exploded(checks, single, {lists[0]: "item_id"})
+        table = table.append_column(_LABEL, pa.array(is_click))
+        return self._checks(file, table, file_rows=rows, num_lost=checks.num_bad)
 
-    def _exploded_history(self, file: Path) -> tuple[pa.Table, np.ndarray, int]:
-        """One row per article read; the file's row of each, 1-based; bad rows."""
+    def _exploded_history(self, file: Path) -> RowChecks:
+        """One row per article read of the good rows."""
         lists = {"article_id_fixed": "item_id", "impression_time_fixed": "ts"}
-        table, checks = self._lists(file, ["user_id"], list(lists))
-        lengths = [
-            pc.fill_null(pc.list_value_length(table[name].combine_chunks()), 0) for name in lists
-        ]
+        checks = self._checks(file, read_parquet(file, ["user_id"], list(lists)))
+        lengths = [pc.fill_null(pc.list_value_length(_lists(checks, name)), 0) for name in lists]
         problem = "another number of times than of articles"
         checks.judge("impression_time_fixed", pc.not_equal(*lengths), problem)
-        exploded, rows = _exploded(table, checks.good, {"user_id": "user_id"}, lists)
-        return exploded, rows, checks.num_bad
-
-    def _lists(self, file: Path, single: list[str], lists: list[str]) -> tuple[pa.Table, RowChecks]:
-        """The columns of a file, and its rows checked for missing lists."""
-        table = read_parquet(file, single, lists)
-        checks = RowChecks(table, file, drop_bad_rows=self.drop_bad_rows)
-        for name in lists:
-            checks.judge(name, pc.is_null(table[name].combine_chunks()), "no list")
-        return table, checks
+        table, rows = _exploded(checks, {"user_id": "user_id"}, lists)
+        return self._checks(file, table, file_rows=rows, num_lost=checks.num_bad)
 
     def _files(self, patterns: tuple[str, ...]) -> list[Path]:
         return matching(existing(self.path), patterns)
 
     def _articles(self) -> list[Path]:
         return self._files(("articles.parquet",)) if self.article_columns else []
+
+
+def _lists(checks: RowChecks, name: str) -> pa.Array:
+    """A column of lists; a missing list makes a bad row."""
+    lists = checks.table[name].combine_chunks()
+    checks.judge(name, pc.is_null(lists), "no list")
+    return lists
 
 
 def _clicks(shown: pa.Array, clicked: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -150,21 +146,20 @@ def _clicks(shown: pa.Array, clicked: pa.Array) -> tuple[np.ndarray, np.ndarray]
 
 
 def _exploded(
-    table: pa.Table, good: np.ndarray, single: dict[str, str], lists: dict[str, str]
+    checks: RowChecks, single: dict[str, str], lists: dict[str, str]
 ) -> tuple[pa.Table, np.ndarray]:
     """One row per element of the good rows' lists, and the file's row of each, 1-based.
 
     Args:
-        table: one impression or user per row.
-        good: bool [R].
+        checks: a table with one impression or user per row.
         single: columns with one value per row, and their new names.
         lists: columns with a list per row, of one length in every row, and their new names.
     """
-    table = table.filter(pa.array(good))
+    table = checks.table.filter(pa.array(checks.good))
     parent = pc.list_parent_indices(table[next(iter(lists))].combine_chunks())
     columns = {new: table[old].take(parent) for old, new in single.items()}
     columns |= {new: pc.list_flatten(table[old]) for old, new in lists.items()}
-    return pa.table(columns), np.flatnonzero(good)[parent.to_numpy()] + 1
+    return pa.table(columns), np.flatnonzero(checks.good)[parent.to_numpy()] + 1
 
 
 def _before_exposures(history: EventTable, exposures: EventTable) -> EventTable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ _COMPRESSED = {
     b"PAR1": "parquet",
 }
 _MAX_HEADER_BYTES = 1 << 20
+_MALFORMED = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 
 
 def existing(path: str | Path) -> Path:
@@ -115,13 +118,14 @@ def read_csv(
     else:
         skipped = 0
     _check_columns(path, header, columns)
-    malformed: list[tuple[int, int]] = []
+    num_malformed = 0
 
-    def on_malformed(row: Any) -> str:
-        malformed.append((row.number - skipped, row.actual_columns))
+    def skip(_: Any) -> str:
+        nonlocal num_malformed
+        num_malformed += 1
         return "skip"
 
-    with _named_failure(path, "text"):
+    with _named_failure(path, "text", skipped), _quiet_handler():
         table = arrow_csv.read_csv(
             path,
             # One thread: only then does a malformed row know its number.
@@ -131,7 +135,7 @@ def read_csv(
             parse_options=arrow_csv.ParseOptions(
                 delimiter=delimiter,
                 quote_char='"' if quoted else False,
-                invalid_row_handler=on_malformed,
+                invalid_row_handler=skip if drop_bad_rows else None,
             ),
             # Bytes: a type guessed from the first rows would change ids and fail in later rows.
             convert_options=arrow_csv.ConvertOptions(
@@ -139,20 +143,31 @@ def read_csv(
                 column_types={name: pa.large_binary() for name in columns},
             ),
         )
-    if malformed and not drop_bad_rows:
-        row, found = malformed[0]
-        raise DataError(f"{found} fields, expected {len(header)}", file=path, row=row)
-    return table, len(malformed)
+    return table, num_malformed
 
 
 @contextmanager
-def _named_failure(path: Path, kind: str) -> Iterator[None]:
-    """What the library cannot read becomes one line that names the file."""
+def _quiet_handler() -> Iterator[None]:
+    """Arrow prints a traceback where a malformed row is not UTF-8, and then fails by itself."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
+@contextmanager
+def _named_failure(path: Path, kind: str, header_lines: int = 0) -> Iterator[None]:
+    """What the library cannot read becomes one line that names the file, and the row if known."""
     try:
         yield
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
+        if found := _MALFORMED.search(str(error)):
+            row, expected, got = map(int, found.groups())
+            problem = f"{got} fields, expected {expected}"
+            raise DataError(problem, file=path, row=row - header_lines) from error
         raise DataError(f"cannot be read as {kind} ({error})", file=path) from error
 
 

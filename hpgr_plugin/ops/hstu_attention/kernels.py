@@ -1,4 +1,4 @@
-"""The kernels of `attention.py`.
+"""The kernels of `triton.py`.
 
 A program owns one block of rows (forward, dq) or of columns (dk and dv) of one head of one
 sequence. SiLU(0) = 0: rows and columns past the end of a sequence are loaded as zeros and need no
@@ -13,9 +13,9 @@ import triton.language as tl
 
 @triton.jit
 def _half_tanh(half, APPROXIMATE: tl.constexpr):
-    """tanh, for sigmoid(2 x) = (1 + tanh(x)) / 2: one special-function operation, not two.
+    """tanh, since sigmoid(2 x) = (1 + tanh(x)) / 2 needs one special-function operation, not two.
 
-    The approximation is good to 2^-11, finer than the bfloat16 the scores are rounded to.
+    The approximation has a relative error of 2^-11, below the rounding of scores to bfloat16.
     """
     if APPROXIMATE:
         return tl.inline_asm_elementwise(
@@ -63,32 +63,59 @@ def _silu_block_with_slope(scores, alpha, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
+def _load(X, rows, count, stride, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """Rows `[R, SIZE]` of X; with MASKED, those from `count` on are zero."""
+    where = X + rows[:, None] * stride + tl.arange(0, SIZE)[None, :]
+    return tl.load(where, mask=rows[:, None] < count, other=0.0) if MASKED else tl.load(where)
+
+
+@triton.jit
+def _seen(positions, columns, history, TARGETS: tl.constexpr):
+    """Whether the rows at these positions see these columns, both shaped for broadcasting."""
+    seen = positions >= columns
+    if TARGETS:
+        seen = seen & ((columns < history) | (positions == columns))
+    return seen
+
+
+@triton.jit
+def _row_block(Q, K, V, Matrix, pitch, first_row, head, start, length, query_start, query_length,
+               history, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+               D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CROSS: tl.constexpr,
+               MATRIX: tl.constexpr):  # fmt: skip
+    """Rows, their positions, q, where columns lie, and up to which all or any of them are seen."""
+    shift = length if CROSS else length - query_length
+    rows = first_row + tl.arange(0, ROWS)
+    Q += query_start * stride_qt + head * stride_qh
+    K += start * stride_kt + head * stride_kh
+    V += start * stride_vt + head * stride_vh
+    if MATRIX:
+        last_row = tl.maximum(query_length - 1, 0)
+        Matrix += (query_start + tl.minimum(rows, last_row))[:, None] * pitch
+    q = _load(Q, rows, query_length, stride_qt, D, True)
+    # Whole blocks of columns that every one of these rows sees, then the ragged rest.
+    free = tl.minimum(first_row + shift + 1, history) // COLUMNS * COLUMNS
+    last = tl.minimum(first_row + shift + ROWS, length)
+    return rows, rows + shift, q, K, V, Matrix, free, last
+
+
+@triton.jit
 def _forward_columns(acc, q, K, V, Matrix, positions, low, high, length, history,
                      stride_kt, stride_vt, alpha, D: tl.constexpr, DV: tl.constexpr,
                      COLUMNS: tl.constexpr, MATRIX: tl.constexpr,
                      TARGETS: tl.constexpr, APPROXIMATE: tl.constexpr,
                      PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    in_k = tl.arange(0, D)
-    in_v = tl.arange(0, DV)
     for first in tl.range(low, high, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        if MASKED:
-            inside = columns[:, None] < length
-            k = tl.load(K + columns[:, None] * stride_kt + in_k[None, :], mask=inside, other=0.0)
-            v = tl.load(V + columns[:, None] * stride_vt + in_v[None, :], mask=inside, other=0.0)
-        else:
-            k = tl.load(K + columns[:, None] * stride_kt + in_k[None, :])
-            v = tl.load(V + columns[:, None] * stride_vt + in_v[None, :])
+        k = _load(K, columns, length, stride_kt, D, MASKED)
+        v = _load(V, columns, length, stride_vt, DV, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         attention = _silu_block(scores, alpha, APPROXIMATE)
         if MATRIX:
             weights = tl.load(Matrix + columns[None, :], mask=columns[None, :] < length, other=0.0)
             attention = attention * weights
         if MASKED:
-            seen = positions[:, None] >= columns[None, :]
-            if TARGETS:
-                own = positions[:, None] == columns[None, :]
-                seen = seen & ((columns[None, :] < history) | own)
+            seen = _seen(positions[:, None], columns[None, :], history, TARGETS)
             attention = tl.where(seen, attention, 0.0)
         acc = tl.dot(attention.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc
@@ -96,35 +123,25 @@ def _forward_columns(acc, q, K, V, Matrix, positions, low, high, length, history
 
 @triton.jit
 def forward_kernel(Q, K, V, Out, Offsets, QueryOffsets, Targets, Weights,
-                    Matrix, pitch,
-                    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-                    stride_ot, stride_oh, num_blocks, alpha, inverse_norm,
-                    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
-                    COLUMNS: tl.constexpr, SUFFIX: tl.constexpr, CROSS: tl.constexpr,
-                    MATRIX: tl.constexpr, TARGETS: tl.constexpr,
-                    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                   Matrix, pitch,
+                   stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+                   stride_ot, stride_oh, num_blocks, alpha, inverse_norm,
+                   H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
+                   COLUMNS: tl.constexpr, SUFFIX: tl.constexpr, CROSS: tl.constexpr,
+                   MATRIX: tl.constexpr, TARGETS: tl.constexpr,
+                   APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     block, head, start, length, query_start, query_length, history = _sequence(
         tl.program_id(0), num_blocks, Offsets, QueryOffsets, Targets, H, SUFFIX, TARGETS
     )
-    # The last rows read the most columns: they start first.
+    # The last rows read the most columns, so their programs start first.
     first_row = (num_blocks - 1 - block) * ROWS
     if first_row >= query_length:
         return
-    shift = length if CROSS else length - query_length
-    rows = first_row + tl.arange(0, ROWS)
-    positions = rows + shift
-    Q += query_start * stride_qt + head * stride_qh
-    K += start * stride_kt + head * stride_kh
-    V += start * stride_vt + head * stride_vh
-    if MATRIX:
-        last_row = tl.maximum(query_length - 1, 0)
-        Matrix += (query_start + tl.minimum(rows, last_row))[:, None] * pitch
-    in_q = tl.arange(0, D)
-    inside = rows[:, None] < query_length
-    q = tl.load(Q + rows[:, None] * stride_qt + in_q[None, :], mask=inside, other=0.0)
-    # Whole blocks of columns that every one of these rows sees, then the ragged rest.
-    free = tl.minimum(first_row + shift + 1, history) // COLUMNS * COLUMNS
-    last = tl.minimum(first_row + shift + ROWS, length)
+    rows, positions, q, K, V, Matrix, free, last = _row_block(
+        Q, K, V, Matrix, pitch, first_row, head, start, length, query_start, query_length, history,
+        stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, D, ROWS, COLUMNS, CROSS,
+        MATRIX,
+    )  # fmt: skip
     acc = tl.zeros((ROWS, DV), dtype=tl.float32)
     acc = _forward_columns(
         acc, q, K, V, Matrix, positions, 0, free, length, history, stride_kt, stride_vt, alpha,
@@ -137,6 +154,7 @@ def forward_kernel(Q, K, V, Out, Offsets, QueryOffsets, Targets, Weights,
     in_o = tl.arange(0, DV)
     Out += query_start * stride_ot + head * stride_oh
     out = (acc * inverse_norm).to(Out.dtype.element_ty)
+    inside = rows[:, None] < query_length
     tl.store(Out + rows[:, None] * stride_ot + in_o[None, :], out, mask=inside)
 
 
@@ -146,17 +164,10 @@ def _backward_rows_columns(dq, q, grad, K, V, Matrix, positions, low, high, leng
                            COLUMNS: tl.constexpr, MATRIX: tl.constexpr,
                            TARGETS: tl.constexpr, APPROXIMATE: tl.constexpr,
                            PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    in_k = tl.arange(0, D)
-    in_v = tl.arange(0, DV)
     for first in tl.range(low, high, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        if MASKED:
-            inside = columns[:, None] < length
-            k = tl.load(K + columns[:, None] * stride_kt + in_k[None, :], mask=inside, other=0.0)
-            v = tl.load(V + columns[:, None] * stride_vt + in_v[None, :], mask=inside, other=0.0)
-        else:
-            k = tl.load(K + columns[:, None] * stride_kt + in_k[None, :])
-            v = tl.load(V + columns[:, None] * stride_vt + in_v[None, :])
+        k = _load(K, columns, length, stride_kt, D, MASKED)
+        v = _load(V, columns, length, stride_vt, DV, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         d_attention = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         _, slope = _silu_block_with_slope(scores, alpha, APPROXIMATE)
@@ -165,10 +176,7 @@ def _backward_rows_columns(dq, q, grad, K, V, Matrix, positions, low, high, leng
             weights = tl.load(Matrix + columns[None, :], mask=columns[None, :] < length, other=0.0)
             d_scores = d_scores * weights
         if MASKED:
-            seen = positions[:, None] >= columns[None, :]
-            if TARGETS:
-                own = positions[:, None] == columns[None, :]
-                seen = seen & ((columns[None, :] < history) | own)
+            seen = _seen(positions[:, None], columns[None, :], history, TARGETS)
             d_scores = tl.where(seen, d_scores, 0.0)
         dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
@@ -176,38 +184,28 @@ def _backward_rows_columns(dq, q, grad, K, V, Matrix, positions, low, high, leng
 
 @triton.jit
 def backward_rows_kernel(Q, K, V, Grad, DQ, Offsets, QueryOffsets, Targets, Weights,
-                          Matrix, pitch,
-                          stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-                          stride_gt, stride_gh, stride_dt, stride_dh,
-                          num_blocks, alpha, inverse_norm,
-                          H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
-                          COLUMNS: tl.constexpr, SUFFIX: tl.constexpr, CROSS: tl.constexpr,
-                          MATRIX: tl.constexpr, TARGETS: tl.constexpr, APPROXIMATE: tl.constexpr,
-                          PRECISION: tl.constexpr):  # fmt: skip
+                         Matrix, pitch,
+                         stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+                         stride_gt, stride_gh, stride_dt, stride_dh,
+                         num_blocks, alpha, inverse_norm,
+                         H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
+                         COLUMNS: tl.constexpr, SUFFIX: tl.constexpr, CROSS: tl.constexpr,
+                         MATRIX: tl.constexpr, TARGETS: tl.constexpr, APPROXIMATE: tl.constexpr,
+                         PRECISION: tl.constexpr):  # fmt: skip
     block, head, start, length, query_start, query_length, history = _sequence(
         tl.program_id(0), num_blocks, Offsets, QueryOffsets, Targets, H, SUFFIX, TARGETS
     )
     first_row = (num_blocks - 1 - block) * ROWS
     if first_row >= query_length:
         return
-    shift = length if CROSS else length - query_length
-    rows = first_row + tl.arange(0, ROWS)
-    positions = rows + shift
-    Q += query_start * stride_qt + head * stride_qh
-    K += start * stride_kt + head * stride_kh
-    V += start * stride_vt + head * stride_vh
+    rows, positions, q, K, V, Matrix, free, last = _row_block(
+        Q, K, V, Matrix, pitch, first_row, head, start, length, query_start, query_length, history,
+        stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, D, ROWS, COLUMNS, CROSS,
+        MATRIX,
+    )  # fmt: skip
     Grad += query_start * stride_gt + head * stride_gh
     DQ += query_start * stride_dt + head * stride_dh
-    if MATRIX:
-        last_row = tl.maximum(query_length - 1, 0)
-        Matrix += (query_start + tl.minimum(rows, last_row))[:, None] * pitch
-    in_q = tl.arange(0, D)
-    in_v = tl.arange(0, DV)
-    inside = rows[:, None] < query_length
-    q = tl.load(Q + rows[:, None] * stride_qt + in_q[None, :], mask=inside, other=0.0)
-    grad = tl.load(Grad + rows[:, None] * stride_gt + in_v[None, :], mask=inside, other=0.0)
-    free = tl.minimum(first_row + shift + 1, history) // COLUMNS * COLUMNS
-    last = tl.minimum(first_row + shift + ROWS, length)
+    grad = _load(Grad, rows, query_length, stride_gt, DV, True)
     dq = tl.zeros((ROWS, D), dtype=tl.float32)
     dq = _backward_rows_columns(
         dq, q, grad, K, V, Matrix, positions, 0, free, length, history, stride_kt, stride_vt,
@@ -218,7 +216,8 @@ def backward_rows_kernel(Q, K, V, Grad, DQ, Offsets, QueryOffsets, Targets, Weig
         alpha, D, DV, COLUMNS, MATRIX, TARGETS, APPROXIMATE, PRECISION, True,
     )  # fmt: skip
     dq = (dq * (alpha * inverse_norm)).to(DQ.dtype.element_ty)
-    tl.store(DQ + rows[:, None] * stride_dt + in_q[None, :], dq, mask=inside)
+    inside = rows[:, None] < query_length
+    tl.store(DQ + rows[:, None] * stride_dt + tl.arange(0, D)[None, :], dq, mask=inside)
 
 
 @triton.jit
@@ -228,14 +227,11 @@ def _backward_columns_rows(dk, dv, k, v, Q, Grad, Matrix, columns, low, high,
                            ROWS: tl.constexpr, MATRIX: tl.constexpr,
                            TARGETS: tl.constexpr, APPROXIMATE: tl.constexpr,
                            PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    in_q = tl.arange(0, D)
-    in_v = tl.arange(0, DV)
     for first in tl.range(low, high, ROWS):
         rows = first + tl.arange(0, ROWS)
-        inside = rows[:, None] < query_length
-        q = tl.load(Q + rows[:, None] * stride_qt + in_q[None, :], mask=inside, other=0.0)
-        grad = tl.load(Grad + rows[:, None] * stride_gt + in_v[None, :], mask=inside, other=0.0)
-        # Everything transposed, [COLUMNS, ROWS]: the products below take it as it is.
+        q = _load(Q, rows, query_length, stride_qt, D, True)
+        grad = _load(Grad, rows, query_length, stride_gt, DV, True)
+        # Everything is transposed, [COLUMNS, ROWS], as the products below take it.
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         d_attention = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         attention, slope = _silu_block_with_slope(scores, alpha, APPROXIMATE)
@@ -247,10 +243,7 @@ def _backward_columns_rows(dk, dv, k, v, Q, Grad, Matrix, columns, low, high,
             attention = attention * weights
             d_scores = d_scores * weights
         if MASKED:
-            positions = rows[None, :] + shift
-            seen = positions >= columns[:, None]
-            if TARGETS:
-                seen = seen & ((columns[:, None] < history) | (positions == columns[:, None]))
+            seen = _seen(rows[None, :] + shift, columns[:, None], history, TARGETS)
             attention = tl.where(seen, attention, 0.0)
             d_scores = tl.where(seen, d_scores, 0.0)
         dv = tl.dot(attention.to(grad.dtype), grad, dv, input_precision=PRECISION)
@@ -260,20 +253,20 @@ def _backward_columns_rows(dk, dv, k, v, Q, Grad, Matrix, columns, low, high,
 
 @triton.jit
 def backward_columns_kernel(Q, K, V, Grad, DK, DV_, Offsets, QueryOffsets, Targets, Weights,
-                             Matrix, pitch,
-                             stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-                             stride_gt, stride_gh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
-                             num_blocks, alpha, inverse_norm,
-                             H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                             ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUFFIX: tl.constexpr,
-                             CROSS: tl.constexpr, ACCUMULATE: tl.constexpr,
-                             SCALE_K: tl.constexpr, SCALE_V: tl.constexpr,
-                             MATRIX: tl.constexpr, TARGETS: tl.constexpr,
-                             APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                            Matrix, pitch,
+                            stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+                            stride_gt, stride_gh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
+                            num_blocks, alpha, inverse_norm,
+                            H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                            ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUFFIX: tl.constexpr,
+                            CROSS: tl.constexpr, ACCUMULATE: tl.constexpr,
+                            SCALE_K: tl.constexpr, SCALE_V: tl.constexpr,
+                            MATRIX: tl.constexpr, TARGETS: tl.constexpr,
+                            APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     block, head, start, length, query_start, query_length, history = _sequence(
         tl.program_id(0), num_blocks, Offsets, QueryOffsets, Targets, H, SUFFIX, TARGETS
     )
-    # The first columns are read by the most rows: they start first.
+    # The first columns are read by the most rows, so their programs start first.
     first_column = block * COLUMNS
     if first_column >= length:
         return
@@ -288,8 +281,8 @@ def backward_columns_kernel(Q, K, V, Grad, DK, DV_, Offsets, QueryOffsets, Targe
     in_k = tl.arange(0, D)
     in_v = tl.arange(0, DV)
     inside = columns[:, None] < length
-    k = tl.load(K + columns[:, None] * stride_kt + in_k[None, :], mask=inside, other=0.0)
-    v = tl.load(V + columns[:, None] * stride_vt + in_v[None, :], mask=inside, other=0.0)
+    k = _load(K, columns, length, stride_kt, D, True)
+    v = _load(V, columns, length, stride_vt, DV, True)
     Matrix += query_start * pitch
     # From the first row that sees any of these columns; free of masks from the first block
     # of rows that sees all of them, unless there are targets among the columns.
@@ -329,7 +322,7 @@ def backward_columns_kernel(Q, K, V, Grad, DK, DV_, Offsets, QueryOffsets, Targe
 
 @triton.jit
 def zero_spare_rows_kernel(X, Offsets, num_sequences, num_rows, SIZE: tl.constexpr,
-                            WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                           WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     used = tl.load(Offsets + num_sequences).to(tl.int64)
     if first + ROWS <= used:

@@ -22,6 +22,7 @@ def mean_cross_entropy(
     bias: Tensor | None = None,
     *,
     chunk_bytes: int | None = None,
+    backend: str | None = None,
 ) -> MeanLoss:
     """Mean of `-log softmax(hidden @ item_table.T + bias)[target]` without the `[M, V]` logits.
 
@@ -36,11 +37,13 @@ def mean_cross_entropy(
         targets: int64 `[M]`, in `[0, V)`.
         bias: `[V]`.
         chunk_bytes: bound of the memory for logits, at least those of one position are held.
+        backend: "triton", "torch" or "naive"; None: the fastest that can.
 
     Returns:
         The mean loss, and how many positions had no item that scored higher than the target.
     """
     loss: MeanLoss = _OPERATOR.run(
-        "mean_cross_entropy", hidden, item_table, targets, bias, chunk_bytes=chunk_bytes
-    )
+        "mean_cross_entropy", hidden, item_table, targets, bias,
+        chunk_bytes=chunk_bytes, backend=backend,
+    )  # fmt: skip
     return loss

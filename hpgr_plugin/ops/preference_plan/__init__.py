@@ -3,9 +3,14 @@
 from torch import Tensor, no_grad
 
 from hpgr_plugin.ops.dispatch import Backend, Operator, triton_here
-from hpgr_plugin.ops.preference_plan.plan import PlanInputs, PlanSettings, PreferencePlan
+from hpgr_plugin.ops.preference_plan.plan import (
+    PlanInputs,
+    PlanSettings,
+    PreferencePlan,
+    Selection,
+)
 
-__all__ = ["PlanInputs", "PlanSettings", "PreferencePlan", "plan_preferences"]
+__all__ = ["PlanInputs", "PlanSettings", "PreferencePlan", "Selection", "plan_preferences"]
 
 _OPERATOR = Operator(
     "preference_plan",
@@ -27,6 +32,8 @@ def plan_preferences(
     recent: int = 0,
     history_timestamps: Tensor | None = None,
     candidate_timestamps: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> PreferencePlan:
     """Keep the items around each candidate's anchors, and drop the rest (Eq. 5).
 
@@ -49,6 +56,7 @@ def plan_preferences(
         history_timestamps: `[T]`, ascending in each history. With `candidate_timestamps`, an item
             with t_i >= t_C is hidden from C: neither anchor, nor recent, nor kept.
         candidate_timestamps: `[C]`, in the same unit.
+        backend: "triton", "torch" or "naive"; None: the fastest that can.
 
     Returns:
         One row per candidate; weights are float64 where the history embeddings are float64, else
@@ -66,5 +74,5 @@ def plan_preferences(
         history_timestamps,
         candidate_timestamps,
     ).check()
-    plan: PreferencePlan = _OPERATOR.run("plan_preferences", inputs, settings)
+    plan: PreferencePlan = _OPERATOR.run("plan_preferences", inputs, settings, backend=backend)
     return plan

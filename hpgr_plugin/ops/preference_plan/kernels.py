@@ -32,7 +32,7 @@ def _visible_history(HistoryOffsets, Visible, user, candidate, TIMED: tl.constex
 
 @triton.jit
 def visible_kernel(HistoryTimes, CandidateTimes, HistoryOffsets, CandidateOffsets, Visible,
-                    blocks, steps, LANES: tl.constexpr):  # fmt: skip
+                   blocks, steps, LANES: tl.constexpr):  # fmt: skip
     """How many items come before each candidate, one binary search per lane."""
     user = tl.program_id(0) // blocks
     candidate = tl.load(CandidateOffsets + user).to(tl.int64)
@@ -53,9 +53,9 @@ def visible_kernel(HistoryTimes, CandidateTimes, HistoryOffsets, CandidateOffset
 
 @triton.jit
 def score_one_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Visible, Scores,
-                      Maxima, stride_h, stride_c, pitch_m, blocks, SIZE: tl.constexpr,
-                      WIDE: tl.constexpr, ITEMS: tl.constexpr, GROUP: tl.constexpr,
-                      TIMED: tl.constexpr):  # fmt: skip
+                     Maxima, stride_h, stride_c, pitch_m, blocks, SIZE: tl.constexpr,
+                     WIDE: tl.constexpr, ITEMS: tl.constexpr, GROUP: tl.constexpr,
+                     TIMED: tl.constexpr):  # fmt: skip
     user = tl.program_id(0) // blocks
     candidate = tl.load(CandidateOffsets + user).to(tl.int64)
     start, length = _history(HistoryOffsets, user)
@@ -86,10 +86,10 @@ def score_one_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Visi
 
 @triton.jit
 def score_many_kernel(History, Candidates, HistoryOffsets, CandidateOffsets, Visible, Scores,
-                       Maxima, stride_h, stride_c, pitch, pitch_m, blocks, shares,
-                       SIZE: tl.constexpr, WIDE: tl.constexpr, ITEMS: tl.constexpr,
-                       CANDIDATES: tl.constexpr, GROUP: tl.constexpr,
-                       TIMED: tl.constexpr):  # fmt: skip
+                      Maxima, stride_h, stride_c, pitch, pitch_m, blocks, shares,
+                      SIZE: tl.constexpr, WIDE: tl.constexpr, ITEMS: tl.constexpr,
+                      CANDIDATES: tl.constexpr, GROUP: tl.constexpr,
+                      TIMED: tl.constexpr):  # fmt: skip
     # Programs that differ only in their candidates are neighbours: they share reads of the items.
     share = tl.program_id(0) % shares
     block = tl.program_id(0) // shares % blocks
@@ -217,11 +217,11 @@ def _anchor_ranges(Anchors, candidate, found, limit, TOP_K: tl.constexpr,
 
 @triton.jit
 def select_kernel(Scores, Maxima, Visible, HistoryOffsets, CandidateOffsets, Anchors, Counts,
-                   pitch, pitch_m, max_candidates,
-                   TOP_K: tl.constexpr, ANCHORS: tl.constexpr, RADIUS: tl.constexpr,
-                   RECENT: tl.constexpr, EXTRA: tl.constexpr, TIMED: tl.constexpr,
-                   FLAT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-                   LIKELY: tl.constexpr):  # fmt: skip
+                  pitch, pitch_m, max_candidates,
+                  TOP_K: tl.constexpr, ANCHORS: tl.constexpr, RADIUS: tl.constexpr,
+                  RECENT: tl.constexpr, EXTRA: tl.constexpr, TIMED: tl.constexpr,
+                  FLAT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+                  LIKELY: tl.constexpr):  # fmt: skip
     user, candidate, there = _candidate(CandidateOffsets, max_candidates)
     if tl.program_id(0) == 0:
         tl.store(Counts, 0)
@@ -268,11 +268,11 @@ def select_kernel(Scores, Maxima, Visible, HistoryOffsets, CandidateOffsets, Anc
 
 @triton.jit
 def write_kernel(Anchors, Visible, Offsets, Table, HistoryOffsets, CandidateOffsets,
-                  Index, Weights, num_items, max_candidates, max_history,
-                  TOP_K: tl.constexpr, ANCHORS: tl.constexpr, RADIUS: tl.constexpr,
-                  RECENT: tl.constexpr, EXTRA: tl.constexpr, TIMED: tl.constexpr,
-                  REACH: tl.constexpr, NEWEST: tl.constexpr,
-                  MATRIX: tl.constexpr):  # fmt: skip
+                 Index, Weights, num_items, max_candidates, max_history,
+                 TOP_K: tl.constexpr, ANCHORS: tl.constexpr, RADIUS: tl.constexpr,
+                 RECENT: tl.constexpr, EXTRA: tl.constexpr, TIMED: tl.constexpr,
+                 REACH: tl.constexpr, NEWEST: tl.constexpr,
+                 MATRIX: tl.constexpr):  # fmt: skip
     user, candidate, there = _candidate(CandidateOffsets, max_candidates)
     if not there:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,25 @@ class PreferencePlan(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # a tuple has an index method too
     weights: Tensor
     offsets: Tensor
+
+
+class Selection(NamedTuple):
+    """A plan in tensors of a fixed size: rows from `offsets[-1]` on are unspecified.
+
+    With candidates, every candidate's row follows its kept items: a sequence to attend over.
+
+    Attributes:
+        index: `[R]` int32 (int64 where T + C needs it), rows of the flat history; candidate c is
+            T + c.
+        weights: `[R]` float32, M_j; 1 for a candidate.
+        offsets: `[C + 1]` int64.
+        max_length: an upper bound of the rows of one candidate.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a tuple has an index method too
+    weights: Tensor
+    offsets: Tensor
+    max_length: int
 
 
 class PlanSettings(NamedTuple):
@@ -123,7 +143,7 @@ class PlanInputs(NamedTuple):
             ("history_offsets", both[0], self.history_embeddings),
             ("candidate_offsets", both[1], self.candidate_embeddings),
         ):
-            lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+            lengths = [end - start for start, end in pairwise(offsets)]
             longest.append(max(lengths, default=0))
             if offsets[0] != 0 or offsets[-1] != len(rows) or min(lengths, default=0) < 0:
                 raise ValueError(

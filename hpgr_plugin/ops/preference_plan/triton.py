@@ -32,6 +32,7 @@ from hpgr_plugin.ops.preference_plan.plan import (
     PlanInputs,
     PlanSettings,
     PreferencePlan,
+    Selection,
     gaussian_kernel,
 )
 
@@ -39,25 +40,6 @@ LONGEST_HISTORY = 2**18  # the maxima of one candidate stay in the registers of 
 _LARGEST_TILE = 2**16  # anchors times the items they reach, likewise
 _FEW_PROGRAMS = 1024
 _SEARCHES = 32  # candidates whose visible history one program counts
-
-
-class Selection(NamedTuple):
-    """A plan in tensors of a fixed size: rows from `offsets[-1]` on are unspecified.
-
-    With candidates, every candidate's row follows its kept items: a sequence to attend over.
-
-    Attributes:
-        index: `[R]` int32 (int64 where T + C needs it), rows of the flat history; candidate c is
-            T + c.
-        weights: `[R]` float32, M_j; 1 for a candidate.
-        offsets: `[C + 1]` int64.
-        max_length: an upper bound of the rows of one candidate.
-    """
-
-    index: Tensor  # type: ignore[assignment]  # a tuple has an index method too
-    weights: Tensor
-    offsets: Tensor
-    max_length: int
 
 
 def why_not(inputs: PlanInputs, settings: PlanSettings) -> str | None:
@@ -106,7 +88,7 @@ def weight_matrix(inputs: PlanInputs, settings: PlanSettings) -> Tensor:
     in `select`.
     """
     weights = _select(inputs, settings, with_candidates=False, matrix=True).weights
-    return weights.view(len(inputs.candidate_embeddings), inputs.max_history)
+    return weights.view(len(inputs.candidate_embeddings), inputs.max_history or 0)
 
 
 class _Problem(NamedTuple):

@@ -23,7 +23,13 @@ _OPERATOR = Operator(
 
 
 def session_pool(
-    tokens: Tensor, position: Tensor, cls: Tensor, weights: PoolWeights, spans: Spans
+    tokens: Tensor,
+    position: Tensor,
+    cls: Tensor,
+    weights: PoolWeights,
+    spans: Spans,
+    *,
+    backend: str | None = None,
 ) -> PooledSessions:
     """What the [CLS] token of a pre-norm encoder layer reads in every session (Eq. 1).
 
@@ -38,15 +44,18 @@ def session_pool(
         cls: `[D]`.
         weights: of the layer.
         spans: the S sessions; no token lies in two of them.
+        backend: "triton", "torch" or "naive"; None: the fastest that can.
 
     Returns:
         The weighted means, in the dtype of the tokens.
     """
-    pooled: PooledSessions = _OPERATOR(tokens, position, cls, weights, spans)
+    pooled: PooledSessions = _OPERATOR(tokens, position, cls, weights, spans, backend=backend)
     return pooled
 
 
-def add_context(tokens: Tensor, context: Tensor, gate: Tensor, offsets: Tensor) -> Tensor:
+def add_context(
+    tokens: Tensor, context: Tensor, gate: Tensor, offsets: Tensor, *, backend: str | None = None
+) -> Tensor:
     """`h + gate * rms(h) * context_s` for the tokens h of every session s.
 
     Args:
@@ -54,9 +63,10 @@ def add_context(tokens: Tensor, context: Tensor, gate: Tensor, offsets: Tensor) 
         context: `[S, D]`.
         gate: `[D]`.
         offsets: int64 `[S + 1]`, of the sessions.
+        backend: as in `session_pool`.
 
     Returns:
         `[T, D]`.
     """
-    enhanced: Tensor = _OPERATOR.run("add_context", tokens, context, gate, offsets)
+    enhanced: Tensor = _OPERATOR.run("add_context", tokens, context, gate, offsets, backend=backend)
     return enhanced

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hpgr_plugin.components.attention_hooks import (
     AttentionHook,
+    HookInputs,
     PreferenceGuidedSparseAttention,
     StochasticLength,
 )
@@ -149,9 +150,9 @@ class WholeHistory(AttentionHook):
         self.layout = sparse.layout
         self.mask_position = sparse.mask_position
 
-    def plan(self, **inputs: Tensor) -> PreferencePlan:
-        kept = self.sparse.plan(**inputs)
-        everything = PreferenceGuidedSparseAttention(top_k=0, recent=10_000).plan(**inputs)
+    def plan(self, inputs: HookInputs) -> PreferencePlan:
+        kept = self.sparse.plan(inputs)
+        everything = PreferenceGuidedSparseAttention(top_k=0, recent=10_000).plan(inputs)
         weights = torch.zeros(len(everything.index), dtype=torch.float64)
         for row in range(len(kept.offsets) - 1):
             wanted = kept.index[kept.offsets[row] : kept.offsets[row + 1]]

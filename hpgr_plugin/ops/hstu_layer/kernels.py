@@ -1,0 +1,156 @@
+"""The kernels of `rowwise.py`: a program owns a tile of rows."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tile(first, total, SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+    """Rows from `first` on, places in a row, which places and which numbers are there."""
+    rows = first + tl.arange(0, ROWS)
+    places = tl.arange(0, WIDE)
+    held = places < SIZE
+    return rows, places, held, (rows < total)[:, None] & held[None, :]
+
+
+@triton.jit
+def _own_tile(total, SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+    """The tile of this program, where each program has one."""
+    return _tile(tl.program_id(0).to(tl.int64) * ROWS, total, SIZE, WIDE, ROWS)
+
+
+@triton.jit
+def _norm(x, Weight, Bias, Moments, rows, places, held, total, eps, SIZE: tl.constexpr):
+    """Layer norm of a tile; stores mean and 1 / deviation."""
+    mean = tl.sum(x, axis=1) / SIZE
+    centred = tl.where(held[None, :], x - mean[:, None], 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / SIZE + eps)
+    weight = tl.load(Weight + places, mask=held, other=0.0).to(tl.float32)
+    bias = tl.load(Bias + places, mask=held, other=0.0).to(tl.float32)
+    tl.store(Moments + rows * 2, mean, mask=rows < total)
+    tl.store(Moments + rows * 2 + 1, scale, mask=rows < total)
+    return centred * scale[:, None] * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def _unit(x, Moments, rows, inside, total):
+    """The normed tile before weight and bias, and its scale, from the stored moments."""
+    mean = tl.load(Moments + rows * 2, mask=rows < total, other=0.0)
+    scale = tl.load(Moments + rows * 2 + 1, mask=rows < total, other=0.0)
+    return tl.where(inside, (x - mean[:, None]) * scale[:, None], 0.0), scale
+
+
+@triton.jit
+def _norm_slope(grad, unit, scale, held, SIZE: tl.constexpr):
+    """Gradient through layer norm: `grad` by the normed value times weight, `unit` normed."""
+    mean_grad = tl.sum(grad, axis=1) / SIZE
+    mean_product = tl.sum(grad * unit, axis=1) / SIZE
+    slope = (grad - mean_grad[:, None] - unit * mean_product[:, None]) * scale[:, None]
+    return tl.where(held[None, :], slope, 0.0)
+
+
+@triton.jit
+def _store_partial(Partial, d_weight, d_bias, places, held, SIZE: tl.constexpr):
+    """Store this program's share of two gradients."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tl.store(Partial + program * SIZE + places, tl.sum(d_weight, axis=0), mask=held)
+    tl.store(Partial + (programs + program) * SIZE + places, tl.sum(d_bias, axis=0), mask=held)
+
+
+@triton.jit
+def scale_rows_kernel(X, Weights, Out, total, stride_x, stride_o, SIZE: tl.constexpr,
+                      WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    rows, places, _, inside = _own_tile(total, SIZE, WIDE, ROWS)
+    weights = tl.load(Weights + rows, mask=rows < total, other=0.0)
+    x = tl.load(X + rows[:, None] * stride_x + places[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32) * weights[:, None]
+    out = Out + rows[:, None] * stride_o + places[None, :]
+    tl.store(out, x.to(Out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_forward_kernel(X, Weight, Bias, Normed, Moments, total, eps,
+                        SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    rows, places, held, inside = _own_tile(total, SIZE, WIDE, ROWS)
+    where = rows[:, None] * SIZE + places[None, :]
+    x = tl.load(X + where, mask=inside, other=0.0).to(tl.float32)
+    normed = _norm(x, Weight, Bias, Moments, rows, places, held, total, eps, SIZE)
+    tl.store(Normed + where, normed.to(Normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_backward_kernel(Grad, Residual, X, Weight, Moments, DX, Partial, total,
+                         RESIDUAL: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
+                         ROWS: tl.constexpr):  # fmt: skip
+    places = tl.arange(0, WIDE)
+    weight = tl.load(Weight + places, mask=places < SIZE, other=0.0).to(tl.float32)
+    # Summed over rows at the very end: in the loop, every sum would wait for all warps.
+    d_weight = tl.zeros((ROWS, WIDE), dtype=tl.float32)
+    d_bias = tl.zeros((ROWS, WIDE), dtype=tl.float32)
+    for first in range(tl.program_id(0) * ROWS, total, tl.num_programs(0) * ROWS):
+        rows, _, held, inside = _tile(tl.full((), first, tl.int64), total, SIZE, WIDE, ROWS)
+        where = rows[:, None] * SIZE + places[None, :]
+        x = tl.load(X + where, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(Grad + where, mask=inside, other=0.0).to(tl.float32)
+        unit, scale = _unit(x, Moments, rows, inside, total)
+        d_weight += grad * unit
+        d_bias += grad
+        dx = _norm_slope(grad * weight[None, :], unit, scale, held, SIZE)
+        if RESIDUAL:
+            dx += tl.load(Residual + where, mask=inside, other=0.0).to(tl.float32)
+        tl.store(DX + where, dx.to(DX.dtype.element_ty), mask=inside)
+    _store_partial(Partial, d_weight, d_bias, places, places < SIZE, SIZE)
+
+
+@triton.jit
+def gate_forward_kernel(Attention, Gate, Weight, Bias, Out, Moments, total, stride_g, eps,
+                        SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    rows, places, held, inside = _own_tile(total, SIZE, WIDE, ROWS)
+    raw = tl.load(Attention + rows[:, None] * SIZE + places[None, :], mask=inside, other=0.0)
+    gate = tl.load(Gate + rows[:, None] * stride_g + places[None, :], mask=inside, other=0.0)
+    gate = gate.to(tl.float32)
+    gate = gate * tl.sigmoid(gate)
+    a = raw.to(tl.float32)
+    normed = _norm(a, Weight, Bias, Moments, rows, places, held, total, eps, SIZE)
+    out = Out + rows[:, None] * (3 * SIZE) + places[None, :]
+    kind = Out.dtype.element_ty
+    tl.store(out, gate.to(kind), mask=inside)
+    tl.store(out + SIZE, raw, mask=inside)
+    tl.store(out + 2 * SIZE, (gate * normed).to(kind), mask=inside)
+
+
+@triton.jit
+def gate_backward_kernel(Grad, Attention, Gate, Weight, Bias, Moments, DAttention, DGate,
+                         Partial, total, stride_g, stride_d,
+                         SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    places = tl.arange(0, WIDE)
+    weight = tl.load(Weight + places, mask=places < SIZE, other=0.0).to(tl.float32)
+    bias = tl.load(Bias + places, mask=places < SIZE, other=0.0).to(tl.float32)
+    # Summed over rows at the very end, as above.
+    d_weight = tl.zeros((ROWS, WIDE), dtype=tl.float32)
+    d_bias = tl.zeros((ROWS, WIDE), dtype=tl.float32)
+    for first in range(tl.program_id(0) * ROWS, total, tl.num_programs(0) * ROWS):
+        rows, _, held, inside = _tile(tl.full((), first, tl.int64), total, SIZE, WIDE, ROWS)
+        where = rows[:, None] * SIZE + places[None, :]
+        a = tl.load(Attention + where, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(Gate + rows[:, None] * stride_g + places[None, :], mask=inside, other=0.0)
+        gate = gate.to(tl.float32)
+        grad = Grad + rows[:, None] * (3 * SIZE) + places[None, :]
+        d_plain_gate = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
+        d_plain = tl.load(grad + SIZE, mask=inside, other=0.0).to(tl.float32)
+        d_product = tl.load(grad + 2 * SIZE, mask=inside, other=0.0).to(tl.float32)
+        unit, scale = _unit(a, Moments, rows, inside, total)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        d_silu = d_plain_gate + d_product * (unit * weight[None, :] + bias[None, :])
+        d_normed = d_product * silu
+        d_weight += d_normed * unit
+        d_bias += d_normed
+        da = d_plain + _norm_slope(d_normed * weight[None, :], unit, scale, held, SIZE)
+        dg = d_silu * (sigmoid + silu * (1.0 - sigmoid))
+        tl.store(DAttention + where, da.to(DAttention.dtype.element_ty), mask=inside)
+        tl.store(DGate + rows[:, None] * stride_d + places[None, :],
+                 dg.to(DGate.dtype.element_ty), mask=inside)  # fmt: skip
+    _store_partial(Partial, d_weight, d_bias, places, places < SIZE, SIZE)
