@@ -112,6 +112,8 @@ DLRM_V3 = (
         f"{_LOOP} optimizer hstu_config embedding_table_configs",
     ),
     _uses("dlrm_v3.utils", "MetricsLogger", "multitask_configs batch_size window_size device rank"),
+    _uses("dlrm_v3.checkpoint", "load_dense_state_dict", "model state_dict"),
+    _uses("dlrm_v3.checkpoint", "is_sparse_key"),
     _uses("dlrm_v3.checkpoint", "load_dmp_checkpoint", "model optimizer metric_logger device"),
 )
 

@@ -27,8 +27,8 @@ from hpgr_plugin.hosts.dlrm_v3.modules import (
     TimeAwareHSTUPositionalEncoder,
 )
 from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained
-from hpgr_plugin.hosts.seams import host_has_seam, replaced
-from hpgr_plugin.hosts.slots import check_slot, check_width
+from hpgr_plugin.hosts.seams import host_has_seam, is_bound, replaced
+from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.compact.parts import SequenceParts, sequence_parts
 from hpgr_plugin.ops.jagged import check_sorted, complete_cumsum
 from hpgr_plugin.transfer.handoff import load_sem_state
@@ -36,6 +36,7 @@ from hpgr_plugin.transfer.learning_rates import check_lr_ratio, mark_inherited
 
 _NAME = "hpgr.DlrmHSTU"
 _WHY_CAUSAL = f"{_NAME}.hide_future is True: a history may reach past a candidate's time"
+_CHECKPOINT_PATHS = ("load_dmp_checkpoint.path", "load_nonsparse_checkpoint.path")
 _CHECKED_BATCHES = 10  # the first ones, whose times are checked
 _HISTORY_IDS = "hpgr_history_ids"
 _CANDIDATE_IDS = "hpgr_candidate_ids"
@@ -131,8 +132,12 @@ class DlrmHSTU(host.DlrmHSTU):
         if sem is not None:
             sem.decide_causal(self._hide_future, _WHY_CAUSAL)
         frozen = _frozen(attention_hook)
-        if frozen is not None and frozen.frozen_table is None:
-            raise ValueError('an attention_hook with table="frozen" needs pretrained, got None')
+        restored = any(map(is_bound, _CHECKPOINT_PATHS))
+        if frozen is not None and frozen.frozen_table is None and not restored:
+            raise SlotError(
+                f'{_NAME}.attention_hook with table="frozen" needs pretrained, got None (or a '
+                f"checkpoint to restore: {_CHECKPOINT_PATHS[0]})"
+            )
 
     @property
     def sem(self) -> SessionEnhancementModule | None:
