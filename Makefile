@@ -25,12 +25,12 @@ lint: $(TEST)/$(STAMP)
 unit: $(TEST)/$(STAMP)
 	$(TEST)/bin/python -m pytest $(ARGS)
 
-$(RUN)/$(STAMP): setup.cfg pyproject.toml
+$(RUN)/$(STAMP): setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv $(RUN)
 	$(RUN)/bin/python -m pip install --quiet --editable '.[cpu,data,train,analysis]'
 	touch $@
 
-$(TEST)/$(STAMP): setup.cfg pyproject.toml
+$(TEST)/$(STAMP): setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv $(TEST)
 	$(TEST)/bin/python -m pip install --quiet --editable '.[cpu,data,train,analysis,dev]'
 	touch $@

@@ -10,6 +10,7 @@ import gin
 from absl import app, flags
 from absl import logging as absl_logging
 
+from hpgr_plugin.config.bindings import check_types
 from hpgr_plugin.config.registry import ConfigError, build, configured, register
 from hpgr_plugin.errors import HpgrError, one_line
 
@@ -30,7 +31,8 @@ def load_configs(config_files: list[str], bindings: list[str]) -> None:
         bindings: lines of gin.
 
     Raises:
-        ConfigError: a syntax error, or an unknown configurable or parameter.
+        ConfigError: a syntax error, an unknown configurable or parameter, or a value of a type
+            that its parameter does not take.
         OSError: no such file.
     """
     register("components", "data", "embedded")
@@ -41,6 +43,7 @@ def load_configs(config_files: list[str], bindings: list[str]) -> None:
         raise ConfigError(f"{where}: {error.msg} {(error.text or '').strip()}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
+    check_types()
 
 
 def run_app(**overrides: Any) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gin
 from gin.config import _CONFIG, ConfigurableReference, iterate_references
 from typeguard import TypeCheckError, check_type
 
-from hpgr_plugin.config.registry import ConfigError, registered_targets
+from hpgr_plugin.config.registry import ConfigError, registered_targets, roots
 
 _MACRO = "gin.macro"
+_PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
 
 
 def check_types() -> None:
@@ -30,20 +31,15 @@ def check_types() -> None:
             raise ConfigError(f"{binding} takes {describe(hint)}, got {_show(value)}")
 
 
-def check_unused(roots: Iterable[str], *, allow: bool = False) -> None:
-    """Every `hpgr` binding and every macro is read by something that this run can build.
+def check_unused() -> None:
+    """Every `hpgr` binding and every macro is read by something that a run can build.
 
-    Args:
-        roots: names that code builds itself, without `hpgr.`; everything else has to be referred
-            to by a binding, as in `slot = @hpgr.Name()`.
-        allow: do not check, for files that several runs share.
+    What code does not build by itself has to be referred to, as in `slot = @hpgr.Name()`.
 
     Raises:
         ConfigError: naming the bindings that nothing reads.
     """
-    if allow:
-        return
-    reached = _reached({f"hpgr.{name}" for name in roots})
+    reached = _reached({f"hpgr.{name}" for name in roots()})
     unused = sorted({key[1] for key in _CONFIG if _is_ours(key) and key[1] not in reached})
     macros = {"/".join(ref.scopes) for ref in _references(_CONFIG) if _is_macro(ref)}
     unused += sorted(scope for scope, name in _CONFIG if name == _MACRO and scope not in macros)
@@ -106,9 +102,7 @@ def _reference_fits(reference: ConfigurableReference, hint: Any) -> bool:
         kind = get_args(hint)[0] if get_origin(hint) is type else None
         return inspect.isclass(target) and kind is not None and issubclass(target, kind)
     made = target if inspect.isclass(target) else get_type_hints(target).get("return", Any)
-    if made is Any or getattr(hint, "_is_protocol", False):
-        return True
-    return inspect.isclass(hint) and inspect.isclass(made) and issubclass(made, hint)
+    return made is Any or (inspect.isclass(hint) and _is_a(made, hint))
 
 
 def _members(hint: Any) -> list[Any]:
@@ -130,15 +124,23 @@ def _words(hint: Any) -> list[str]:
         names = [n for n, t in registered_targets().items() if _makes(t, kind)]
         if names:
             return [f"@hpgr.{name}{brackets}" for name in names]
-        plain = {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
-        return [plain.get(kind, kind.__name__)]
+        return [_PLAIN.get(kind, kind.__name__)]
+    if inspect.isclass(origin) and issubclass(origin, Sequence) and get_args(hint):
+        return [f"a list of items, each {describe(get_args(hint)[0])}"]
     return [str(hint).replace("typing.", "").replace("collections.abc.", "")]
 
 
 def _makes(target: Any, kind: type) -> bool:
-    if getattr(kind, "_is_protocol", False) or kind.__module__ == "builtins":
+    if kind.__module__ == "builtins":
         return False
-    made = target if inspect.isclass(target) else get_type_hints(target).get("return")
+    return _is_a(target if inspect.isclass(target) else get_type_hints(target).get("return"), kind)
+
+
+def _is_a(made: Any, kind: type) -> bool:
+    """Whether a class is a subclass of another, or has the methods of a protocol."""
+    if getattr(kind, "_is_protocol", False):
+        methods = [name for name, value in vars(kind).items() if inspect.isfunction(value)]
+        return all(hasattr(made, name) for name in methods if not name.startswith("_"))
     return inspect.isclass(made) and issubclass(made, kind)
 
 

@@ -28,11 +28,14 @@ class Entry(NamedTuple):
         target: "module:name"; `hpgr.name` in gin.
         slot: the slot that it can fill, if any.
         denylist: parameters that code sets, so that gin must not.
+        root: whether code builds it by itself; others are built only where a binding refers to
+            them.
     """
 
     target: str
     slot: str | None = None
     denylist: tuple[str, ...] = ()
+    root: bool = False
 
     @property
     def name(self) -> str:
@@ -51,10 +54,10 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
     "components": (
         Entry("hpgr_plugin.components.attention_hooks:PreferenceGuidedSparseAttention", HOOK),
         Entry("hpgr_plugin.components.attention_hooks:StochasticLength", HOOK),
-        Entry("hpgr_plugin.components.mim:MaskedItemModel"),
+        Entry("hpgr_plugin.components.mim:MaskedItemModel", root=True),
         Entry("hpgr_plugin.components.positions:TimeAwarePositionalEncoder", POSITIONS),
         Entry("hpgr_plugin.components.sem:SessionEnhancementModule", SEM),
-        Entry("hpgr_plugin.ops.dispatch:set_backends"),
+        Entry("hpgr_plugin.ops.dispatch:set_backends", root=True),
     ),
     "data": (
         Entry("hpgr_plugin.data:EBNeRDReader"),
@@ -63,28 +66,28 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.data:LastFractionSplit"),
         Entry("hpgr_plugin.data:LastNSplit"),
         Entry("hpgr_plugin.data:MovieLensReader"),
-        Entry("hpgr_plugin.data:RequestLoader", denylist=_REQUESTS),
-        Entry("hpgr_plugin.data:RequestSettings"),
-        Entry("hpgr_plugin.data:SequenceLoader", denylist=_SEQUENCES),
+        Entry("hpgr_plugin.data:RequestLoader", denylist=_REQUESTS, root=True),
+        Entry("hpgr_plugin.data:RequestSettings", root=True),
+        Entry("hpgr_plugin.data:SequenceLoader", denylist=_SEQUENCES, root=True),
         Entry("hpgr_plugin.data:SyntheticReader"),
         Entry("hpgr_plugin.data:TableReader"),
         Entry("hpgr_plugin.data:label_column"),
-        Entry("hpgr_plugin.data:prepare_data"),
+        Entry("hpgr_plugin.data:prepare_data", root=True),
         Entry("hpgr_plugin.data:rating_at_least"),
     ),
     "embedded": (
         Entry("hpgr_plugin.hosts.embedded.model.hstu:HSTULayer", LAYER, denylist=_LAYER),
         Entry("hpgr_plugin.hosts.embedded.model.mtgr:MTGRLayer", LAYER, denylist=_LAYER),
-        Entry("hpgr_plugin.hosts.embedded.model.ranker:HSTURanker", denylist=_RANKER),
-        Entry("hpgr_plugin.hosts.embedded.report.ablation:AblationRow"),
-        Entry("hpgr_plugin.hosts.embedded.run:run"),
-        Entry("hpgr_plugin.hosts.embedded.train.stages:FinetuneSettings"),
-        Entry("hpgr_plugin.hosts.embedded.train.stages:PretrainSettings"),
+        Entry("hpgr_plugin.hosts.embedded.model.ranker:HSTURanker", denylist=_RANKER, root=True),
+        Entry("hpgr_plugin.hosts.embedded.report.ablation:AblationRow", root=True),
+        Entry("hpgr_plugin.hosts.embedded.run:run", root=True),
+        Entry("hpgr_plugin.hosts.embedded.train.stages:FinetuneSettings", root=True),
+        Entry("hpgr_plugin.hosts.embedded.train.stages:PretrainSettings", root=True),
     ),
-    "dlrm_v3": (Entry("hpgr_plugin.hosts.dlrm_v3.model:DlrmHSTU"),),
+    "dlrm_v3": (Entry("hpgr_plugin.hosts.dlrm_v3.model:DlrmHSTU", root=True),),
     "research": (
-        Entry("hpgr_plugin.hosts.research.model:SequentialEncoder"),
-        Entry("hpgr_plugin.hosts.research.pretrain:research_pretrain"),
+        Entry("hpgr_plugin.hosts.research.model:SequentialEncoder", root=True),
+        Entry("hpgr_plugin.hosts.research.pretrain:research_pretrain", root=True),
     ),
 }
 
@@ -143,6 +146,11 @@ def load(target: str) -> Any:
 def registered_targets() -> dict[str, Any]:
     """Every registered class or function, by its name in gin without `hpgr.`."""
     return {name: load(entry.target) for name, entry in _registered.items()}
+
+
+def roots() -> list[str]:
+    """Names that code builds by itself."""
+    return [name for name, entry in _registered.items() if entry.root]
 
 
 def configured(name: str) -> Any:

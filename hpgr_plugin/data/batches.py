@@ -11,8 +11,10 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from hpgr_plugin.data.batch import Batch, tensor
+from hpgr_plugin.data.events import require
 from hpgr_plugin.data.log import PreparedData, concatenated_ranges, offsets_of
 from hpgr_plugin.data.requests import RequestSettings, build_requests
+from hpgr_plugin.errors import HpgrError
 
 _Item = TypeVar("_Item")
 # Lengths are sorted inside windows of this many batches: similar lengths meet, still by chance.
@@ -49,13 +51,10 @@ class Loader(ABC, Generic[_Item]):
         world_size: int = 1,
         prefetch: int = 2,
     ) -> None:
-        if batch_tokens < 1 or (max_batch_size is not None and max_batch_size < 1):
-            raise ValueError(
-                "batch_tokens and max_batch_size are 1 or more, "
-                f"got {batch_tokens} and {max_batch_size}"
-            )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank lies in [0, world_size={world_size}), got {rank}")
+        name = type(self).__name__
+        require(batch_tokens >= 1, f"{name}.batch_tokens", "1 or more", batch_tokens)
+        require(seed >= 0, f"{name}.seed", "0 or more", seed)
+        require(0 <= rank < world_size, f"{name}.rank", f"0 to {world_size - 1}", rank)
         self._lengths = lengths
         self._batch_tokens = batch_tokens
         self._max_batch_size = max_batch_size or max(1, len(lengths))
@@ -106,9 +105,9 @@ class Loader(ABC, Generic[_Item]):
         batches = self._cut(order)
         shares = len(batches) // self._world_size
         if len(batches) and not shares:
-            raise ValueError(
-                f"{len(batches)} batches for world_size={self._world_size}: "
-                "take a smaller batch_tokens or fewer processes"
+            raise HpgrError(
+                f"{len(batches)} batches for world_size={self._world_size}: take a smaller "
+                f"hpgr.{type(self).__name__}.batch_tokens or fewer processes"
             )
         chosen = random.permutation(len(batches))[: shares * self._world_size]
         return [batches[place] for place in chosen[self._rank :: self._world_size]]
@@ -155,10 +154,12 @@ class RequestLoader(Loader[Batch]):
         self.prepared = prepared
         self.split = split
         self.requests = build_requests(prepared, split, settings)
+        most = max_batch_requests
+        require(most is None or most >= 1, "RequestLoader.max_batch_requests", "1 or more", most)
         super().__init__(
             self.requests.history_count + self.requests.candidate_count,
             batch_tokens=batch_tokens,
-            max_batch_size=max_batch_requests,
+            max_batch_size=most,
             shuffle=split == "train",
             seed=seed,
             rank=rank,

@@ -54,12 +54,12 @@ def build_log(
     """
     user, user_ids = _code(events.user)
     item, item_ids = _code(events.item)
-    keep = np.bincount(user)[user] >= min_user_events if len(user) else np.ones(0, dtype=bool)
-    if min_item_events > 1 and len(item):
-        keep &= np.bincount(item)[item] >= min_item_events
+    keep = np.bincount(user)[user] >= min_user_events
+    keep &= np.bincount(item)[item] >= min_item_events
     order = _sorted_rows(user, events.timestamp, np.flatnonzero(keep))
     if min_user_sessions > 1:
-        counts = _sessions(user[order], events.timestamp[order], len(user_ids), session_gap_seconds)
+        offsets = offsets_of(np.bincount(user[order], minlength=len(user_ids)))
+        counts = sessions_per_user(offsets, events.timestamp[order], session_gap_seconds)
         order = order[counts[user[order]] >= min_user_sessions]
     if not len(order):
         raise DataError("no event is left after dropping bad rows and the minimum counts")
@@ -107,10 +107,6 @@ def _sorted_rows(user: np.ndarray, timestamp: np.ndarray, rows: np.ndarray) -> n
     times -= times.min()
     key = user[rows].astype(np.int64) * (int(times.max()) + 1) + times
     return rows[np.argsort(key, kind="stable")]
-
-
-def _sessions(user: np.ndarray, timestamp: np.ndarray, num_users: int, gap: int) -> np.ndarray:
-    return sessions_per_user(offsets_of(np.bincount(user, minlength=num_users)), timestamp, gap)
 
 
 def _compact(codes: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

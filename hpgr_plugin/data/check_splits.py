@@ -19,7 +19,7 @@ def check_splits(
     """Every split has requests, and validation and test have candidates of both labels.
 
     Args:
-        prepared: the data.
+        prepared: what prepare_data returned.
         settings: of the requests.
         splits: those that are needed.
 
@@ -34,9 +34,9 @@ def check_splits(
             raise DataError(f"no candidate in the {split} split: {_split_binding(prepared, split)}")
         requests = build_requests(prepared, split, settings)
         if not len(requests):
-            binding = _emptying_binding(prepared, split, settings)
-            problem = f"leaves out every request of the {split} split"
-            raise DataError(f"hpgr.RequestSettings.{binding} {problem}")
+            name = _emptying_setting(prepared, split, settings)
+            binding = f"hpgr.RequestSettings.{name} = {getattr(settings, name)}"
+            raise DataError(f"{binding} leaves out every request of the {split} split")
         labels = np.unique(prepared.log.label[requests.all_candidate_rows()])
         if split != SPLITS[TRAIN] and len(labels) == 1:
             raise DataError(
@@ -58,32 +58,29 @@ def check_sequences(loader: SequenceLoader) -> None:
     raise DataError(
         f"no training sequence among {history} history events of the train split: "
         f"hpgr.SequenceLoader.min_length = {loader.min_length}; "
-        f"hpgr.prepare_data.history_events = {prepared.settings.get('history_events')!r}; "
+        f"hpgr.prepare_data.history_events = {prepared.settings['history_events']!r}; "
         f"{_split_binding(prepared, SPLITS[TRAIN])}"
     )
 
 
 def _split_binding(prepared: PreparedData, split: str) -> str:
     """The bindings that size the split, with their values."""
-    rule = prepared.settings.get("split", {"name": "prepare_data", "split": "?"})
+    rule = prepared.settings["split"]
     names = [split] if split in rule else [name for name in rule if name != "name"]
     return ", ".join(f"hpgr.{rule['name']}.{name} = {rule[name]}" for name in names)
 
 
 def _label_binding(prepared: PreparedData) -> str:
     """The binding that makes the labels, with its value."""
-    rule = prepared.settings.get("label")
-    if rule is None:
-        return "hpgr.prepare_data.label"
+    rule = prepared.settings["label"]
     if rule["binary"]:
         return f"hpgr.label_column.field = {rule['field']!r}"
     return f"hpgr.rating_at_least.threshold = {rule['threshold']} on {rule['field']!r}"
 
 
-def _emptying_binding(prepared: PreparedData, split: str, settings: RequestSettings) -> str:
-    """The setting that leaves no request, with its value."""
+def _emptying_setting(prepared: PreparedData, split: str, settings: RequestSettings) -> str:
+    """The setting that leaves no request."""
     if split != SPLITS[TRAIN]:
-        return f"min_history_in_evaluation = {settings.min_history_in_evaluation}"
-    if len(build_requests(prepared, split, replace(settings, train_fraction=1.0))):
-        return f"train_fraction = {settings.train_fraction}"
-    return f"min_history = {settings.min_history}"
+        return "min_history_in_evaluation"
+    every = build_requests(prepared, split, replace(settings, train_fraction=1.0))
+    return "train_fraction" if len(every) else "min_history"

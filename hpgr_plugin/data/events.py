@@ -41,6 +41,22 @@ class DataError(HpgrError):
         self.field = field
 
 
+def require(fits: bool, binding: str, takes: str, value: object) -> None:
+    """Checks one argument.
+
+    Args:
+        fits: whether it is usable.
+        binding: its name in gin, without `hpgr.`.
+        takes: what it takes.
+        value: what it got.
+
+    Raises:
+        HpgrError: it is not usable.
+    """
+    if not fits:
+        raise HpgrError(f"hpgr.{binding} takes {takes}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class SideTable:
     """Side features of users or items, before coding.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hpgr_plugin.data import cache
 from hpgr_plugin.data.build import build_log
-from hpgr_plugin.data.events import Reader
+from hpgr_plugin.data.events import Reader, require
 from hpgr_plugin.data.labels import LabelRule
 from hpgr_plugin.data.log import PreparedData
 from hpgr_plugin.data.split import Split
@@ -22,7 +22,7 @@ def prepare_data(
     label: LabelRule,
     split: Split,
     action: str | None = None,
-    history_events: str = "all",
+    history_events: Literal["all", "positives"] = "all",
     min_user_events: int = 1,
     min_item_events: int = 1,
     min_user_sessions: int = 1,
@@ -46,8 +46,8 @@ def prepare_data(
     Raises:
         DataError: a source cannot be read, or nothing is left of it.
     """
-    if history_events not in ("all", "positives"):
-        raise ValueError(f"history_events is 'all' or 'positives', got {history_events!r}")
+    fits = history_events in ("all", "positives")
+    require(fits, "prepare_data.history_events", "'all' or 'positives'", history_events)
     counts = {
         "min_user_events": min_user_events,
         "min_item_events": min_item_events,

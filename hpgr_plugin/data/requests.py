@@ -5,10 +5,12 @@ A request is four indices into the flat log; nothing is copied until a batch is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import numpy as np
 
+from hpgr_plugin.data.events import require
 from hpgr_plugin.data.log import SPLITS, TRAIN, PreparedData, concatenated_ranges
 
 
@@ -35,7 +37,7 @@ class RequestSettings:
     max_history: int = 400
     max_candidates: int = 16
     request_span_seconds: int | None = None
-    history: str = "candidate"
+    history: Literal["candidate", "request"] = "candidate"
     min_history: int = 1
     min_history_in_evaluation: int = 0
     max_train_candidates_per_user: int | None = None
@@ -43,19 +45,17 @@ class RequestSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.history not in ("candidate", "request"):
-            raise ValueError(f"history is 'candidate' or 'request', got {self.history!r}")
-        if self.max_history < 1 or self.max_candidates < 1:
-            raise ValueError(
-                "max_history and max_candidates are 1 or more, "
-                f"got {self.max_history} and {self.max_candidates}"
-            )
-        if self.request_span_seconds is not None and self.request_span_seconds < 0:
-            raise ValueError(
-                f"request_span_seconds is None or 0 or more, got {self.request_span_seconds}"
-            )
-        if not 0 < self.train_fraction <= 1:
-            raise ValueError(f"train_fraction lies in (0, 1], got {self.train_fraction}")
+        span, limit = self.request_span_seconds, self.max_train_candidates_per_user
+        for name, fits, takes in (
+            ("history", self.history in ("candidate", "request"), "'candidate' or 'request'"),
+            ("max_history", self.max_history >= 1, "1 or more"),
+            ("max_candidates", self.max_candidates >= 1, "1 or more"),
+            ("request_span_seconds", span is None or span >= 0, "None or 0 or more"),
+            ("max_train_candidates_per_user", limit is None or limit >= 1, "None or 1 or more"),
+            ("train_fraction", 0 < self.train_fraction <= 1, "a fraction above 0 and up to 1"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ):
+            require(fits, f"RequestSettings.{name}", takes, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,8 @@ class Requests:
 
     def take(self, which: np.ndarray) -> Requests:
         """The requests at these places, or under this mask."""
-        return Requests(
-            candidate_rows=self.candidate_rows,
-            users=self.users[which],
-            candidate_start=self.candidate_start[which],
-            candidate_count=self.candidate_count[which],
-            history_start=self.history_start[which],
-            history_count=self.history_count[which],
-        )
+        names = [f.name for f in fields(self) if f.name != "candidate_rows"]
+        return replace(self, **{name: getattr(self, name)[which] for name in names})
 
     def all_candidate_rows(self) -> np.ndarray:
         """The rows of the log that these requests rank, in order."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from hpgr_plugin.data.batch import SequenceBatch, tensor
 from hpgr_plugin.data.batches import Loader
+from hpgr_plugin.data.events import require
 from hpgr_plugin.data.log import TRAIN, PreparedData, concatenated_ranges, offsets_of
 
 
@@ -37,10 +38,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         world_size: int = 1,
         prefetch: int = 2,
     ) -> None:
-        if max_length < 1 or min_length < 1:
-            raise ValueError(
-                f"max_length and min_length are 1 or more, got {max_length} and {min_length}"
-            )
+        require(max_length >= 1, "SequenceLoader.max_length", "1 or more", max_length)
+        require(min_length >= 1, "SequenceLoader.min_length", "1 or more", min_length)
         self.prepared = prepared
         self.min_length = min_length
         in_train = prepared.is_history & (prepared.split == TRAIN)

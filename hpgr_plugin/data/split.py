@@ -13,7 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
+from hpgr_plugin.data.events import require
 from hpgr_plugin.data.log import InteractionLog, offsets_of
+from hpgr_plugin.errors import HpgrError
 
 
 class Split(Protocol):
@@ -36,7 +38,7 @@ class GlobalTimeSplit:
     validation: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_fractions(self.test, self.validation)
+        _check_fractions(self)
 
     def assign(self, log: InteractionLog, is_candidate: np.ndarray) -> np.ndarray:
         """Depends only on the time of the event."""
@@ -57,7 +59,7 @@ class LastFractionSplit:
     validation: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_fractions(self.test, self.validation)
+        _check_fractions(self)
 
     def assign(self, log: InteractionLog, is_candidate: np.ndarray) -> np.ndarray:
         """By the place among the user's candidates."""
@@ -75,10 +77,9 @@ class LastNSplit:
     validation: int = 1
 
     def __post_init__(self) -> None:
-        if self.test < 0 or self.validation < 0:
-            raise ValueError(
-                f"test and validation are counts of events, got {self.test} and {self.validation}"
-            )
+        for name in ("test", "validation"):
+            count = getattr(self, name)
+            require(count >= 0, f"LastNSplit.{name}", "counts of events, 0 or more", count)
 
     def assign(self, log: InteractionLog, is_candidate: np.ndarray) -> np.ndarray:
         """By the place among the user's candidates."""
@@ -128,9 +129,10 @@ def _places(log: InteractionLog, is_candidate: np.ndarray) -> tuple[np.ndarray, 
     return before[:-1] - np.repeat(first, np.diff(log.user_offsets)), counts
 
 
-def _check_fractions(test: float, validation: float) -> None:
-    if test < 0 or validation < 0 or test + validation >= 1:
-        raise ValueError(
-            "test and validation are fractions of 0 or more that leave some for training, "
-            f"got {test} and {validation}"
-        )
+def _check_fractions(split: GlobalTimeSplit | LastFractionSplit) -> None:
+    test, validation, name = split.test, split.validation, type(split).__name__
+    require(test >= 0, f"{name}.test", "a fraction of 0 or more", test)
+    require(validation >= 0, f"{name}.validation", "a fraction of 0 or more", validation)
+    if not test + validation < 1:
+        problem = "test and validation take fractions that leave some for training"
+        raise HpgrError(f"hpgr.{name}: {problem}, got {test} and {validation}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from hpgr_plugin.data.events import DataError, EventTable
+from hpgr_plugin.data.events import DataError, EventTable, require
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,9 @@ class SyntheticReader:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.liked_clusters < self.num_clusters // 2:
-            raise ValueError(
-                f"liked_clusters lies in (0, num_clusters // 2 = {self.num_clusters // 2}), "
-                f"got {self.liked_clusters}"
-            )
+        takes = f"1 to num_clusters // 2 - 1 = {self._tasting - 1}"
+        fits = 0 < self.liked_clusters < self._tasting
+        require(fits, "SyntheticReader.liked_clusters", takes, self.liked_clusters)
 
     def sources(self) -> list[Path]:
         """None: the settings are the source."""

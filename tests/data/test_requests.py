@@ -18,6 +18,7 @@ from hpgr_plugin.data import (
 from hpgr_plugin.data.build import build_log
 from hpgr_plugin.data.events import EventTable, SideTable
 from hpgr_plugin.data.log import SPLITS
+from hpgr_plugin.errors import HpgrError
 
 
 def prepared(seed: int, *, groups: bool = False) -> PreparedData:
@@ -297,10 +298,12 @@ def test_to_moves_everything() -> None:
         {"max_candidates": 0},
         {"request_span_seconds": -1},
         {"train_fraction": 0.0},
+        {"max_train_candidates_per_user": 0},
+        {"seed": -1},
     ],
 )
 def test_settings_are_checked(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(HpgrError, match=rf"hpgr\.RequestSettings\.{next(iter(wrong))} takes"):
         RequestSettings(**wrong)
     with pytest.raises(ValueError, match="'dev'"):
         build_requests(prepared(0), "dev", RequestSettings())

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from hpgr_plugin.data.events import EventTable, SideTable
 from hpgr_plugin.data.readers.checks import RowChecks, as_text, empty_to_null
 from hpgr_plugin.data.readers.files import existing, read_table
 
+TimeUnit = Literal["s", "ms", "us", "ns"]
 Limits = Mapping[str, tuple[float, float]]
 
 
@@ -27,7 +28,7 @@ class EventColumns:
     timestamp: str
     group: str | None = None
     candidate: str | None = None
-    time_unit: str = "s"
+    time_unit: TimeUnit = "s"
 
     def with_fields(self, fields: Sequence[str]) -> list[str]:
         """Every column named, and the fields, each once."""

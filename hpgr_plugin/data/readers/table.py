@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from hpgr_plugin.data.events import EventTable, SideTable, location
+from hpgr_plugin.data.events import EventTable, SideTable, location, require
 from hpgr_plugin.data.readers.assemble import (
     EventColumns,
+    TimeUnit,
     concatenate,
     read_events,
     read_side_table,
@@ -41,7 +42,7 @@ class TableReader:
     timestamp: str = "timestamp"
     group: str | None = None
     candidate: str | None = None
-    time_unit: str = "s"
+    time_unit: TimeUnit = "s"
     delimiter: str = ","
     user_table: str | None = location()
     user_columns: tuple[str, ...] = ()
@@ -50,8 +51,10 @@ class TableReader:
     drop_bad_rows: bool = False
 
     def __post_init__(self) -> None:
-        if self.time_unit not in ("s", "ms", "us", "ns"):
-            raise ValueError(f"time_unit is 's', 'ms', 'us' or 'ns', got {self.time_unit!r}")
+        fits = self.time_unit in get_args(TimeUnit)
+        require(fits, "TableReader.time_unit", "'s', 'ms', 'us' or 'ns'", self.time_unit)
+        fits = len(self.delimiter) == 1 and self.delimiter.isascii()
+        require(fits, "TableReader.delimiter", "one ASCII character", self.delimiter)
 
     def sources(self) -> list[Path]:
         """The events, and the tables of features."""

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hpgr_plugin.config.bindings import check_unused
 from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.config.scopes import check_scopes
 from hpgr_plugin.hosts.embedded.report.ablation import run_ablation
@@ -29,6 +30,7 @@ def run(
     rows: Sequence[str] = (),
     resume: bool = False,
     session_gap_seconds: int = 1800,
+    allow_unused: bool = False,
 ) -> None:
     """Run `mode` and write `output_dir/results.json`.
 
@@ -42,6 +44,7 @@ def run(
         resume: continue from the last checkpoints in `output_dir`.
         session_gap_seconds: longest pause inside a session, for the AUC of users with many
             sessions.
+        allow_unused: accept bindings that nothing reads, for a file that several runs share.
 
     Raises:
         ConfigError: an argument out of its range, or a gin scope that does nothing.
@@ -51,6 +54,8 @@ def run(
     if not seeds:
         raise ConfigError("hpgr.run.seeds takes at least one seed, got none")
     check_scopes()
+    if not allow_unused:
+        check_unused()
     directory = Path(output_dir)
     with process_group() as process:
         data = build("prepare_data")
