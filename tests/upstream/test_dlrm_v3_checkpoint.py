@@ -1,8 +1,5 @@
 """The host's checkpoints in models with slots: hook state, frozen tables, plain models."""
 
-import os
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +13,6 @@ from generative_recommenders.dlrm_v3.train import utils as train
 from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostDlrmHSTU
 from small_ranker import NUM_ITEMS, TABLE_DIM, batch, small_config, small_tables
 from test_dlrm_v3_trainer import OPTIMIZERS
-from torch import distributed as dist
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
 from hpgr_plugin.components.sem import SessionEnhancementModule
@@ -32,17 +28,10 @@ CPU = torch.device("cpu")
 DATA = batch([40, 30], [1, 2])
 
 
-@pytest.fixture
-def gloo() -> Iterator[None]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    os.environ["MASTER_ADDR"] = "localhost"
-    dist.init_process_group("gloo", rank=0, world_size=1)
+@pytest.fixture(autouse=True)
+def _attached() -> None:
     attach()
     gin.parse_config(OPTIMIZERS)
-    yield
-    dist.destroy_process_group()
 
 
 def sharded(model_class: type = DlrmHSTU, **slots: Any) -> tuple[Any, Any, Any]:
