@@ -6,12 +6,11 @@ import logging
 import sys
 from typing import Any
 
-import gin
 from absl import app, flags
 from absl import logging as absl_logging
 
-from hpgr_plugin.config.bindings import check_types
-from hpgr_plugin.config.registry import ConfigError, build, configured, register
+from hpgr_plugin.config.bindings import parse
+from hpgr_plugin.config.registry import build, configured, register
 from hpgr_plugin.errors import HpgrError, one_line
 
 FLAGS = flags.FLAGS
@@ -24,26 +23,9 @@ USER_ERRORS = (HpgrError, OSError, ImportError)
 
 
 def load_configs(config_files: list[str], bindings: list[str]) -> None:
-    """Parse the gin files, in order, and then the bindings.
-
-    Args:
-        config_files: paths, also those of shipped files such as "configs/runs/quickstart.gin".
-        bindings: lines of gin.
-
-    Raises:
-        ConfigError: a syntax error, an unknown configurable or parameter, or a value of a type
-            that its parameter does not take.
-        OSError: no such file.
-    """
+    """Register everything of the embedded trainer with gin and parse, see `bindings.parse`."""
     register("components", "data", "embedded")
-    try:
-        gin.parse_config_files_and_bindings(config_files, bindings)
-    except SyntaxError as error:
-        where = f"{error.filename or '--gin_bindings'}, line {error.lineno}"
-        raise ConfigError(f"{where}: {error.msg} {(error.text or '').strip()}") from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    check_types()
+    parse(config_files, bindings)
 
 
 def run_app(**overrides: Any) -> None:

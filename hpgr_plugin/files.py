@@ -26,3 +26,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporary_files(directory: Path) -> None:
+    """Remove what killed runs left of `atomic_write` anywhere below a folder.
+
+    Call it only while no other process writes there.
+    """
+    for path in directory.rglob("*.tmp"):
+        if path.is_file() and path.suffixes[-2:-1] and path.suffixes[-2][1:].isdigit():
+            path.unlink(missing_ok=True)

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gin
-from gin.config import _CONFIG, ConfigurableReference, iterate_references
+from gin.config import _CONFIG, ConfigurableReference, ParserDelegate, iterate_references
 from typeguard import TypeCheckError, check_type
 
 from hpgr_plugin.config.registry import ConfigError, registered_targets, roots
 
 _MACRO = "gin.macro"
+_PLACES = ("output_dir", "cache_dir", "path", "overwrite", "allow_unused")
+_macros_referred_to: set[str] = set()
 _PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
+
+
+def parse(config_files: list[str], bindings: list[str]) -> None:
+    """Parse gin files, in order, then bindings, and check the types of all of them.
+
+    Args:
+        config_files: paths, also those of shipped files such as "configs/runs/quickstart.gin".
+        bindings: lines of gin.
+
+    Raises:
+        ConfigError: a syntax error, an unknown configurable or parameter, or a value of a type
+            that its parameter does not take.
+        OSError: no such file.
+    """
+    try:
+        with _recorded_macros():
+            gin.parse_config_files_and_bindings(config_files, bindings)
+    except SyntaxError as error:
+        where = f"{error.filename or '--gin_bindings'}, line {error.lineno}"
+        raise ConfigError(f"{where}: {error.msg} {(error.text or '').strip()}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    check_types()
 
 
 def check_types() -> None:
@@ -31,24 +57,41 @@ def check_types() -> None:
             raise ConfigError(f"{binding} takes {describe(hint)}, got {_show(value)}")
 
 
-def check_unused() -> None:
+def check_unused(allow: Sequence[str] = ()) -> None:
     """Every `hpgr` binding and every macro is read by something that a run can build.
 
     What code does not build by itself has to be referred to, as in `slot = @hpgr.Name()`.
+
+    Args:
+        allow: names, without `hpgr.`, whose bindings may stay unread.
 
     Raises:
         ConfigError: naming the bindings that nothing reads.
     """
     reached = _reached({f"hpgr.{name}" for name in roots()})
+    reached |= {f"hpgr.{name}" for name in allow}
     unused = sorted({key[1] for key in _CONFIG if _is_ours(key) and key[1] not in reached})
-    macros = {"/".join(ref.scopes) for ref in _references(_CONFIG) if _is_macro(ref)}
-    unused += sorted(scope for scope, name in _CONFIG if name == _MACRO and scope not in macros)
+    # A binding that overrides one with a macro leaves the macro unread: what counts is whether a
+    # parsed line refers to it.
+    unused += sorted(s for s, name in _CONFIG if name == _MACRO and s not in _macros_referred_to)
     if unused:
         raise ConfigError(
             f"nothing reads the bindings of {', '.join(unused)}: no slot or other binding refers "
-            "to them. Remove them, or bind hpgr.run.allow_unused = True for a file that several "
-            "runs share"
+            "to them. Remove them, or name them in hpgr.run.allow_unused where several runs "
+            "share a file"
         )
+
+
+def bound_values() -> dict[str, str]:
+    """Every `hpgr` binding that can change a result, macros resolved, as text.
+
+    Left out are those that only say where something is, or how a run is started.
+    """
+    return {
+        binding: str(_resolve_macro(value))
+        for binding, _, value in _typed_bindings()
+        if binding.rpartition(".")[2] not in _PLACES
+    }
 
 
 def describe(hint: Any) -> str:
@@ -58,6 +101,22 @@ def describe(hint: Any) -> str:
     if type(None) in members:
         words.append("None")
     return " or ".join(dict.fromkeys(words))
+
+
+@contextlib.contextmanager
+def _recorded_macros() -> Iterator[None]:
+    """Remember which macros the parsed lines refer to; gin keeps only the final bindings."""
+    original = ParserDelegate.macro
+
+    def macro(self: ParserDelegate, name: str) -> Any:
+        _macros_referred_to.add(name)
+        return original(self, name)
+
+    ParserDelegate.macro = macro
+    try:
+        yield
+    finally:
+        ParserDelegate.macro = original
 
 
 def _typed_bindings() -> Iterator[tuple[str, Any, Any]]:

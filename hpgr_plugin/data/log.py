@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -107,6 +108,16 @@ class PreparedData:
     def history_offsets(self) -> np.ndarray:
         """User u owns history_rows[history_offsets[u]:history_offsets[u + 1]]; int64 [U + 1]."""
         return offsets_of(self.is_history)[self.log.user_offsets]
+
+    def digest(self) -> str:
+        """CRC-32 of everything a training reads: equal digests mean equal data."""
+        log, crc = self.log, 0
+        features = [*log.user_features.values(), *log.item_features.values()]
+        arrays = [log.user_offsets, log.item, log.timestamp, log.action, log.label, self.split]
+        arrays += [self.is_history, self.is_candidate, *(feature.codes for feature in features)]
+        for array in arrays:
+            crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
+        return f"{zlib.crc32(log.item_vocabulary_digest.encode(), crc):08x}"
 
     def summary(self) -> str:
         """One line: users, items, events and how the candidates are split."""

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gin
 from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from hpgr_plugin.config.bindings import check_types, check_unused
+from hpgr_plugin.config.bindings import check_unused, parse
 from hpgr_plugin.config.registry import build, shipped
 from hpgr_plugin.errors import HpgrError, one_line
 
@@ -40,8 +39,7 @@ def argument_parser(module: str, description: str | None) -> argparse.ArgumentPa
 
 def read_config(config_file: str, bindings: list[str], attach: Callable[[], None]) -> None:
     """Parse the configuration, attach, and show INFO messages, such as the host's metrics."""
-    gin.parse_config_files_and_bindings([config_file], bindings)
-    check_types()
+    parse([config_file], bindings)
     check_unused()
     build("set_backends")
     attach()

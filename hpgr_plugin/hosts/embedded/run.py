@@ -8,13 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hpgr_plugin.config.bindings import check_unused
+from hpgr_plugin.config.bindings import bound_values, check_unused
 from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.config.scopes import check_scopes
 from hpgr_plugin.hosts.embedded.report.ablation import run_ablation
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.report.results import write_results
-from hpgr_plugin.hosts.embedded.train.distributed import process_group
+from hpgr_plugin.hosts.embedded.train.distributed import Process, process_group
+from hpgr_plugin.hosts.embedded.train.run_directory import (
+    RunIdentity,
+    check_trained_with,
+    open_run,
+)
 from hpgr_plugin.hosts.embedded.train.stages import evaluate, finetune, pretrain
 from hpgr_plugin.hosts.embedded.train.trainer import TrainingRun
 
@@ -28,9 +33,9 @@ def run(
     output_dir: str,
     seeds: Sequence[int] = (0,),
     rows: Sequence[str] = (),
-    resume: bool = False,
+    overwrite: bool = False,
     session_gap_seconds: int = 1800,
-    allow_unused: bool = False,
+    allow_unused: Sequence[str] = (),
 ) -> None:
     """Run `mode` and write `output_dir/results.json`.
 
@@ -41,47 +46,74 @@ def run(
         output_dir: folder of everything that the run writes.
         seeds: of an ablation, one training of each row per seed; other modes take the first one.
         rows: gin scopes of an ablation, one per row of its table.
-        resume: continue from the last checkpoints in `output_dir`.
+        overwrite: start anew. Otherwise an unfinished run of the same configuration, data, seeds
+            and number of processes continues from its checkpoints, a finished one is left as it
+            is, and one that differs is an error.
         session_gap_seconds: longest pause inside a session, for the AUC of users with many
             sessions.
-        allow_unused: accept bindings that nothing reads, for a file that several runs share.
+        allow_unused: names whose bindings may stay unread, for files that several runs share.
 
     Raises:
         ConfigError: an argument out of its range, or a gin scope that does nothing.
+        RunError: `output_dir` is in use, or holds a run that differs.
     """
     if mode not in MODES:
         raise ConfigError(f"hpgr.run.mode takes one of {list(MODES)}, got {mode!r}")
     if not seeds:
         raise ConfigError("hpgr.run.seeds takes at least one seed, got none")
     check_scopes()
-    if not allow_unused:
-        check_unused()
+    check_unused(allow_unused)
     directory = Path(output_dir)
     with process_group() as process:
         data = build("prepare_data")
         LOG.info("%s", data.summary())
         task = Task(data, build("RequestSettings"), process, session_gap_seconds)
-        if mode == "ablation":
-            metrics = run_ablation(task, rows, seeds=seeds, output_dir=directory, resume=resume)
-        else:
-            training = TrainingRun(seeds[0], directory, process, title=mode, resume=resume)
-            metrics = _single(mode, task, training)
-        if process.is_main:
-            path = directory / ("evaluation.json" if mode == "evaluate" else "results.json")
-            write_results(path, metrics, seeds=list(seeds))
-            LOG.info("wrote %s", path)
+        bindings = bound_values() | {"hpgr.run.mode": "finetune" if mode == "evaluate" else mode}
+        identity = RunIdentity(bindings, data.digest(), list(seeds), process.world_size)
+        if mode == "evaluate":
+            check_trained_with(directory, identity)
+            _write("evaluation.json", _evaluate(task, directory), directory, seeds, process)
+            return
+        with open_run(directory, identity, overwrite=overwrite, process=process) as state:
+            if state == "finished":
+                LOG.info(
+                    "%s holds the finished run of this configuration: nothing to do "
+                    "(hpgr.run.overwrite = True trains it again)",
+                    directory,
+                )
+                return
+            resume = state == "unfinished"
+            if mode == "ablation":
+                metrics = run_ablation(task, rows, seeds=seeds, output_dir=directory, resume=resume)
+            else:
+                training = TrainingRun(seeds[0], directory, process, title=mode, resume=resume)
+                metrics = _single(mode, task, training)
+            _write("results.json", metrics, directory, seeds, process)
+
+
+def _write(
+    name: str, metrics: dict[str, Any], directory: Path, seeds: Sequence[int], process: Process
+) -> None:
+    if process.is_main:
+        write_results(directory / name, metrics, seeds=list(seeds))
+        LOG.info("wrote %s", directory / name)
+
+
+def _evaluate(task: Task, directory: Path) -> dict[str, Any]:
+    return _shown(evaluate(task, directory), task.process)
 
 
 def _single(mode: str, task: Task, training: TrainingRun) -> dict[str, Any]:
-    """One stage, or the evaluation of its checkpoint."""
+    """One stage."""
     if mode == "pretrain":
         stage1 = pretrain(task, build("PretrainSettings"), training)
         LOG.info("wrote %s", stage1.handoff)
         return {**asdict(stage1), "handoff": str(stage1.handoff)}
-    if mode == "evaluate":
-        metrics = evaluate(task, training.output_dir)
-    else:
-        metrics = finetune(task, build("FinetuneSettings"), training)
-    if task.process.is_main:
+    return _shown(finetune(task, build("FinetuneSettings"), training), task.process)
+
+
+def _shown(metrics: dict[str, Any], process: Process) -> dict[str, Any]:
+    """The metrics, after printing those that are numbers."""
+    if process.is_main:
         print(" ".join(f"{k}={v:.4f}" for k, v in metrics.items() if isinstance(v, float)))
     return metrics

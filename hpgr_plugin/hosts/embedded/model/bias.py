@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.hstu_attention import PositionTimeBias
 
 
@@ -18,7 +19,7 @@ class RelativeBias(nn.Module):
         time_buckets: buckets of `log2(1 + seconds)`.
 
     Raises:
-        ValueError: `exact_positions` is not below `position_buckets`.
+        HpgrError: `exact_positions` is not below `position_buckets`.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class RelativeBias(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 < exact_positions < position_buckets:
-            raise ValueError(
+            raise HpgrError(
                 f"exact_positions must be in 1..{position_buckets - 1} (position_buckets - 1), "
                 f"got {exact_positions}"
             )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.model.bias import RelativeBias
 from hpgr_plugin.hosts.embedded.model.hstu import SequenceLayer, initialise_linear
 from hpgr_plugin.hosts.embedded.model.tokens import PADDING_MARKS, Marks, TokenSequence
@@ -47,7 +48,7 @@ class SequenceEncoder(nn.Module):
         relative_bias: add the bias by position and time.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        HpgrError: sizes that do not fit together.
     """
 
     def __init__(
@@ -63,11 +64,11 @@ class SequenceEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if embedding_dim % num_heads:
-            raise ValueError(
+            raise HpgrError(
                 f"embedding_dim must be a multiple of num_heads, got {embedding_dim}, {num_heads}"
             )
         if num_layers < 1:
-            raise ValueError(f"num_layers must be 1 or more, got {num_layers}")
+            raise HpgrError(f"num_layers must be 1 or more, got {num_layers}")
         self.layers = nn.ModuleList(
             layer(embedding_dim=embedding_dim, num_heads=num_heads, dropout=dropout)
             for _ in range(num_layers)

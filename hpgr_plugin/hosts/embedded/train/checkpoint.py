@@ -2,55 +2,103 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.files import atomic_write
+from hpgr_plugin.hosts.embedded.train.distributed import Process, gather_objects
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_BAD = (zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 class CheckpointError(HpgrError):
-    """A checkpoint that is missing or has another format version."""
+    """A checkpoint that is missing, damaged, or of another training."""
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` and the states of all random generators.
+def save_checkpoint(path: Path, state: dict[str, Any], process: Process) -> None:
+    """Write `state` and the random generators of all processes; every process calls it.
 
     Args:
-        path: of the checkpoint.
+        path: of the checkpoint; the old one stays whole until the new one is written.
         state: tensors, numbers, strings, and lists and dicts of them.
+        process: the first process writes.
+
+    Raises:
+        CheckpointError: the file cannot be written.
     """
-    content = {"format_version": FORMAT_VERSION, "generators": _generators(), **state}
-    with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+    generators = gather_objects(_generators())
+    if not process.is_main:
+        return
+    content = {"format_version": FORMAT_VERSION, "generators": generators, **state}
+    try:
+        with atomic_write(path) as temporary:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a checkpoint and restore the random generators.
+    """Read a checkpoint.
 
     Args:
         path: of the checkpoint.
         device: where its tensors are put.
 
     Raises:
-        CheckpointError: no such file, or another format version.
+        CheckpointError: no such file, a damaged one, or another format version.
     """
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
-    state = torch.load(path, map_location=device, weights_only=True)
-    version = state.get("format_version")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # every part carries a CRC-32
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        version = state["format_version"]
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, *_BAD) as error:
+        raise CheckpointError(f"{path} is damaged or is no checkpoint: {error}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, this code reads {FORMAT_VERSION}"
         )
-    _restore_generators(state["generators"])
     return state
+
+
+def restore_generators(path: Path, states: list[dict[str, Any]], process: Process) -> None:
+    """Restore this process's random generators.
+
+    Raises:
+        CheckpointError: the checkpoint was written by another number of processes.
+    """
+    if len(states) != process.world_size:
+        raise CheckpointError(
+            f"{path} was written by {len(states)} processes, this run has {process.world_size}: "
+            "resume with as many"
+        )
+    _restore_generators(states[process.rank])
+
+
+def load_weights(path: Path, module: nn.Module, weights: dict[str, Any]) -> None:
+    """Load weights of a checkpoint into a model.
+
+    Raises:
+        CheckpointError: they are of another model.
+    """
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is of another model: {text}") from error
 
 
 def _generators() -> dict[str, Any]:

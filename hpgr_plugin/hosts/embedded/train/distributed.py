@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,9 +71,21 @@ def gather_arrays(arrays: list[np.ndarray]) -> list[np.ndarray]:
     """Each array concatenated over the processes, in the order of their ranks, on all of them."""
     if not dist.is_initialized():
         return arrays
-    gathered: list[list[np.ndarray]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, arrays)
-    return [np.concatenate(parts) for parts in zip(*gathered, strict=True)]
+    return [np.concatenate(parts) for parts in zip(*gather_objects(arrays), strict=True)]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of every process, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast(value: Any) -> Any:
+    """The value of the first process."""
+    return gather_objects(value)[0]
 
 
 def barrier() -> None:

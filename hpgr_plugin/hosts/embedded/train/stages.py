@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from hpgr_plugin.config.registry import build
 from hpgr_plugin.data import Batch, InteractionLog, SequenceBatch, item_mean_scores
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.evaluation import Task, kept_tokens
-from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint
+from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, load_weights
 from hpgr_plugin.hosts.embedded.train.distributed import barrier, seed_everything
+from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT
 from hpgr_plugin.hosts.embedded.train.trainer import (
-    CHECKPOINT,
     Trainer,
     TrainingRun,
     TrainSettings,
@@ -103,7 +103,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
         validate=validate,
         monitor=("loss", False),
         settings=settings,
-        run=run,
+        run=replace(run, stage="pretrain"),
     )
     cost = trainer.fit()
     handoff = run.output_dir / "handoff.safetensors"
@@ -172,9 +172,10 @@ def finetune(
 
 def evaluate(task: Task, output_dir: Path) -> dict[str, Any]:
     """Test metrics of the best weights in the checkpoint of `output_dir`."""
-    state = load_checkpoint(output_dir / CHECKPOINT, task.process.device)
+    path = output_dir / CHECKPOINT
+    state = load_checkpoint(path, task.process.device)
     model = build_ranker(task)
-    model.load_state_dict(state["best_model"])
+    load_weights(path, model, state["best_model"])
     return _test_metrics(model, task)
 
 

@@ -18,11 +18,18 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from hpgr_plugin.data import RequestLoader, SequenceLoader
-from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, save_checkpoint
+from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.hosts.embedded.train.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_weights,
+    restore_generators,
+    save_checkpoint,
+)
 from hpgr_plugin.hosts.embedded.train.distributed import Process, sum_over_ranks
+from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT
 
 LOG = logging.getLogger(__name__)
-CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class TrainSettings:
         checkpoint_every: steps between checkpoints; 0 writes one per epoch only.
 
     Raises:
-        ValueError: a count below 1.
+        HpgrError: a value out of its range.
     """
 
     epochs: int = 10
@@ -57,11 +64,21 @@ class TrainSettings:
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "evaluations_per_epoch", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"hpgr.{type(self).__name__}.{name} takes 1 or more, got {getattr(self, name)}"
-                )
+        for names, smallest, fits in (
+            (("epochs", "evaluations_per_epoch", "patience"), "1 or more", lambda x: x >= 1),
+            (("learning_rate", "clip_norm"), "a number above 0", lambda x: 0 < x < math.inf),
+            (
+                ("weight_decay", "warmup_steps", "checkpoint_every"),
+                "0 or more",
+                lambda x: 0 <= x < math.inf,
+            ),
+        ):
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise HpgrError(
+                        f"hpgr.{type(self).__name__}.{name} takes {smallest}, "
+                        f"got {getattr(self, name)}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,7 @@ class TrainingRun:
         process: this process among its peers.
         title: label of the progress bar and the log.
         resume: continue from the checkpoint in `output_dir`, if there is one.
+        stage: which stage it is, so that no stage continues from another's checkpoint.
     """
 
     seed: int
@@ -81,6 +99,7 @@ class TrainingRun:
     process: Process
     title: str = "training"
     resume: bool = False
+    stage: str = "finetune"
 
 
 @dataclass
@@ -147,7 +166,9 @@ class Trainer:
         if self.run.resume and self._checkpoint.exists():
             self._restore()
         if self.process.is_main:
-            self._writer = SummaryWriter(str(self.run.output_dir / "tb"))
+            # Events after the checkpoint are dropped: their steps are trained again.
+            folder, step = str(self.run.output_dir / "tb"), self.progress.step
+            self._writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
         bar = tqdm(
             total=self._total,
             initial=self.progress.step,
@@ -199,6 +220,7 @@ class Trainer:
                 self._stop_clock()
                 self._save()
             if self._finished():
+                self._save()
                 return
         self._evaluate()
         progress.epoch += 1
@@ -261,7 +283,10 @@ class Trainer:
         name, more_is_better = self.monitor
         score = metrics[name] if more_is_better else -metrics[name]
         if math.isnan(score):
-            raise RuntimeError(f"{title}: validation {name} is NaN at step {progress.step}")
+            raise HpgrError(
+                f"{title}: validation {name} is not a number at step {progress.step}: the training "
+                f"diverged; try a smaller hpgr.{type(self.settings).__name__}.learning_rate"
+            )
         progress.since_best += 1
         if score > progress.best or not self.best_state:
             progress.best, progress.since_best = score, 0
@@ -276,21 +301,27 @@ class Trainer:
                 self._writer.add_scalar(name, float(value), self.progress.step)
 
     def _save(self) -> None:
-        if not self.process.is_main:
-            return
         save_checkpoint(
             self._checkpoint,
             {
+                "stage": self.run.stage,
                 "model": self.model.state_dict(),
                 "best_model": self.best_state,
                 "optimizer": self.optimizer.state_dict(),
                 "progress": vars(self.progress),
             },
+            self.process,
         )
 
     def _restore(self) -> None:
-        state = load_checkpoint(self._checkpoint, self.process.device)
-        self.model.load_state_dict(state["model"])
+        path = self._checkpoint
+        state = load_checkpoint(path, self.process.device)
+        if state["stage"] != self.run.stage:
+            raise CheckpointError(
+                f"{path} is of stage {state['stage']!r}, this is {self.run.stage!r}"
+            )
+        load_weights(path, self.model, state["model"])
         self.best_state = state["best_model"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
+        restore_generators(path, state["generators"], self.process)

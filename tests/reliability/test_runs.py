@@ -1,0 +1,167 @@
+"""Runs that are repeated, interrupted, damaged or started twice."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import error_lines, kill_after, run, run_with_file_limit, start, write_config
+
+COSTS = ("seconds_per_step", "examples_per_second")
+
+
+def results(folder: Path, name: str = "results.json") -> Any:
+    metrics = json.loads((folder / "out" / name).read_text())["metrics"]
+    return {key: value for key, value in metrics.items() if key not in (*COSTS, "handoff")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to compare with and to damage copies of."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, errors = run(write_config(folder))
+    assert code == 0, errors
+    return folder
+
+
+def one_error(code: int, errors: str, *words: str) -> None:
+    """One line, exit code 2, no traceback, and the words in it."""
+    assert code == 2, errors
+    assert "Traceback" not in errors
+    (line,) = error_lines(errors)
+    for word in words:
+        assert word in line, line
+
+
+def test_a_finished_run_is_left_as_it_is_unless_told(whole: Path) -> None:
+    before = (whole / "out" / "results.json").read_bytes()
+    code, errors = run(write_config(whole))
+    assert code == 0
+    assert "nothing to do" in errors
+    assert (whole / "out" / "results.json").read_bytes() == before
+    code, errors = run(write_config(whole), "--gin_bindings=hpgr.run.overwrite = True")
+    assert code == 0, errors
+    assert results(whole)["auc"] == json.loads(before)["metrics"]["auc"]
+
+
+def test_other_settings_do_not_continue_a_run(whole: Path) -> None:
+    before = (whole / "out" / "results.json").read_bytes()
+    config = write_config(whole, "hpgr.FinetuneSettings.learning_rate = 0.5")
+    one_error(
+        *run(config), "learning_rate was 0.001, is 0.5", "hpgr.run.overwrite = True", str(whole)
+    )
+    config = write_config(whole, "hpgr.FinetuneSettings.learning_rate = 0.5")
+    one_error(*run(config, module="evaluate"), "learning_rate was 0.001, is 0.5")
+    one_error(*run(write_config(whole, "SEED = 7")), "the data was")
+    assert (whole / "out" / "results.json").read_bytes() == before
+
+
+def test_an_evaluation_gives_the_metrics_of_the_training(whole: Path) -> None:
+    code, errors = run(write_config(whole), module="evaluate")
+    assert code == 0, errors
+    assert results(whole, "evaluation.json")["auc"] == results(whole)["auc"]
+
+
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+def test_early_stopping_inside_an_epoch_can_be_evaluated(tmp_path: Path, seed: int) -> None:
+    stops = (
+        f"hpgr.run.seeds = [{seed}]",
+        "hpgr.FinetuneSettings.evaluations_per_epoch = 5",
+        "hpgr.FinetuneSettings.patience = 1",
+        "hpgr.FinetuneSettings.learning_rate = 0.1",
+        "hpgr.FinetuneSettings.checkpoint_every = 0",
+    )
+    assert run(write_config(tmp_path, *stops))[0] == 0
+    code, errors = run(write_config(tmp_path, *stops), module="evaluate")
+    assert code == 0, errors
+    assert results(tmp_path, "evaluation.json")["auc"] == results(tmp_path)["auc"]
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    first = start(config)
+    try:
+        while not (tmp_path / "out" / "run.json").exists():
+            assert first.poll() is None
+        one_error(*run(config), "is in use by another run", "hpgr.run.output_dir")
+    finally:
+        first.kill()
+        first.communicate()
+
+
+@pytest.mark.parametrize(
+    "kills", [2, pytest.param(10, marks=pytest.mark.slow)], ids=["two-kills", "ten-kills"]
+)
+def test_a_killed_run_continues_to_the_same_numbers(
+    whole: Path, tmp_path: Path, kills: int
+) -> None:
+    config, chance = write_config(tmp_path), random.Random(kills)
+    killed = 0
+    for _ in range(kills):
+        killed += kill_after(config, chance.uniform(3.0, 7.0))
+    code, errors = run(config)
+    assert code == 0, errors
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert results(tmp_path) == results(whole)
+    print(f"{killed} kills, resumed to equal metrics")
+
+
+@pytest.mark.parametrize("limit", [2_000, 20_000, 100_000, 300_000])
+def test_a_full_disk_loses_nothing(tmp_path: Path, limit: int, whole: Path) -> None:
+    config = write_config(tmp_path)
+    code, errors = run_with_file_limit(config, limit)
+    if code != 0:
+        assert "Traceback" not in errors
+        assert error_lines(errors)
+    code, errors = run(config)
+    assert code == 0, errors
+    assert results(tmp_path) == results(whole)
+
+
+def damaged(path: Path, how: str) -> bytes:
+    content = bytearray(path.read_bytes())
+    if how == "empty":
+        return b""
+    if how == "truncated":
+        return bytes(content[: len(content) // 2])
+    if how == "text":
+        return b"not a checkpoint\n"
+    content[len(content) // 2] ^= 0x10
+    return bytes(content)
+
+
+@pytest.mark.parametrize("how", ["empty", "truncated", "text", "flipped bit"])
+def test_a_damaged_checkpoint_names_the_file(whole: Path, how: str) -> None:
+    path = whole / "out" / "checkpoint.pt"
+    good = path.read_bytes()
+    try:
+        path.write_bytes(damaged(path, how))
+        one_error(*run(write_config(whole), module="evaluate"), "checkpoint.pt", "damaged")
+    finally:
+        path.write_bytes(good)
+
+
+def test_a_checkpoint_of_the_other_stage(whole: Path, tmp_path: Path) -> None:
+    assert run(write_config(tmp_path, mode="pretrain"))[0] == 0
+    (tmp_path / "out" / "run.json").write_bytes((whole / "out" / "run.json").read_bytes())
+    one_error(*run(write_config(tmp_path), module="evaluate"), "checkpoint.pt", "another model")
+
+
+@pytest.mark.parametrize(
+    ("binding", "words"),
+    [
+        ("hpgr.FinetuneSettings.clip_norm = 0.0", ["clip_norm takes a number above 0, got 0.0"]),
+        ("hpgr.FinetuneSettings.learning_rate = -1.0", ["learning_rate takes a number above 0"]),
+        ("hpgr.run.overwrite = 'no'", ["hpgr.run.overwrite takes True or False, got 'no'"]),
+        ("hpgr.LastFractionSplit.test = 0.0", ["test"]),
+        ("hpgr.StochasticLength.alpha = 1.5", ["hpgr.StochasticLength"]),
+        ("hpgr.HSTURanker.sem = @a/hpgr.SessionEnhancementModule()", ["scope 'a'"]),
+        ("hpgr.HSTURanker.pretrained = 'none.safetensors'", ["none.safetensors"]),
+        ("hpgr.HSTURanker.num_heads = 3", ["embedding_dim must be a multiple of num_heads"]),
+    ],
+)
+def test_a_setting_that_cannot_work_is_one_line(
+    tmp_path: Path, binding: str, words: list[str]
+) -> None:
+    one_error(*run(write_config(tmp_path, binding)), *words)
