@@ -18,6 +18,7 @@ from hpgr_plugin.hosts.dlrm_v3.checkpoint import load_checkpoint
 from hpgr_plugin.hosts.launch import (
     CONFIGURATION_ERRORS,
     USER_ERRORS,
+    Configuration,
     argument_parser,
     one_line_errors,
     read_config,
@@ -53,8 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.world_size,
         _free_port(),
         device,
-        options.gin_config_file,
-        options.gin_bindings,
+        Configuration.of(options),
         options.mode,
         options.fresh_slots,
     )
@@ -65,8 +65,7 @@ def run_worker(
     world_size: int,
     master_port: int,
     device_type: str,
-    gin_config_file: str,
-    gin_bindings: list[str],
+    configuration: Configuration,
     mode: str,
     fresh_slots: bool,
 ) -> None:
@@ -75,7 +74,7 @@ def run_worker(
     _start_process_group(rank, world_size, master_port, device)
     try:
         with one_line_errors(CONFIGURATION_ERRORS):
-            read_config(gin_config_file, gin_bindings, attach)
+            read_config(configuration, attach)
             run = _prepare(mode, rank, world_size, device, fresh_slots)
         with one_line_errors(USER_ERRORS):
             run()
