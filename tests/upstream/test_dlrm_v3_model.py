@@ -255,6 +255,17 @@ def test_histories_out_of_order_are_said_with_what_to_do(slot: str) -> None:
         model(uih, offered)
 
 
+def test_times_in_milliseconds_are_warned_of_once() -> None:
+    model = build(DlrmHSTU, sem=SessionEnhancementModule(embedding_dim=TABLE_DIM))
+    uih, offered = batch(LENGTHS, CANDIDATES)
+    uih["time"].values().add_(1_700_000_000_000)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(uih, offered)
+    assert len([w for w in caught if "milliseconds?" in str(w.message)]) == 1
+
+
 def test_sem_shows_a_candidate_nothing_of_its_future() -> None:
     """The snippet needs no line for it: without `causal` the host decides."""
     sem = SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2, gap_seconds=60)

@@ -18,6 +18,7 @@ from hpgr_plugin.components.positions import (
     count_earlier,
 )
 from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.components.sessions import check_time_unit
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
 from hpgr_plugin.hosts.dlrm_v3.modules import (
@@ -271,6 +272,8 @@ class DlrmHSTU(host.DlrmHSTU):
     def _check_times(self, parts: SequenceParts, payload_features: dict[str, Tensor]) -> None:
         """Check the times of a batch, which the host's readers do not always provide.
 
+        Warns if the times do not look like seconds, as milliseconds do not.
+
         Raises:
             HpgrError: A history is out of order although a slot needs its order, or too many
                 candidates see nothing of their history.
@@ -287,6 +290,8 @@ class DlrmHSTU(host.DlrmHSTU):
                     f"{name!r}, and the reader of this data set does not give them so (the host's "
                     "debug data set is random): sort every history, or leave these slots empty"
                 ) from error
+        if self.sem is not None and self._unchecked_batches == _CHECKED_BATCHES - 1:
+            check_time_unit(times, parts.history_offsets, self.sem.gap_seconds)
         if self._hide_future and isinstance(self._hstu_transducer, PreferenceTransducer):
             history, candidates = parts.history_offsets, parts.candidate_offsets
             visible = count_earlier(times, history, query_times, candidates)
