@@ -2,8 +2,8 @@
 
 python examples/upstream/ranking_data.py --out tmp
 
-Every user likes one genre of items and comes back in sessions. Nine times in ten, a rating of 4 or 5
-goes to an item of that genre or to one of the items that all users like. The one file is
+Every user likes one genre of items and comes back in sessions. Nine times in ten, a rating of 4 or
+5 goes to an item of that genre or to one of the items that all users like. The one file is
 `OUT/data/ml-1m/sasrec_format.csv`.
 """
 

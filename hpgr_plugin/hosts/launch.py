@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException
@@ -34,13 +34,41 @@ def argument_parser(module: str, description: str | None) -> argparse.ArgumentPa
         metavar="NAME=VALUE",
         help="overrides one line of the file; may be repeated",
     )
+    parser.add_argument(
+        "--allow_unused",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a component whose bindings may stay unread, as those of an emptied slot do",
+    )
     return parser
 
 
-def read_config(config_file: str, bindings: list[str], attach: Callable[[], None]) -> None:
+class Configuration(NamedTuple):
+    """What the flags say about gin.
+
+    Attributes:
+        file: The .gin file.
+        bindings: Lines that override those of the file.
+        allow_unused: Names, without `hpgr.`, whose bindings may stay unread.
+    """
+
+    file: str
+    bindings: tuple[str, ...] = ()
+    allow_unused: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Configuration":
+        """The configuration in parsed flags."""
+        return cls(
+            options.gin_config_file, tuple(options.gin_bindings), tuple(options.allow_unused)
+        )
+
+
+def read_config(configuration: Configuration, attach: Callable[[], None]) -> None:
     """Parse the configuration, attach, and show INFO messages, such as the host's metrics."""
-    parse([config_file], bindings)
-    check_unused()
+    parse([configuration.file], list(configuration.bindings))
+    check_unused(configuration.allow_unused)
     build("set_backends")
     attach()
     # Importing fbgemm raises the root logger's level to WARNING.

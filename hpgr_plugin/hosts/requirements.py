@@ -1,4 +1,4 @@
-"""The names of the host that each adapter uses, and the parameters it passes to them.
+"""The names of the host that each adapter uses, and the parameters it passes to them by name.
 
 `contract.require` checks one table when its adapter is imported. Reading this imports no host.
 """
@@ -22,135 +22,93 @@ class Requirement(NamedTuple):
     parameters: tuple[str, ...] = ()
 
 
-def _uses(module: str, name: str, parameters: str = "") -> Requirement:
-    return Requirement(f"{HOST_PACKAGE}.{module}", name, tuple(parameters.split()))
+def _table(text: str) -> tuple[Requirement, ...]:
+    """Parse lines of "module: name parameters"; a line without a colon continues the last one."""
+    found: list[Requirement] = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        module, colon, rest = line.rpartition(": ")
+        if colon:
+            name, *parameters = rest.split()
+            found.append(Requirement(f"{HOST_PACKAGE}.{module}", name, tuple(parameters)))
+        else:
+            found[-1] = found[-1]._replace(parameters=(*found[-1].parameters, *line.split()))
+    return tuple(found)
 
 
-_CACHE = "max_kv_caching_len kv_caching_lengths"
-_NORM = "x norm_weight norm_bias norm_eps num_heads kernel"
-_LOOP = "rank model metric_logger device"
-_SEQUENCES = "max_seq_len seq_lengths seq_offsets seq_timestamps seq_embeddings num_targets"
-_UTILS = "dlrm_v3.train.utils"
+DLRM_V3 = _table("""
+    common: HammerModule is_inference
+    common: HammerModule.set_hammer_kernel hammer_kernel
+    common: HammerKernel
+    modules.dlrm_hstu: DlrmHSTU hstu_configs embedding_tables is_inference is_dense bf16_training
+    modules.dlrm_hstu: DlrmHSTU.preprocess uih_features candidates_features
+    modules.dlrm_hstu: DlrmHSTU._user_forward
+        max_uih_len max_candidates seq_embeddings payload_features num_candidates
+    modules.dlrm_hstu: STULayer config is_inference
+    modules.dlrm_hstu: HSTUTransducer stu_module input_preprocessor positional_encoder is_inference
+    modules.preprocessors: InputPreprocessor is_inference
+    modules.preprocessors: InputPreprocessor.forward
+        max_uih_len max_targets total_uih_len total_targets seq_lengths seq_timestamps
+        seq_embeddings num_targets seq_payloads
+    modules.preprocessors: InputPreprocessor.interleave_targets
+    modules.hstu_transducer: HSTUTransducer
+    modules.hstu_transducer: HSTUTransducer._hstu_compute
+        max_seq_len seq_lengths seq_offsets seq_timestamps seq_embeddings num_targets
+    modules.stu: STULayer config is_inference
+    modules.stu: STULayer.forward
+        x x_lengths x_offsets max_seq_len num_targets max_kv_caching_len kv_caching_lengths
+    modules.stu: STULayer.cached_forward
+        delta_x num_targets max_kv_caching_len kv_caching_lengths
+    modules.stu: STULayer.update_kv_cache
+        max_seq_len seq_offsets k v max_kv_caching_len kv_caching_lengths
+    modules.stu: STULayer.construct_full_kv delta_k delta_v
+    ops.hstu_attention: hstu_mha
+        max_seq_len alpha q k v seq_offsets causal dropout_pr training num_targets max_attn_len
+        contextual_seq_len sort_by_length kernel
+    ops.hstu_compute: hstu_compute_uqvk
+        x norm_weight norm_bias norm_eps num_heads kernel attn_dim hidden_dim uvqk_weight uvqk_bias
+    ops.hstu_compute: hstu_compute_output
+        x norm_weight norm_bias norm_eps num_heads kernel attn u dropout_ratio output_weight
+        group_norm linear_dim training recompute_y_in_backward
+    dlrm_v3.train.utils: make_model dataset
+    dlrm_v3.train.utils: DlrmHSTU
+    dlrm_v3.train.utils: KeyedOptimizerWrapper params optim_factory
+    dlrm_v3.train.utils: apply_optimizer_in_backward
+    dlrm_v3.train.utils: DistributedModelParallel module device plan
+    dlrm_v3.train.utils: make_optimizer_and_shard model device world_size
+    dlrm_v3.train.utils: Topology compute_device
+    dlrm_v3.train.utils: make_train_test_dataloaders hstu_config embedding_table_configs
+    dlrm_v3.train.utils: setup rank world_size master_port device
+    dlrm_v3.train.utils: cleanup
+    dlrm_v3.train.utils: train_loop rank model metric_logger device dataloader optimizer
+    dlrm_v3.train.utils: eval_loop rank model metric_logger device dataloader
+    dlrm_v3.train.utils: train_eval_loop
+        rank model metric_logger device train_dataloader eval_dataloader optimizer
+    dlrm_v3.train.utils: streaming_train_eval_loop
+        rank model metric_logger device optimizer hstu_config embedding_table_configs
+    dlrm_v3.utils: MetricsLogger multitask_configs batch_size window_size device rank
+    dlrm_v3.checkpoint: load_dmp_checkpoint model optimizer metric_logger device
+    dlrm_v3.checkpoint: load_dense_state_dict model state_dict
+    dlrm_v3.checkpoint: is_sparse_key
+""")
 
-DLRM_V3 = (
-    # Replaced, or set through a seam of a patched host.
-    _uses(_UTILS, "make_model", "dataset"),
-    _uses(_UTILS, "DlrmHSTU"),
-    _uses(_UTILS, "KeyedOptimizerWrapper", "params optim_factory"),
-    _uses(_UTILS, "apply_optimizer_in_backward"),
-    _uses(_UTILS, "DistributedModelParallel", "module device plan"),
-    _uses("modules.dlrm_hstu", "STULayer", "config is_inference"),
-    _uses(
-        "modules.dlrm_hstu",
-        "HSTUTransducer",
-        "stu_module input_preprocessor positional_encoder is_inference",
-    ),
-    # Subclassed.
-    _uses(
-        "modules.dlrm_hstu",
-        "DlrmHSTU",
-        "hstu_configs embedding_tables is_inference is_dense bf16_training",
-    ),
-    _uses("modules.dlrm_hstu", "DlrmHSTU.preprocess", "uih_features candidates_features"),
-    _uses(
-        "modules.dlrm_hstu",
-        "DlrmHSTU._user_forward",
-        "max_uih_len max_candidates seq_embeddings payload_features num_candidates",
-    ),
-    _uses("common", "HammerModule", "is_inference"),
-    _uses("common", "HammerModule.set_hammer_kernel", "hammer_kernel"),
-    _uses("common", "HammerKernel"),
-    _uses("modules.preprocessors", "InputPreprocessor", "is_inference"),
-    _uses(
-        "modules.preprocessors",
-        "InputPreprocessor.forward",
-        "max_uih_len max_targets total_uih_len total_targets seq_lengths seq_timestamps "
-        "seq_embeddings num_targets seq_payloads",
-    ),
-    _uses("modules.preprocessors", "InputPreprocessor.interleave_targets"),
-    _uses("modules.hstu_transducer", "HSTUTransducer._hstu_compute", _SEQUENCES),
-    _uses("modules.hstu_transducer", "HSTUTransducer"),
-    _uses("modules.stu", "STULayer", "config is_inference"),
-    _uses(
-        "modules.stu",
-        "STULayer.forward",
-        f"x x_lengths x_offsets max_seq_len num_targets {_CACHE}",
-    ),
-    _uses("modules.stu", "STULayer.cached_forward", f"delta_x num_targets {_CACHE}"),
-    _uses("modules.stu", "STULayer.update_kv_cache", f"max_seq_len seq_offsets k v {_CACHE}"),
-    _uses("modules.stu", "STULayer.construct_full_kv", "delta_k delta_v"),
-    # Called.
-    _uses(
-        "ops.hstu_attention",
-        "hstu_mha",
-        "max_seq_len alpha q k v seq_offsets causal dropout_pr training num_targets max_attn_len "
-        "contextual_seq_len sort_by_length kernel",
-    ),
-    _uses(
-        "ops.hstu_compute",
-        "hstu_compute_uqvk",
-        f"{_NORM} attn_dim hidden_dim uvqk_weight uvqk_bias",
-    ),
-    _uses(
-        "ops.hstu_compute",
-        "hstu_compute_output",
-        f"{_NORM} attn u dropout_ratio output_weight group_norm linear_dim training "
-        "recompute_y_in_backward",
-    ),
-    # Called by the launcher.
-    _uses(_UTILS, "make_optimizer_and_shard", "model device world_size"),
-    _uses(_UTILS, "Topology", "compute_device"),
-    _uses(_UTILS, "make_train_test_dataloaders", "hstu_config embedding_table_configs"),
-    _uses(_UTILS, "setup", "rank world_size master_port device"),
-    _uses(_UTILS, "cleanup"),
-    _uses(_UTILS, "train_loop", f"{_LOOP} dataloader optimizer"),
-    _uses(_UTILS, "eval_loop", f"{_LOOP} dataloader"),
-    _uses(_UTILS, "train_eval_loop", f"{_LOOP} train_dataloader eval_dataloader optimizer"),
-    _uses(
-        _UTILS,
-        "streaming_train_eval_loop",
-        f"{_LOOP} optimizer hstu_config embedding_table_configs",
-    ),
-    _uses("dlrm_v3.utils", "MetricsLogger", "multitask_configs batch_size window_size device rank"),
-    _uses("dlrm_v3.checkpoint", "load_dmp_checkpoint", "model optimizer metric_logger device"),
-)
-
-_TRAIN = "research.trainer.train"
-_SEQUENTIAL = "research.modeling.sequential"
-_PREPROCESSOR = "LearnablePositionalEmbeddingInputFeaturesPreprocessor"
-_ENCODER = (
-    "max_sequence_length max_output_length embedding_module input_preproc_module "
-    "output_postproc_module activation_checkpoint verbose"
-)
-
-RESEARCH = (
-    # Replaced, or set through a seam of a patched host.
-    _uses(_TRAIN, "get_sequential_encoder", f"module_type interaction_module {_ENCODER}"),
-    _uses(_TRAIN, "setup", "rank world_size master_port"),
-    _uses(_TRAIN, "DDP"),
-    # Called.
-    _uses(
-        _TRAIN,
-        "train_fn",
-        "rank world_size master_port learning_rate weight_decay num_warmup_steps",
-    ),
-    _uses(f"{_SEQUENTIAL}.encoder_utils", "get_sequential_encoder"),
-    _uses(f"{_SEQUENTIAL}.encoder_utils", "hstu_encoder", f"similarity_module {_ENCODER}"),
-    _uses(f"{_SEQUENTIAL}.encoder_utils", "sasrec_encoder", f"similarity_module {_ENCODER}"),
-    _uses(
-        f"{_SEQUENTIAL}.input_features_preprocessors",
-        _PREPROCESSOR,
-        "max_sequence_len embedding_dim dropout_rate",
-    ),
-    _uses(
-        f"{_SEQUENTIAL}.input_features_preprocessors",
-        f"{_PREPROCESSOR}.forward",
-        "past_lengths past_ids past_embeddings past_payloads",
-    ),
-    _uses(f"{_SEQUENTIAL}.input_features_preprocessors", f"{_PREPROCESSOR}.debug_str"),
-    _uses(
-        "research.data.reco_dataset",
-        "get_reco_dataset",
-        "dataset_name max_sequence_length chronological",
-    ),
+RESEARCH = _table(
+    """
+    research.trainer.train: train_fn
+        rank world_size master_port learning_rate weight_decay num_warmup_steps
+    research.trainer.train: setup rank world_size master_port
+    research.trainer.train: DDP
+    research.trainer.train: get_sequential_encoder
+        module_type interaction_module max_sequence_length max_output_length embedding_module
+        input_preproc_module output_postproc_module activation_checkpoint verbose
+    research.modeling.sequential.encoder_utils: get_sequential_encoder
+    research.modeling.sequential.encoder_utils: hstu_encoder similarity_module input_preproc_module
+    research.modeling.sequential.encoder_utils: sasrec_encoder
+        similarity_module input_preproc_module
+    research.modeling.sequential.input_features_preprocessors: PREPROCESSOR
+        max_sequence_len embedding_dim dropout_rate
+    research.modeling.sequential.input_features_preprocessors: PREPROCESSOR.forward
+        past_lengths past_ids past_embeddings past_payloads
+    research.modeling.sequential.input_features_preprocessors: PREPROCESSOR.debug_str
+    research.data.reco_dataset: get_reco_dataset dataset_name max_sequence_length chronological
+""".replace("PREPROCESSOR", "LearnablePositionalEmbeddingInputFeaturesPreprocessor")
 )

@@ -1,6 +1,7 @@
 """These tests need a checkout of the host; without one they are skipped in a single line."""
 
 import importlib.util
+import socket
 import sys
 import types
 from collections.abc import Iterator
@@ -91,6 +92,19 @@ def float64_operators(monkeypatch: pytest.MonkeyPatch) -> None:
         jagged_dense_elementwise_add_jagged_output,
         raising=False,
     )
+
+
+@pytest.fixture
+def gloo() -> Iterator[None]:
+    """A process group of this process only."""
+    from torch import distributed as dist
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"tcp://localhost:{port}")
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

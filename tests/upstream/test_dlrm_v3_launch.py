@@ -114,6 +114,7 @@ def test_two_processes_train_together_with_stochastic_length(data: Path) -> None
         "--gin_bindings=make_train_test_dataloaders.batch_size = 8",
         "--gin_bindings=hpgr.DlrmHSTU.attention_hook = @hpgr.StochasticLength()",
         "--gin_bindings=hpgr.StochasticLength.alpha = 1.5",
+        "--allow_unused=PreferenceGuidedSparseAttention",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "metric/lifetime_gauc/rating" in done.stdout

@@ -1,6 +1,7 @@
 """The slots of the ranking adapter in the host's model, on CPU through its PyTorch kernels."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttenti
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.config.registry import configured
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("float64_operators")]
@@ -213,6 +215,55 @@ def test_sem_touches_history_rows_alone() -> None:
         torch.testing.assert_close(rows[:n], table[uih["item"].values()[history]] + 1.0)
         torch.testing.assert_close(rows[n:], table[offered["candidate_item"].values()[shown]])
         start += n + c
+
+
+@pytest.mark.parametrize("hook", [everything, lambda: None], ids=["hook", "positions"])
+def test_candidates_that_see_nothing_of_their_history_stop_the_run(hook: Callable[[], Any]) -> None:
+    """As with a reader that gives every item and candidate the same time."""
+    encoder = TimeAwarePositionalEncoder(embedding_dim=WIDTH, max_positions=64)
+    slots = {"attention_hook": hook(), "positional_encoder": encoder}
+    uih, offered = batch(LENGTHS, CANDIDATES)
+    offered["candidate_time"].values().zero_()
+    uih["time"].values().zero_()
+    model = build(DlrmHSTU, **slots)
+    for _ in range(9):
+        model(uih, offered)
+    with pytest.raises(HpgrError, match=r"100%.*'candidate_time'.*DlrmHSTU.hide_future = False"):
+        model(uih, offered)
+    for settings in ({"hide_future": False}, {"max_blind_share": 1.0}):
+        model = build(DlrmHSTU, attention_hook=everything(), **settings)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(20):
+                model(uih, offered)
+        said = [w for w in caught if "see none of it" in str(w.message)]
+        assert len(said) == ("max_blind_share" in settings)
+
+
+@pytest.mark.parametrize("slot", ["sem", "positional_encoder"])
+def test_histories_out_of_order_are_said_with_what_to_do(slot: str) -> None:
+    components = {
+        "sem": SessionEnhancementModule(embedding_dim=TABLE_DIM),
+        "positional_encoder": TimeAwarePositionalEncoder(embedding_dim=WIDTH, max_positions=64),
+    }
+    model = build(DlrmHSTU, **{slot: components[slot]})
+    uih, offered = batch(LENGTHS, CANDIDATES)
+    uih["time"].values().copy_(uih["time"].values().flip(0))
+    with pytest.raises(
+        HpgrError, match=r"time must ascend in every row.*debug.*sort every history"
+    ):
+        model(uih, offered)
+
+
+def test_times_in_milliseconds_are_warned_of_once() -> None:
+    model = build(DlrmHSTU, sem=SessionEnhancementModule(embedding_dim=TABLE_DIM))
+    uih, offered = batch(LENGTHS, CANDIDATES)
+    uih["time"].values().add_(1_700_000_000_000)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(uih, offered)
+    assert len([w for w in caught if "milliseconds?" in str(w.message)]) == 1
 
 
 def test_sem_shows_a_candidate_nothing_of_its_future() -> None:

@@ -1,8 +1,5 @@
 """Hand-over and learning rates through the host's own optimizer and sharding code, on gloo."""
 
-import os
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,6 @@ from small_ranker import (
     small_tables,
     step,
 )
-from torch import distributed as dist
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
 from hpgr_plugin.components.sem import SessionEnhancementModule
@@ -53,17 +49,6 @@ for _optimizer in ("dense", "sparse"):
 def _attached() -> None:
     dlrm_v3.attach()
     gin.parse_config(OPTIMIZERS)
-
-
-@pytest.fixture
-def gloo() -> Iterator[None]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    os.environ["MASTER_ADDR"] = "localhost"
-    dist.init_process_group("gloo", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def rates_of(optimizer: Any) -> set[float]:

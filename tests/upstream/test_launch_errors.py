@@ -56,7 +56,7 @@ def test_a_misspelt_slot_is_named(name: str, model: str, capfd: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        ("sem = 5", "hpgr.DlrmHSTU.sem takes @hpgr.SessionEnhancementModule() or None, got int"),
+        ("sem = 5", "hpgr.DlrmHSTU.sem takes @hpgr.SessionEnhancementModule() or None, got"),
         ("pretrained = 'gone.safetensors'", "gone.safetensors"),
         ("inherited_lr_ratio = 3", "inherited_lr_ratio must be in [0, 1], got 3"),
     ],

@@ -100,7 +100,7 @@ def test_another_commit_is_refused_untouched(tmp_path: Path, commit: str) -> Non
 
 
 def test_a_patch_carries_no_line_of_the_host(host: Path) -> None:
-    """Lines of some length; `else:` and `)` are nobody's."""
+    """Only lines of some length count; `else:` and `)` occur in any file."""
     series = load_series()
     lines = {
         line.strip() for path in series.before for line in (host / path).read_text().splitlines()

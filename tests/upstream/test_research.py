@@ -70,16 +70,16 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 def test_empty_slots_are_the_host_to_the_last_bit(module_type: str) -> None:
     with_adapter = build(module_type)
     research.detach()
-    alone = build(module_type)
+    host = build(module_type)
     inputs = batch(LENGTHS)
     outputs = []
-    for encoder in (with_adapter, alone):
+    for encoder in (with_adapter, host):
         torch.manual_seed(1)  # SASRec drops out
         output = run(encoder, inputs)
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         outputs.append(output)
     assert torch.equal(*outputs)
-    mine, theirs = gradients(with_adapter), gradients(alone)
+    mine, theirs = gradients(with_adapter), gradients(host)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 

@@ -12,6 +12,7 @@ from torch import Tensor, multiprocessing
 from hpgr_plugin.config.registry import build
 from hpgr_plugin.hosts import research
 from hpgr_plugin.hosts.contract import host_version
+from hpgr_plugin.hosts.launch import Configuration
 from hpgr_plugin.hosts.research.launch import ranks_are_the_cpu, train_worker
 from hpgr_plugin.hosts.research.pretrain import histories_of_rows
 from hpgr_plugin.hosts.research.pretrained import host_item_digest
@@ -84,7 +85,7 @@ def test_pretrain_then_train_with_the_smaller_rate_through_the_warm_up(folder: P
     handoff = pretrained(folder)
     assert handoff.sem_state is not None
     gin.clear_config()
-    train_worker(0, 1, 12391, config(folder), [])
+    train_worker(0, 1, 12391, Configuration(config(folder)))
     state = checkpoint(folder)
     model = {n.removeprefix("module."): v for n, v in state["model_state_dict"].items()}
 
@@ -143,7 +144,7 @@ def test_two_workers_train_one_model(folder: Path) -> None:
     bindings = ("train_fn.local_batch_size = 8", "train_fn.eval_batch_size = 8")
     multiprocessing.start_processes(
         train_worker,
-        args=(2, 12394, config(folder, *bindings), []),
+        args=(2, 12394, Configuration(config(folder, *bindings))),
         nprocs=2,
         start_method="spawn",
     )

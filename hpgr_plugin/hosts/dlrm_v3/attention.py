@@ -108,6 +108,7 @@ class PreferenceSTULayer(STULayer):
         value_scale: Tensor | None = None,
     ) -> Tensor:
         """`[L, D]` -> `[L, D]`, as the host's layer; `value_scale` needs a patched host."""
+        cache = {"max_kv_caching_len": max_kv_caching_len, "kv_caching_lengths": kv_caching_lengths}
         if kv_caching_lengths is not None:
             self._refuse_per_candidate()
         if self.step is None:
@@ -118,19 +119,11 @@ class PreferenceSTULayer(STULayer):
                 x_offsets=x_offsets,
                 max_seq_len=max_seq_len,
                 num_targets=num_targets,
-                max_kv_caching_len=max_kv_caching_len,
-                kv_caching_lengths=kv_caching_lengths,
+                **cache,
                 **scale,
             )
         u, q, k, v = self._project(x)
-        self.update_kv_cache(
-            max_seq_len=max_seq_len,
-            seq_offsets=x_offsets,
-            k=k,
-            v=v,
-            max_kv_caching_len=max_kv_caching_len,
-            kv_caching_lengths=kv_caching_lengths,
-        )
+        self.update_kv_cache(max_seq_len=max_seq_len, seq_offsets=x_offsets, k=k, v=v, **cache)
         k, v = _scaled(k, self.step.key_scale), _scaled(v, self.step.value_scale)
         attention = hstu_mha(
             max_seq_len=max_seq_len,

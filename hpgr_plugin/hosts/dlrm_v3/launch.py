@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from generative_recommenders.common import HammerKernel
-from generative_recommenders.dlrm_v3.checkpoint import load_dmp_checkpoint
 from generative_recommenders.dlrm_v3.train import utils as train
 from generative_recommenders.dlrm_v3.utils import MetricsLogger
 from torch import distributed as dist
 
 from hpgr_plugin.hosts.dlrm_v3.attach import attach
+from hpgr_plugin.hosts.dlrm_v3.checkpoint import load_checkpoint
 from hpgr_plugin.hosts.launch import (
     CONFIGURATION_ERRORS,
     USER_ERRORS,
+    Configuration,
     argument_parser,
     one_line_errors,
     read_config,
@@ -37,6 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mode", choices=MODES, default="train-eval")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: a GPU")
     parser.add_argument("--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")))
+    parser.add_argument(
+        "--fresh_slots",
+        action="store_true",
+        help="restore a checkpoint of the host's own model; slots keep their initial values",
+    )
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and options.world_size > torch.cuda.device_count():
@@ -48,9 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
         options.world_size,
         _free_port(),
         device,
-        options.gin_config_file,
-        options.gin_bindings,
+        Configuration.of(options),
         options.mode,
+        options.fresh_slots,
     )
 
 
@@ -59,24 +65,26 @@ def run_worker(
     world_size: int,
     master_port: int,
     device_type: str,
-    gin_config_file: str,
-    gin_bindings: list[str],
+    configuration: Configuration,
     mode: str,
+    fresh_slots: bool,
 ) -> None:
     """One process of the host's trainer."""
     device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
     _start_process_group(rank, world_size, master_port, device)
     try:
         with one_line_errors(CONFIGURATION_ERRORS):
-            read_config(gin_config_file, gin_bindings, attach)
-            run = _prepare(mode, rank, world_size, device)
+            read_config(configuration, attach)
+            run = _prepare(mode, rank, world_size, device, fresh_slots)
         with one_line_errors(USER_ERRORS):
             run()
     finally:
         train.cleanup()
 
 
-def _prepare(mode: str, rank: int, world_size: int, device: torch.device) -> Callable[[], None]:
+def _prepare(
+    mode: str, rank: int, world_size: int, device: torch.device, fresh_slots: bool
+) -> Callable[[], None]:
     """The host's training or evaluation loop of `mode`, ready to be called."""
     model, config, tables = train.make_model()
     if device.type == "cpu":
@@ -95,7 +103,7 @@ def _prepare(mode: str, rank: int, world_size: int, device: torch.device) -> Cal
         device=device,
         rank=rank,
     )
-    load_dmp_checkpoint(model=model, optimizer=optimizer, metric_logger=metrics, device=device)
+    load_checkpoint(model, optimizer, metrics, device, fresh_slots=fresh_slots)
     loop, arguments = {
         "train": (train.train_loop, {"dataloader": train_batches, "optimizer": optimizer}),
         "eval": (train.eval_loop, {"dataloader": test_batches}),

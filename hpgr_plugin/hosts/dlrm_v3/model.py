@@ -12,8 +12,14 @@ from hpgr_plugin.components.attention_hooks import (
     HookInputs,
     PreferenceGuidedSparseAttention,
 )
-from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.components.positions import (
+    TimeAwarePositionalEncoder,
+    VisibilityCheck,
+    count_earlier,
+)
 from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.components.sessions import check_time_unit
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
 from hpgr_plugin.hosts.dlrm_v3.modules import (
     PreferenceTransducer,
@@ -22,15 +28,17 @@ from hpgr_plugin.hosts.dlrm_v3.modules import (
     TimeAwareHSTUPositionalEncoder,
 )
 from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained
-from hpgr_plugin.hosts.seams import host_has_seam, replaced
-from hpgr_plugin.hosts.slots import check_slot, check_width
+from hpgr_plugin.hosts.seams import host_has_seam, is_bound, replaced
+from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.compact.parts import SequenceParts, sequence_parts
-from hpgr_plugin.ops.jagged import complete_cumsum
+from hpgr_plugin.ops.jagged import check_sorted, complete_cumsum
 from hpgr_plugin.transfer.handoff import load_sem_state
 from hpgr_plugin.transfer.learning_rates import check_lr_ratio, mark_inherited
 
 _NAME = "hpgr.DlrmHSTU"
 _WHY_CAUSAL = f"{_NAME}.hide_future is True: a history may reach past a candidate's time"
+_CHECKPOINT_PATHS = ("load_dmp_checkpoint.path", "load_nonsparse_checkpoint.path")
+_CHECKED_BATCHES = 10  # the first ones, whose times are checked
 _HISTORY_IDS = "hpgr_history_ids"
 _CANDIDATE_IDS = "hpgr_candidate_ids"
 
@@ -55,6 +63,8 @@ class DlrmHSTU(host.DlrmHSTU):
             candidate. None: as `positional_encoder` says, True without one. Bind False for data
             without real query times: the host's MovieLens reader gives all candidates the time of
             the last history item, which hides at least that item from them.
+        max_blind_share: Of the candidates that have a history, the share that may see nothing of it
+            in the first batches because of `hide_future`.
         model_config: Fields of the host's `DlrmHSTUConfig` to set, by name.
         table_config: Fields of an embedding table's `EmbeddingConfig` to set, by table and name.
             As with `model_config`, the objects handed in are changed, because the host's data
@@ -80,6 +90,7 @@ class DlrmHSTU(host.DlrmHSTU):
         pretrained: str | None = None,
         inherited_lr_ratio: float = 0.1,
         hide_future: bool | None = None,
+        max_blind_share: float = 0.5,
         model_config: Mapping[str, Any] | None = None,
         table_config: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
@@ -102,6 +113,13 @@ class DlrmHSTU(host.DlrmHSTU):
         if hide_future is None:
             hide_future = positional_encoder is None or positional_encoder.hide_future
         self._hide_future = hide_future
+        self._unchecked_batches = _CHECKED_BATCHES
+        self._visibility = VisibilityCheck(
+            times=f"the feature {hstu_configs.candidates_querytime_feature_name!r}",
+            binding=f"{_NAME}.hide_future = False",
+            max_blind_share=max_blind_share,
+            batches=_CHECKED_BATCHES,
+        )
         if isinstance(self._hstu_transducer, PreferenceTransducer):
             self._hstu_transducer.contextual_seq_len = self._contextual_seq_len()
         self._fill_attention_hook(attention_hook)
@@ -115,8 +133,12 @@ class DlrmHSTU(host.DlrmHSTU):
         if sem is not None:
             sem.decide_causal(self._hide_future, _WHY_CAUSAL)
         frozen = _frozen(attention_hook)
-        if frozen is not None and frozen.frozen_table is None:
-            raise ValueError('an attention_hook with table="frozen" needs pretrained, got None')
+        restored = any(map(is_bound, _CHECKPOINT_PATHS))
+        if frozen is not None and frozen.frozen_table is None and not restored:
+            raise SlotError(
+                f'{_NAME}.attention_hook with table="frozen" needs pretrained, got None (or a '
+                f"checkpoint to restore: {_CHECKPOINT_PATHS[0]})"
+            )
 
     @property
     def sem(self) -> SessionEnhancementModule | None:
@@ -228,32 +250,69 @@ class DlrmHSTU(host.DlrmHSTU):
                 max_uih_len, max_candidates, seq_embeddings, payload_features, num_candidates
             )
 
-        if not isinstance(self._hstu_transducer, PreferenceTransducer):
+        has_plan = isinstance(self._hstu_transducer, PreferenceTransducer)
+        if self.sem is None and not has_plan:
             return of_the_host()
-        request = self._request(seq_embeddings, payload_features, num_candidates)
-        with self._hstu_transducer.requested(request):
-            return of_the_host()
-
-    def _request(
-        self,
-        seq_embeddings: Any,
-        payload_features: dict[str, Tensor],
-        num_candidates: Tensor,
-    ) -> Request:
-        hook = self.attention_hook
-        if hook is None:
-            return Request(plan=None, layout="shared_history", hide_future=self._hide_future)
-        config = self._hstu_configs
-        items = seq_embeddings[config.uih_post_id_feature_name]
+        items = seq_embeddings[self._hstu_configs.uih_post_id_feature_name]
         parts = sequence_parts(
             complete_cumsum(items.lengths),
             num_candidates,
             contextual_len=0,
             total_rows=len(items.embedding),
         )
-        embeddings = items.embedding.detach()
-        times = payload_features[config.uih_action_time_feature_name]
-        query_times = payload_features[config.candidates_querytime_feature_name]
+        if self._unchecked_batches > 0:
+            self._unchecked_batches -= 1
+            self._check_times(parts, payload_features)
+        if not has_plan:
+            return of_the_host()
+        request = self._request(items.embedding.detach(), parts, payload_features)
+        with self._hstu_transducer.requested(request):
+            return of_the_host()
+
+    def _check_times(self, parts: SequenceParts, payload_features: dict[str, Tensor]) -> None:
+        """Check the times of a batch, which the host's readers do not always provide.
+
+        Warns if the times do not look like seconds, as milliseconds do not.
+
+        Raises:
+            HpgrError: A history is out of order although a slot needs its order, or too many
+                candidates see nothing of their history.
+        """
+        name = self._hstu_configs.uih_action_time_feature_name
+        times, query_times = self._times(payload_features)
+        positions = self._hstu_transducer._positional_encoder
+        if self.sem is not None or isinstance(positions, TimeAwareHSTUPositionalEncoder):
+            try:
+                check_sorted(times, parts.history_offsets, name)
+            except ValueError as error:
+                raise HpgrError(
+                    f"{error}. The slots sem and positional_encoder need histories in order of "
+                    f"{name!r}, and the reader of this data set does not give them so (the host's "
+                    "debug data set is random): sort every history, or leave these slots empty"
+                ) from error
+        if self.sem is not None and self._unchecked_batches == _CHECKED_BATCHES - 1:
+            check_time_unit(times, parts.history_offsets, self.sem.gap_seconds)
+        if self._hide_future and isinstance(self._hstu_transducer, PreferenceTransducer):
+            history, candidates = parts.history_offsets, parts.candidate_offsets
+            visible = count_earlier(times, history, query_times, candidates)
+            self._visibility(visible, history.diff()[parts.candidate_users()])
+
+    def _times(self, payload_features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Times of the history items `[T]` and of the candidates `[C]`."""
+        config = self._hstu_configs
+        return (
+            payload_features[config.uih_action_time_feature_name],
+            payload_features[config.candidates_querytime_feature_name],
+        )
+
+    def _request(
+        self, embeddings: Tensor, parts: SequenceParts, payload_features: dict[str, Tensor]
+    ) -> Request:
+        """What the attention should do with sequences of raw item embeddings `[T + C, D]`."""
+        hook = self.attention_hook
+        if hook is None:
+            return Request(plan=None, layout="shared_history", hide_future=self._hide_future)
+        times, query_times = self._times(payload_features)
         # Times hide the future from candidates; a plan of users may weigh items by age with them.
         has_times = self._hide_future or hook.layout == "per_user"
         plan = hook.plan(

@@ -44,15 +44,12 @@ class SessionPreprocessor(InputPreprocessor):
 
     def forward(
         self,
-        max_uih_len: int,
-        max_targets: int,
-        total_uih_len: int,
-        total_targets: int,
+        *,
         seq_lengths: Tensor,
         seq_timestamps: Tensor,
         seq_embeddings: Tensor,
         num_targets: Tensor,
-        seq_payloads: dict[str, Tensor],
+        **others: Any,
     ) -> Any:
         """As the host's preprocessors; the sequences are `[history | candidates]`."""
         parts = sequence_parts(
@@ -66,15 +63,11 @@ class SessionPreprocessor(InputPreprocessor):
             seq_embeddings.index_select(0, rows), parts.history_offsets, seq_timestamps[rows]
         )
         return self._preprocessor(
-            max_uih_len=max_uih_len,
-            max_targets=max_targets,
-            total_uih_len=total_uih_len,
-            total_targets=total_targets,
             seq_lengths=seq_lengths,
             seq_timestamps=seq_timestamps,
             seq_embeddings=seq_embeddings.index_copy(0, rows, enhanced.to(seq_embeddings.dtype)),
             num_targets=num_targets,
-            seq_payloads=seq_payloads,
+            **others,
         )
 
     def interleave_targets(self) -> bool:

@@ -21,6 +21,7 @@ from hpgr_plugin.config.registry import build
 from hpgr_plugin.hosts.launch import (
     CONFIGURATION_ERRORS,
     USER_ERRORS,
+    Configuration,
     argument_parser,
     one_line_errors,
     read_config,
@@ -38,22 +39,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mode", choices=("train", "pretrain"), default="train")
     parser.add_argument("--master_port", type=int, default=12355)
     options = parser.parse_args(arguments)
-    config = (options.gin_config_file, options.gin_bindings)
+    configuration = Configuration.of(options)
     if options.mode == "pretrain":
         with one_line_errors(CONFIGURATION_ERRORS):
-            read_config(*config, attach)
+            read_config(configuration, attach)
         with one_line_errors(USER_ERRORS):
             build("research_pretrain")
         return
-    start_workers(train_worker, max(1, torch.cuda.device_count()), options.master_port, *config)
+    start_workers(
+        train_worker, max(1, torch.cuda.device_count()), options.master_port, configuration
+    )
 
 
 def train_worker(
-    rank: int, world_size: int, master_port: int, gin_config_file: str, gin_bindings: list[str]
+    rank: int, world_size: int, master_port: int, configuration: Configuration
 ) -> None:
     """One process of the host's `train_fn`."""
     with one_line_errors(CONFIGURATION_ERRORS):
-        read_config(gin_config_file, gin_bindings, attach)
+        read_config(configuration, attach)
     without_gpu = not torch.cuda.is_available() and not host_has_seam("research_cpu")
     with (
         one_line_errors(USER_ERRORS),
