@@ -21,8 +21,8 @@ from hpgr_plugin.config.registry import (
     register_entry,
 )
 from hpgr_plugin.config.scopes import check_scopes
-from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.data import LastFractionSplit, RequestSettings
+from hpgr_plugin.errors import HpgrError
 
 PACKAGE = Path(registry.__file__).parents[1]
 # Adapters of hosts parse, query and bind the parameters of the host.

@@ -15,8 +15,7 @@ from hpgr_plugin.ops.hstu_attention import (
     PositionTimeBias,
     hstu_attention,
 )
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
-from hpgr_plugin.ops.preference_plan.torch import plan_preferences
+from hpgr_plugin.ops.preference_plan import PreferencePlan, plan_preferences
 
 DIM, HEADS, WIDTH, LAYERS = 6, 2, 4, 3
 HISTORY = [13, 0, 30, 2]

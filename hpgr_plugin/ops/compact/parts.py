@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+from hpgr_plugin.ops.preference_plan import PreferencePlan
 
 
 class SequenceParts(NamedTuple):

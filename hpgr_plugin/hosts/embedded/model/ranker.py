@@ -21,7 +21,7 @@ from hpgr_plugin.hosts.embedded.model.features import ItemFeatures, UserFeatureT
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+from hpgr_plugin.ops.preference_plan import PreferencePlan
 from hpgr_plugin.transfer.handoff import Handoff, load_handoff, load_sem_state
 
 

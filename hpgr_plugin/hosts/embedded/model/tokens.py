@@ -27,7 +27,7 @@ from hpgr_plugin.components.positions import count_earlier
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.ops.compact.parts import SequenceParts, short_sequences
 from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids, segment_positions
-from hpgr_plugin.ops.preference_plan.plan import PreferencePlan
+from hpgr_plugin.ops.preference_plan import PreferencePlan
 
 NEVER_SEEN = 2**30
 
