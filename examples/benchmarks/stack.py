@@ -19,7 +19,7 @@ from examples.benchmarks.registry import (
     time_ms,
 )
 from hpgr_plugin.components.hstu_stack import HSTUStack, graphed
-from hpgr_plugin.ops.compact import compact
+from hpgr_plugin.ops.compact import KeptRows, compact
 from hpgr_plugin.ops.preference_plan import PlanInputs, PlanSettings, Selection
 from hpgr_plugin.ops.preference_plan.triton import select
 
@@ -59,10 +59,8 @@ class Batch:
 
     def gather(self, chosen: Selection, num_rows: int) -> Tensor:
         """Rows of the short sequences, zero from their end on."""
-        return compact(
-            self.history, self.candidates, chosen.index, chosen.offsets, num_rows=num_rows,
-            disjoint=True,
-        )  # fmt: skip
+        kept = KeptRows(chosen.index, chosen.offsets, num_rows, disjoint=True)
+        return compact(self.history, self.candidates, kept)
 
 
 def new_stack(length: int) -> HSTUStack:

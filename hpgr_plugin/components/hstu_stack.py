@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.ops.compact import compact
+from hpgr_plugin.ops.compact import KeptRows, compact
 from hpgr_plugin.ops.hstu_attention import AttentionSpec
 from hpgr_plugin.ops.hstu_layer import LayerForm, LayerWeights, candidate_layer, hstu_layer
 from hpgr_plugin.ops.preference_plan import Selection
@@ -107,9 +107,9 @@ class HSTUStack(nn.Module):
             exact: wait for the number of kept rows instead of computing on unused ones too.
             disjoint: one candidate per user, so no history row is selected twice.
         """
-        index, offsets = selection.index, selection.offsets
-        num_rows = int(offsets[-1]) if exact else len(index)
-        rows = compact(history, candidates, index, offsets, num_rows=num_rows, disjoint=disjoint)
+        num_rows = int(selection.offsets[-1]) if exact else len(selection.index)
+        kept = KeptRows(selection.index, selection.offsets, num_rows, disjoint)
+        rows = compact(history, candidates, kept)
         weights = selection.weights[:num_rows]
         return self(rows, weights, selection.offsets, max_length=selection.max_length, exact=exact)
 

@@ -151,6 +151,20 @@ class Operator:
             warn_once(f"{self.name} runs on backend {chosen!r}: {'; '.join(told)}")
 
 
+def triton_operator(package: str) -> Operator:
+    """The operator of a folder of `hpgr_plugin.ops` with backends triton, torch and naive.
+
+    Args:
+        package: `__name__` of the folder.
+    """
+    return Operator(
+        package.rpartition(".")[2],
+        Backend("triton", f"{package}.triton", here=triton_here),
+        Backend("torch", f"{package}.torch"),
+        Backend("naive", f"{package}.naive", automatic=False),
+    )
+
+
 def operators() -> Mapping[str, Operator]:
     """Every operator by name."""
     return dict(_OPERATORS)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from triton_device import DEVICE
 
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, time_aware_index
-from hpgr_plugin.ops.compact import compact
+from hpgr_plugin.ops.compact import KeptRows, compact
 from hpgr_plugin.ops.compact.parts import SequenceParts, row_weights, short_sequences
 from hpgr_plugin.ops.hstu_attention import (
     AttentionSpec,
@@ -210,11 +210,11 @@ def test_rows_are_copied_and_gradients_added_up(backend: str, spare: int) -> Non
     candidates = torch.randn(2, 5, device=DEVICE, requires_grad=True)
     # The unspecified end of an index may hold anything.
     index = torch.tensor([0, 3, 6, 3, 5, 7, *[-(2**20)] * spare], device=DEVICE)
-    arguments = (history, candidates, index, torch.tensor([0, 3, 6], device=DEVICE))
+    kept = KeptRows(index, torch.tensor([0, 3, 6], device=DEVICE), 6 + spare)
     probe = torch.randn(6 + spare, 5, device=DEVICE)
     results = []
     for name in (backend, "naive"):
-        rows = compact(*arguments, num_rows=6 + spare, backend=name)
+        rows = compact(history, candidates, kept, backend=name)
         results.append((rows, *torch.autograd.grad((rows * probe).sum(), (history, candidates))))
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference)

@@ -8,7 +8,7 @@ from torch import Tensor
 from triton_device import DEVICE
 
 from hpgr_plugin.components.hstu_stack import HSTUStack
-from hpgr_plugin.ops.compact import compact
+from hpgr_plugin.ops.compact import KeptRows, compact
 from hpgr_plugin.ops.hstu_layer import LayerForm, candidate_layer
 from hpgr_plugin.ops.hstu_layer.naive import hstu_layer as naive_layer
 from hpgr_plugin.ops.preference_plan import PlanInputs, PlanSettings
@@ -137,15 +137,8 @@ def test_gathered_rows_follow_the_selection_and_carry_gradients(disjoint: bool) 
     used, room = int(selection.offsets[-1]), len(selection.index)
     assert used <= room
 
-    rows = compact(
-        history,
-        candidates,
-        selection.index,
-        selection.offsets,
-        num_rows=room,
-        disjoint=disjoint,
-        backend="triton",
-    )
+    kept = KeptRows(selection.index, selection.offsets, room, disjoint)
+    rows = compact(history, candidates, kept, backend="triton")
 
     reference = torch.cat([history, candidates])[selection.index[:used]]
     torch.testing.assert_close(rows[:used], reference, rtol=0, atol=0)

@@ -7,45 +7,27 @@ times and 1/n stay those of the full sequence: encode first, compact second.
 
 from torch import Tensor
 
-from hpgr_plugin.ops.dispatch import Backend, Operator, triton_here
+from hpgr_plugin.ops.compact.parts import KeptRows
+from hpgr_plugin.ops.dispatch import triton_operator
 
-__all__ = ["compact"]
+__all__ = ["KeptRows", "compact"]
 
-_OPERATOR = Operator(
-    "compact",
-    Backend("triton", f"{__name__}.triton", here=triton_here),
-    Backend("torch", f"{__name__}.torch"),
-    Backend("naive", f"{__name__}.naive", automatic=False),
-)
+_OPERATOR = triton_operator(__name__)
 
 
 def compact(
-    history: Tensor,
-    candidates: Tensor,
-    index: Tensor,
-    offsets: Tensor,
-    *,
-    num_rows: int,
-    disjoint: bool = False,
-    backend: str | None = None,
+    history: Tensor, candidates: Tensor, kept: KeptRows, *, backend: str | None = None
 ) -> Tensor:
-    """Copy the rows that `index` names, zero beyond the last sequence; never waits for the device.
+    """Copy the kept rows, zero beyond the last sequence; nothing waits for the device.
 
     Args:
         history: `[T, D]`.
         candidates: `[C, D]`.
-        index: integer `[R]`, rows of the history; candidate c is T + c. Unspecified from
-            `offsets[-1]` on.
-        offsets: int64 `[C + 1]`; short sequence c owns `index[offsets[c]:offsets[c + 1]]`.
-        num_rows: rows of the output, at most R; `offsets[-1]` or more.
-        disjoint: no history row is named twice, as with one candidate per user: the gradient is
-            then stored instead of added up.
+        kept: which rows of both.
         backend: "triton", "torch" or "naive"; None: the fastest that can.
 
     Returns:
-        `[num_rows, D]`.
+        `[kept.num_rows, D]`.
     """
-    rows: Tensor = _OPERATOR(
-        history, candidates, index, offsets, num_rows=num_rows, disjoint=disjoint, backend=backend
-    )
+    rows: Tensor = _OPERATOR(history, candidates, kept, backend=backend)
     return rows

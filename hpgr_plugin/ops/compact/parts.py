@@ -77,6 +77,24 @@ def sequence_parts(
     )
 
 
+class KeptRows(NamedTuple):
+    """Rows of histories and candidates that become short sequences.
+
+    Attributes:
+        index: integer `[R]`, rows of the history; candidate c is T + c. Unspecified from
+            `offsets[-1]` on.
+        offsets: int64 `[C + 1]`; short sequence c owns `index[offsets[c]:offsets[c + 1]]`.
+        num_rows: rows that are copied, at most R; `offsets[-1]` or more.
+        disjoint: no history row is named twice, as with one candidate per user: its gradient is
+            then stored instead of added up.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a tuple has an index method too
+    offsets: Tensor
+    num_rows: int
+    disjoint: bool = False
+
+
 class ShortSequences(NamedTuple):
     """Short sequences gathered out of the full ones, one for each row of a plan.
 

@@ -9,20 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hpgr_plugin.ops.compact.parts import KeptRows
+
 _ROWS = 8
 
 
-def compact(
-    history: Tensor,
-    candidates: Tensor,
-    index: Tensor,
-    offsets: Tensor,
-    *,
-    num_rows: int,
-    disjoint: bool = False,
-) -> Tensor:
+def compact(history: Tensor, candidates: Tensor, kept: KeptRows) -> Tensor:
     """The operator's Triton backend, see `hpgr_plugin.ops.compact`."""
-    rows: Tensor = _Gather.apply(history, candidates, index, offsets, num_rows, disjoint)
+    rows: Tensor = _Gather.apply(history, candidates, *kept)
     return rows
 
 

@@ -8,7 +8,7 @@ HSTU attention is pointwise, without a softmax over the row:
 
 from torch import Tensor
 
-from hpgr_plugin.ops.dispatch import Backend, Operator, triton_here
+from hpgr_plugin.ops.dispatch import triton_operator
 from hpgr_plugin.ops.hstu_attention.spec import (
     AttentionSpec,
     MaskPosition,
@@ -26,12 +26,7 @@ __all__ = [
     "hstu_attention",
 ]
 
-_OPERATOR = Operator(
-    "hstu_attention",
-    Backend("triton", f"{__name__}.triton", here=triton_here),
-    Backend("torch", f"{__name__}.torch"),
-    Backend("naive", f"{__name__}.naive", automatic=False),
-)
+_OPERATOR = triton_operator(__name__)
 
 
 def hstu_attention(

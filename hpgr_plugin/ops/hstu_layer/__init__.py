@@ -2,18 +2,13 @@
 
 from torch import Tensor
 
-from hpgr_plugin.ops.dispatch import Backend, Operator, triton_here
+from hpgr_plugin.ops.dispatch import triton_operator
 from hpgr_plugin.ops.hstu_attention.spec import AttentionSpec
 from hpgr_plugin.ops.hstu_layer.layer import LayerForm, LayerWeights, Specs, Tokens
 
 __all__ = ["LayerForm", "LayerWeights", "candidate_layer", "hstu_layer"]
 
-_OPERATOR = Operator(
-    "hstu_layer",
-    Backend("triton", f"{__name__}.triton", here=triton_here),
-    Backend("torch", f"{__name__}.torch"),
-    Backend("naive", f"{__name__}.naive", automatic=False),
-)
+_OPERATOR = triton_operator(__name__)
 
 
 def hstu_layer(

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hpgr_plugin.ops.dispatch import Backend, Operator, triton_here
+from hpgr_plugin.ops.dispatch import triton_operator
 from hpgr_plugin.ops.item_softmax.losses import (
     ItemLosses,
     MeanLoss,
@@ -12,12 +12,7 @@ from hpgr_plugin.ops.item_softmax.losses import (
 
 __all__ = ["ItemLosses", "MeanLoss", "mean_cross_entropy", "sampled_cross_entropy"]
 
-_OPERATOR = Operator(
-    "item_softmax",
-    Backend("triton", f"{__name__}.triton", here=triton_here),
-    Backend("torch", f"{__name__}.torch"),
-    Backend("naive", f"{__name__}.naive", automatic=False),
-)
+_OPERATOR = triton_operator(__name__)
 
 
 def mean_cross_entropy(

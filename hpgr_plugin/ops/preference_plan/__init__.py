@@ -2,7 +2,7 @@
 
 from torch import Tensor, no_grad
 
-from hpgr_plugin.ops.dispatch import Backend, Operator, triton_here
+from hpgr_plugin.ops.dispatch import triton_operator
 from hpgr_plugin.ops.preference_plan.plan import (
     PlanInputs,
     PlanSettings,
@@ -12,12 +12,7 @@ from hpgr_plugin.ops.preference_plan.plan import (
 
 __all__ = ["PlanInputs", "PlanSettings", "PreferencePlan", "Selection", "plan_preferences"]
 
-_OPERATOR = Operator(
-    "preference_plan",
-    Backend("triton", f"{__name__}.triton", here=triton_here),
-    Backend("torch", f"{__name__}.torch"),
-    Backend("naive", f"{__name__}.naive", automatic=False),
-)
+_OPERATOR = triton_operator(__name__)
 
 
 @no_grad()

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hpgr_plugin.ops.dispatch import Backend, Operator, triton_here
+from hpgr_plugin.ops.dispatch import triton_operator
 from hpgr_plugin.ops.session_pool.pool import PooledSessions, PoolWeights, Spans, gather_spans
 
 __all__ = [
@@ -14,12 +14,7 @@ __all__ = [
     "session_pool",
 ]
 
-_OPERATOR = Operator(
-    "session_pool",
-    Backend("triton", f"{__name__}.triton", here=triton_here),
-    Backend("torch", f"{__name__}.torch"),
-    Backend("naive", f"{__name__}.naive", automatic=False),
-)
+_OPERATOR = triton_operator(__name__)
 
 
 def session_pool(
