@@ -52,7 +52,7 @@ def float64_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from torch import Tensor
 
-    from hpgr_plugin.ops import jagged
+    from hpgr_plugin.ops.jagged import torch as jagged
 
     fbgemm = torch.ops.fbgemm
     to_padded, to_jagged = fbgemm.jagged_to_padded_dense, fbgemm.dense_to_jagged
@@ -80,10 +80,6 @@ def float64_operators(monkeypatch: pytest.MonkeyPatch) -> None:
             return add(values, offsets, dense)
         return values + jagged.dense_to_jagged(dense, offsets[0], len(values)), offsets
 
-    # The project finds out what fbgemm itself can do before it is changed.
-    one_row = torch.zeros(1, 1, 1, dtype=torch.float64)
-    offsets = torch.tensor([0, 1])
-    jagged.jagged_to_padded_dense(jagged.dense_to_jagged(one_row, offsets, 1), offsets, 1)
     monkeypatch.setattr(fbgemm, "jagged_to_padded_dense", jagged_to_padded_dense)
     monkeypatch.setattr(fbgemm, "dense_to_jagged", dense_to_jagged)
     monkeypatch.setattr(
