@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from hpgr_plugin.components.attention_hooks import (
     HookInputs,
     PreferenceGuidedSparseAttention,
 )
-from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, VisibilityCheck
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
@@ -21,12 +20,11 @@ from hpgr_plugin.hosts.embedded.model.features import ItemFeatures, UserFeatureT
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
+from hpgr_plugin.hosts.slots import SlotError, check_slot
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 from hpgr_plugin.transfer.handoff import Handoff, load_handoff, load_sem_state
 
-
-class SlotError(TypeError):
-    """A slot holds the wrong kind of thing."""
+_NAME = "hpgr.HSTURanker"
 
 
 class HSTURanker(nn.Module):
@@ -39,7 +37,7 @@ class HSTURanker(nn.Module):
     Args:
         num_items: `V`, rows of the item table.
         num_actions: distinct history actions.
-        vocabulary_digest: digest of the item vocabulary, held against that of `pretrained`.
+        vocabulary_digest: digest of the item vocabulary, compared with that of `pretrained`.
         user_feature_sizes: user feature name -> number of codes.
         item_feature_codes: item feature name -> `[V]` codes.
         embedding_dim: `D`.
@@ -55,6 +53,8 @@ class HSTURanker(nn.Module):
         attention_hook: slot, an `AttentionHook` (PGSA, stochastic length) or None.
         pretrained: slot, path of a stage-1 hand-over, or None.
         inherited_lr_ratio: learning-rate ratio of what `pretrained` brought.
+        max_blind_share: of the candidates that have a history, the share that may see nothing of
+            it in the first batches, because all of it is at or after their own time.
 
     Raises:
         SlotError: a slot holds the wrong kind of thing.
@@ -82,16 +82,17 @@ class HSTURanker(nn.Module):
         attention_hook: AttentionHook | None = None,
         pretrained: str | None = None,
         inherited_lr_ratio: float = 0.1,
+        max_blind_share: float = 0.5,
     ) -> None:
         super().__init__()
         if not (isinstance(layer, type) and issubclass(layer, SequenceLayer)):
             raise SlotError(
-                f"hpgr.HSTURanker.layer takes @hpgr.HSTULayer, @hpgr.MTGRLayer or another "
+                f"{_NAME}.layer takes @hpgr.HSTULayer, @hpgr.MTGRLayer or another "
                 f"SequenceLayer, without brackets, got {layer!r}"
             )
-        _check_slot("sem", sem, SessionEnhancementModule)
-        _check_slot("positional_encoder", positional_encoder, TimeAwarePositionalEncoder)
-        _check_slot("attention_hook", attention_hook, AttentionHook)
+        check_slot(_NAME, "sem", sem, SessionEnhancementModule)
+        check_slot(_NAME, "positional_encoder", positional_encoder, TimeAwarePositionalEncoder)
+        check_slot(_NAME, "attention_hook", attention_hook, AttentionHook)
         self.dynamic_mask = layer.dynamic_mask
         self.inherited_lr_ratio = inherited_lr_ratio
         self.item_table = nn.Embedding(num_items, embedding_dim)
@@ -109,6 +110,11 @@ class HSTURanker(nn.Module):
             embedding_dim=embedding_dim, max_positions=max_history
         )
         self.hide_future = positional_encoder is None or positional_encoder.hide_future
+        self._visibility = VisibilityCheck(
+            times="candidate_timestamps",
+            binding="hpgr.TimeAwarePositionalEncoder.hide_future = False",
+            max_blind_share=max_blind_share,
+        )
         self.input_scale = embedding_dim**0.5
         self.input_dropout = nn.Dropout(dropout)
         self.sem = sem
@@ -154,6 +160,8 @@ class HSTURanker(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Logits `[C]` of the batch's candidates: the paper's Figure 2, top to bottom."""
         index = RequestIndex.of(batch, hide_future=self.hide_future)
+        if self.hide_future and self.training:
+            self._visibility(index.visible, batch.history_offsets.diff()[index.candidate_users])
         history = self.item_table(batch.history_items)
         candidates = self.item_table(batch.candidate_items)
         plan = self.plan(batch, history, candidates)  # Eq. 5, on the raw item embeddings
@@ -228,11 +236,3 @@ class HSTURanker(nn.Module):
             return history, candidates, None
         context = self.user_features(batch.user_features)
         return history, candidates, self.input_dropout(context * self.input_scale)
-
-
-def _check_slot(name: str, value: Any, kind: type) -> None:
-    if value is not None and not isinstance(value, kind):
-        raise SlotError(
-            f"hpgr.HSTURanker.{name} takes @hpgr.{kind.__name__}() or None, "
-            f"got {type(value).__name__}"
-        )
