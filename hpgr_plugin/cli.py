@@ -10,7 +10,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from hpgr_plugin.config.bindings import parse
-from hpgr_plugin.config.registry import build, configured, register
+from hpgr_plugin.config.registry import build, register
 from hpgr_plugin.errors import HpgrError, one_line
 
 FLAGS = flags.FLAGS
@@ -38,7 +38,7 @@ def run_configured(config_file: str, bindings: list[str], **overrides: Any) -> N
     """
     load_configs([config_file], bindings)
     build("set_backends")
-    configured("run")(**overrides)
+    build("run", **overrides)
 
 
 def run_app(**overrides: Any) -> None:

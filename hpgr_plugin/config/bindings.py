@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import tokenize
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +11,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gin
 from gin.config import _CONFIG, ConfigurableReference, ParserDelegate, iterate_references
-from typeguard import TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from hpgr_plugin.config.registry import ConfigError, registered_targets, roots
 
 _MACRO = "gin.macro"
 _PLACES = ("output_dir", "cache_dir", "path", "overwrite", "allow_unused")
 _LARGEST = 2**32 - 1  # what every generator takes as a seed
+_LARGEST_FLOAT = 3e38
 _macros_referred_to: set[str] = set()
 _PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
 
@@ -35,6 +35,8 @@ def parse(config_files: list[str], bindings: list[str]) -> None:
             that its parameter does not take.
         OSError: no such file.
     """
+    if not _CONFIG:
+        _macros_referred_to.clear()
     with _recorded_macros():
         for file in config_files:
             with _parse_errors(file):
@@ -175,8 +177,8 @@ def _broken_limit(value: Any) -> str | None:
         return next(filter(None, map(_broken_limit, value)), None)
     if isinstance(value, int) and abs(value) > _LARGEST:
         return f"integers of at most {_LARGEST}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number"
+    if isinstance(value, float) and not abs(value) < _LARGEST_FLOAT:
+        return "a finite number that fits into 32 bits"
     if isinstance(value, str) and not _is_text(value):
         return "text without NUL and lone surrogates"
     return None
@@ -188,7 +190,7 @@ def _is_text(value: str) -> bool:
 
 def _is_of(value: Any, hint: Any) -> bool:
     try:
-        check_type(value, hint)
+        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
     except TypeCheckError:
         return False
     return True

@@ -14,7 +14,10 @@ WRONG_VALUES = (
     *("'text'", "''", "5", "-3", "2.5", "True", "None", "[1, 'a']", "{'a': 1}", "(1, 2)", "b'x'"),
     *("@hpgr.LastNSplit()", "@hpgr.LastNSplit", "@hpgr.run", "%NOWHERE", "[[]]", "{1: 2}"),
 )
-NUMBERS = ("-1", "0", "-0.5", "1.0", "1e999", "-1e999", "1e308", "1" + "0" * 30, "-" + "9" * 30)
+NUMBERS = (
+    *("-1", "0", "-0.5", "1.0", "1e999", "-1e999", "1e308", "1e30", "4294967296"),
+    "1" + "0" * 30,
+)
 BASE = """
 include 'configs/data/synthetic.gin'
 include 'configs/models/hpgr_base.gin'
@@ -151,11 +154,14 @@ def _of_entry(entry: Entry, folder: Path, chance: random.Random) -> Iterator[Cas
     for name in inspect.signature(target).parameters:
         binding = f"hpgr.{entry.name}.{name}"
         scope = "row/" if entry.name == "AblationRow" else ""
-        named = (name, entry.name)
+        files = ("text",) if name.endswith(("path", "_table")) else ()  # of WRONG_VALUES
+        # Another split leaves the bindings of the old one unread.
+        named = (name, entry.name, str(folder), "nothing reads the bindings", *files)
         values = WRONG_VALUES + (NUMBERS if _takes_numbers(hints[name]) else ())
         for value in values:
             yield Case(file, (f"{scope}{binding} = {value}",), named)
-        yield Case(file, (f"{_misspelt(binding, chance)} = 1",), (_misspelt.last,), True)
+        misspelt = _misspelt(binding, chance)
+        yield Case(file, (f"{misspelt} = 1",), (misspelt, misspelt.rpartition(".")[2]), True)
         yield Case(file, (f"hpgr.{entry.name}.{name}x = 1",), (f"{name}x",), True)
         yield Case(file, (f"hpgr.{entry.name}x.{name} = 1",), (f"{entry.name}x",), True)
         yield Case(file, (f"typo/{binding} = 1",), ("typo", name), True)
@@ -171,15 +177,15 @@ def _misspelt(name: str, chance: random.Random) -> str:
     """The name with two neighbouring letters, behind `hpgr.`, exchanged."""
     places = [n for n in range(5, len(name) - 1) if name[n] != name[n + 1]]
     place = chance.choice([n for n in places if "." not in name[n : n + 2]])
-    _misspelt.last = name[:place] + name[place + 1] + name[place] + name[place + 2 :]
-    return _misspelt.last
+    return name[:place] + name[place + 1] + name[place] + name[place + 2 :]
 
 
 def _of_macros(folder: Path) -> Iterator[Case]:
     file = base(folder).encode()
     for macro in MACROS:
         for value in (*WRONG_VALUES, *NUMBERS):
-            yield Case(file, (f"{macro} = {value}",), (macro,))
+            # A number of the right type is refused where it is used, by its name there.
+            yield Case(file, (f"{macro} = {value}",), (macro, macro.lower()))
         yield Case(file, (f"{macro}X = 1",), (f"{macro}X",), True)
         yield Case(file, (f"hpgr.HSTURanker.num_heads = %{macro}X",), (f"{macro}X",), True)
 
@@ -198,21 +204,55 @@ def _references(folder: Path) -> Iterator[Case]:
 def _broken_text(folder: Path) -> Iterator[Case]:
     whole = base(folder)
     texts = [
-        *("hpgr.run.mode =", "hpgr.run.mode 'finetune'", "= 5", "hpgr.run.mode = 'a", "(", "@", "%"),
+        *(
+            "hpgr.run.mode =",
+            "hpgr.run.mode 'finetune'",
+            "= 5",
+            "hpgr.run.mode = 'a",
+            "(",
+            "@",
+            "%",
+        ),
         *("hpgr.run.mode = [1,", "hpgr.run.mode = {1: }", "hpgr.run.mode = nan", "hpgr.run = 5"),
-        *("hpgr.run.mode = 1 2", "hpgr..mode = 1", "/hpgr.run.mode = 1", "hpgr.run.mode = lambda: 1"),
-        *("include 'nowhere.gin'", "include nowhere", "include '/'", "include ''", "import nowhere"),
-        *("import os.nowhere", "from x import y", "hpgr.run.mode = '\\ud800'", "\t\x0c", "\\", "\x00"),
+        *(
+            "hpgr.run.mode = 1 2",
+            "hpgr..mode = 1",
+            "/hpgr.run.mode = 1",
+            "hpgr.run.mode = lambda: 1",
+        ),
+        *(
+            "include 'nowhere.gin'",
+            "include nowhere",
+            "include '/'",
+            "include ''",
+            "import nowhere",
+        ),
+        *(
+            "import os.nowhere",
+            "from x import y",
+            "hpgr.run.mode = '\\ud800'",
+            "\t\x0c",
+            "\\",
+            "\x00",
+        ),
         *("hpgr.run:\nmode = 1", "hpgr.run:\n  mode", "hpgr.run:", "hpgr.run.mode = `a`", "é = é"),
         *("hpgr.run.mode = 0777", "hpgr.run.mode = 1_", "hpgr.run.mode = 'x' 'y' z", "%A = 1"),
         *("hpgr.run.output_dir = '/proc/none/out'", "hpgr.run.output_dir = '\\x00'"),
         "hpgr.run.mode = " + "(" * 500 + ")" * 500,
     ]
     for text in texts:
-        marks = ("line", text.split("=")[0].strip() or "line", text.split("'")[-2:][0])
+        marks = ("/proc/none", "--gin_bindings", text.partition("=")[0].strip() or "line")
         yield Case(whole.encode(), (text,), marks)
         yield Case(f"{whole}\n{text}\n".encode(errors="replace"), (), (*marks, "bad.gin"))
-    for content in (b"", b"\x00\x01\xff" * 50, bytes(range(256)), whole.encode("utf-16"), None):
+    itself = f"include '{folder / 'bad.gin'}'".encode()
+    for content in (
+        b"",
+        itself,
+        b"\x00\x01\xff" * 50,
+        bytes(range(256)),
+        whole.encode("utf-16"),
+        None,
+    ):
         yield Case(content, (), ("bad.gin", "hpgr.run"), True)
 
 
@@ -224,4 +264,4 @@ def _mutated(folder: Path, chance: random.Random) -> Case:
         place = chance.randrange(len(text))
         new = chance.choice(["", text[place] * 2, chance.choice("'\"()[]{}@%./=,:\n 0aZé\\")])
         text = text[:place] + new + text[place + 1 :]
-    return Case(text.encode(), (), ("bad.gin", "hpgr."))
+    return Case(text.encode(), (), ("bad.gin", "hpgr.", f"{folder.parent}/"))

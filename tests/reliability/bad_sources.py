@@ -11,10 +11,17 @@ USERS, EVENTS = 8, 16
 
 def write_sources(folder: Path) -> None:
     """`table.csv`, and the folders `movielens`, `kuairand` and `ebnerd`."""
-    rows = [(user, (user + n) % 20, 10**9 + 60 * n, n % 2) for user in range(USERS) for n in range(EVENTS)]
+    rows = [
+        (user, (user + n) % 20, 10**9 + 60 * n, n % 2)
+        for user in range(USERS)
+        for n in range(EVENTS)
+    ]
     for name in ("movielens", "kuairand", "ebnerd"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    _write(folder / "table.csv", ["user_id,item_id,timestamp,label", *(f"{u},{i},{t},{y}" for u, i, t, y in rows)])
+    _write(
+        folder / "table.csv",
+        ["user_id,item_id,timestamp,label", *(f"{u},{i},{t},{y}" for u, i, t, y in rows)],
+    )
     _write(
         folder / "movielens" / "u.data",
         [f"{user}\t{item}\t{4 * label + 1}\t{time}" for user, item, time, label in rows],
