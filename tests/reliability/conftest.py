@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from small_run import run, write_config
 
 COUNTS: dict[str, Counter[str]] = {}
 Count = Callable[..., None]
@@ -17,6 +19,15 @@ def count() -> Count:
         COUNTS.setdefault(heading, Counter()).update(numbers)
 
     return add
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to compare with and to damage copies of."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, errors = run(write_config(folder))
+    assert code == 0, errors
+    return folder
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,28 +1,10 @@
 """Runs that are repeated, interrupted, damaged or started twice."""
 
 import json
-import random
 from pathlib import Path
-from typing import Any
 
 import pytest
-from small_run import error_lines, kill_after, run, run_with_file_limit, start, write_config
-
-COSTS = ("seconds_per_step", "examples_per_second")
-
-
-def results(folder: Path, name: str = "results.json") -> Any:
-    metrics = json.loads((folder / "out" / name).read_text())["metrics"]
-    return {key: value for key, value in metrics.items() if key not in (*COSTS, "handoff")}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, to compare with and to damage copies of."""
-    folder = tmp_path_factory.mktemp("whole")
-    code, errors = run(write_config(folder))
-    assert code == 0, errors
-    return folder
+from small_run import error_lines, kill, results, run, run_with_file_limit, start, write_config
 
 
 def one_error(code: int, errors: str, *words: str) -> None:
@@ -87,25 +69,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
             assert first.poll() is None
         one_error(*run(config), "is in use by another run", "hpgr.run.output_dir")
     finally:
-        first.kill()
-        first.communicate()
-
-
-@pytest.mark.parametrize(
-    "kills", [2, pytest.param(10, marks=pytest.mark.slow)], ids=["two-kills", "ten-kills"]
-)
-def test_a_killed_run_continues_to_the_same_numbers(
-    whole: Path, tmp_path: Path, kills: int
-) -> None:
-    config, chance = write_config(tmp_path), random.Random(kills)
-    killed = 0
-    for _ in range(kills):
-        killed += kill_after(config, chance.uniform(3.0, 7.0))
-    code, errors = run(config)
-    assert code == 0, errors
-    assert not list((tmp_path / "out").rglob("*.tmp"))
-    assert results(tmp_path) == results(whole)
-    print(f"{killed} kills, resumed to equal metrics")
+        kill(first)
 
 
 @pytest.mark.parametrize("limit", [2_000, 20_000, 100_000, 300_000])

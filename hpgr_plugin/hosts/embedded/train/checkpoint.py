@@ -17,6 +17,7 @@ from hpgr_plugin.files import atomic_write
 from hpgr_plugin.hosts.embedded.train.distributed import Process, gather_objects
 
 FORMAT_VERSION = 2
+_PARTS = ("stage", "generators", "model", "best_model", "optimizer", "progress")
 _BAD = (zipfile.BadZipFile, pickle.UnpicklingError)
 
 
@@ -64,8 +65,8 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         if damaged is not None:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        version = state["format_version"]
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, *_BAD) as error:
+        version, _ = state["format_version"], [state[name] for name in _PARTS]
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, *_BAD) as error:
         raise CheckpointError(f"{path} is damaged or is no checkpoint: {error}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
