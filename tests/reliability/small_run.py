@@ -90,19 +90,26 @@ def kill(process: subprocess.Popen) -> bool:
     return running
 
 
-def kill_after(config: Path, seconds: float) -> bool:
-    """Start a run and kill it after some time; whether it was still running."""
-    process = start(config)
-    time.sleep(seconds)
-    return kill(process)
-
-
-def kill_once(config: Path, happened: Callable[[], bool], *, processes: int = 1) -> bool:
-    """Start a run and kill it as soon as `happened()`; whether it was still running."""
+def kill_once(
+    config: Path, happened: Callable[[], bool], *, later: float = 0.0, processes: int = 1
+) -> bool:
+    """Start a run and kill it `later` seconds after `happened()`; whether it was still running."""
     process = start(config, processes=processes)
     while process.poll() is None and not happened():
         pass
+    time.sleep(later)
     return kill(process)
+
+
+def kill_in_training(config: Path, seconds: float) -> bool:
+    """Start or continue a run and kill it some seconds after it has opened its folder."""
+    record = config.parent / "out" / "run.json"
+
+    def written() -> int:
+        return record.stat().st_mtime_ns if record.exists() else 0
+
+    before = written()
+    return kill_once(config, lambda: written() != before, later=seconds)
 
 
 def kill_inside_write(config: Path, name: str, *, tries: int = 10) -> int:

@@ -7,7 +7,7 @@ import pytest
 from conftest import Count
 from small_run import (
     error_lines,
-    kill_after,
+    kill_in_training,
     kill_inside_write,
     kill_once,
     results,
@@ -23,6 +23,7 @@ ABLATION = (
     "hpgr.FinetuneSettings.epochs = 2",
     "CACHE_DIR = 'cache'",
 )
+LONG = ("hpgr.FinetuneSettings.epochs = 60", "hpgr.FinetuneSettings.patience = 60")
 TORCHRUN = ("DROPOUT = 0.3", "hpgr.FinetuneSettings.epochs = 4")
 
 
@@ -33,11 +34,20 @@ def resumed_equal(config: Path, whole: Path, *, processes: int = 1) -> None:
     assert results(config.parent) == results(whole)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=slow)])
-def test_killed_at_random_times(whole: Path, tmp_path: Path, kills: int, count: Count) -> None:
-    config, chance = write_config(tmp_path), random.Random(kills)
-    killed = sum(kill_after(config, chance.uniform(3.0, 6.0)) for _ in range(kills))
-    resumed_equal(config, whole)
+@pytest.fixture(scope="module")
+def whole_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("long")
+    code, errors = run(write_config(folder, *LONG))
+    assert code == 0, errors
+    return folder
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=slow)])
+def test_killed_at_random_times(whole_long: Path, tmp_path: Path, kills: int, count: Count) -> None:
+    config, chance = write_config(tmp_path, *LONG), random.Random(kills)
+    killed = sum(kill_in_training(config, chance.uniform(0.1, 0.8)) for _ in range(kills))
+    assert killed == kills
+    resumed_equal(config, whole_long)
     count("killed at random times", kills=killed, resumed_runs=1, equal_bit_for_bit=1)
 
 
@@ -77,7 +87,6 @@ def test_an_ablation_killed_inside_a_write(
     count(f"killed while {shown} is half-written", kills=kills, resumed_runs=1, equal_bit_for_bit=1)
 
 
-@slow
 def test_two_processes_with_dropout(tmp_path: Path, count: Count) -> None:
     """Every process goes on with its own random numbers."""
     folders = [tmp_path / name for name in ("whole", "killed")]
