@@ -65,7 +65,9 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         if damaged is not None:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        version, _ = state["format_version"], [state[name] for name in _PARTS]
+        if missing := [name for name in _PARTS if name not in state]:
+            raise KeyError(f"no {', '.join(missing)}")
+        version = state["format_version"]
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, *_BAD) as error:
         raise CheckpointError(f"{path} is damaged or is no checkpoint: {error}") from error
     if version != FORMAT_VERSION:
