@@ -23,7 +23,7 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -257,10 +257,12 @@ def _off_cuda(args: Any, kwargs: Any) -> str | None:
 
 
 def _on_cuda(args: Any, kwargs: Any) -> bool:
-    """Whether the first tensor among the arguments (tuples looked through) is on CUDA."""
+    """Whether the first tensor of the arguments, also inside tuples and dataclasses, is on CUDA."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value.is_cuda
+        if is_dataclass(value):
+            value = tuple(vars(value).values())
         if isinstance(value, tuple) and any(isinstance(x, Tensor) for x in value):
             return _on_cuda(value, {})
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -74,7 +75,8 @@ class PlanSettings(NamedTuple):
         return self
 
 
-class PlanInputs(NamedTuple):
+@dataclass(frozen=True)
+class PlanInputs:
     """Histories and candidates of B users.
 
     Attributes:
@@ -94,6 +96,7 @@ class PlanInputs(NamedTuple):
     candidate_offsets: Tensor
     history_timestamps: Tensor | None = None
     candidate_timestamps: Tensor | None = None
+    _: KW_ONLY
     max_history: int | None = None
     max_candidates: int | None = None
 
@@ -111,7 +114,7 @@ class PlanInputs(NamedTuple):
             )
         self._check_timestamps()
         max_history, max_candidates = self._check_offsets()
-        return self._replace(max_history=max_history, max_candidates=max_candidates)
+        return replace(self, max_history=max_history, max_candidates=max_candidates)
 
     def _check_timestamps(self) -> None:
         if (self.history_timestamps is None) != (self.candidate_timestamps is None):

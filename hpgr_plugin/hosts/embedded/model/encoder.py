@@ -40,8 +40,8 @@ class SequenceEncoder(nn.Module):
 
     Args:
         layer: `HSTULayer`, `MTGRLayer` or another `SequenceLayer`.
-        embedding_dim: D.
         num_layers: depth.
+        embedding_dim: D.
         num_heads: attention heads.
         dropout: inside the layers.
         norm_length: the n of the attention's `1 / n`, that of a full sequence.
@@ -53,10 +53,10 @@ class SequenceEncoder(nn.Module):
 
     def __init__(
         self,
-        *,
         layer: type[SequenceLayer],
-        embedding_dim: int,
         num_layers: int,
+        *,
+        embedding_dim: int,
         num_heads: int,
         dropout: float,
         norm_length: float,
