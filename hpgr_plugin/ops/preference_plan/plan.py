@@ -45,14 +45,7 @@ class Selection(NamedTuple):
 
 
 class PlanSettings(NamedTuple):
-    """How items are selected and weighted, see `plan_preferences`.
-
-    Attributes:
-        top_k: K, the number of anchors, at least 0.
-        sigma: width of the Gaussian in positions, above 0.
-        eps: smallest weight kept, in (0, 1].
-        recent: number of most recent items kept with weight 1, at least 0.
-    """
+    """How items are selected and weighted: the arguments of `plan_preferences`."""
 
     top_k: int = 50
     sigma: float = 2.0
@@ -77,15 +70,9 @@ class PlanSettings(NamedTuple):
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """Histories and candidates of B users.
+    """Histories and candidates of B users: the arguments of `plan_preferences`, and two bounds.
 
     Attributes:
-        history_embeddings: `[T, D]`.
-        candidate_embeddings: `[C, D]`.
-        history_offsets: `[B + 1]`.
-        candidate_offsets: `[B + 1]`.
-        history_timestamps: `[T]`, ascending in each history, or None.
-        candidate_timestamps: `[C]`, or None where no item is hidden.
         max_history: an upper bound of the items per user; None until `check` has counted them.
         max_candidates: an upper bound of the candidates per user, likewise.
     """

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hpgr_plugin.components.checks import check_at_least
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.model.bias import RelativeBias
 from hpgr_plugin.hosts.embedded.model.hstu import SequenceLayer, initialise_linear
@@ -67,8 +68,7 @@ class SequenceEncoder(nn.Module):
             raise HpgrError(
                 f"embedding_dim must be a multiple of num_heads, got {embedding_dim}, {num_heads}"
             )
-        if num_layers < 1:
-            raise HpgrError(f"num_layers must be 1 or more, got {num_layers}")
+        check_at_least(1, num_layers=num_layers)
         self.layers = nn.ModuleList(
             layer(embedding_dim=embedding_dim, num_heads=num_heads, dropout=dropout)
             for _ in range(num_layers)

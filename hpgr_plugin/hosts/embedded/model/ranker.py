@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,11 @@ from hpgr_plugin.hosts.embedded.model.features import ItemFeatures, UserFeatureT
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
+from hpgr_plugin.hosts.slots import SlotError, check_slot
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 from hpgr_plugin.transfer.handoff import Handoff, load_handoff, load_sem_state
 
-
-class SlotError(TypeError):
-    """A slot holds the wrong kind of thing."""
+_NAME = "hpgr.HSTURanker"
 
 
 class HSTURanker(nn.Module):
@@ -89,9 +87,9 @@ class HSTURanker(nn.Module):
                 f"hpgr.HSTURanker.layer takes @hpgr.HSTULayer, @hpgr.MTGRLayer or another "
                 f"SequenceLayer, without brackets, got {layer!r}"
             )
-        _check_slot("sem", sem, SessionEnhancementModule)
-        _check_slot("positional_encoder", positional_encoder, TimeAwarePositionalEncoder)
-        _check_slot("attention_hook", attention_hook, AttentionHook)
+        check_slot(_NAME, "sem", sem, SessionEnhancementModule)
+        check_slot(_NAME, "positional_encoder", positional_encoder, TimeAwarePositionalEncoder)
+        check_slot(_NAME, "attention_hook", attention_hook, AttentionHook)
         self.dynamic_mask = layer.dynamic_mask
         self.inherited_lr_ratio = inherited_lr_ratio
         self.item_table = nn.Embedding(num_items, embedding_dim)
@@ -228,11 +226,3 @@ class HSTURanker(nn.Module):
             return history, candidates, None
         context = self.user_features(batch.user_features)
         return history, candidates, self.input_dropout(context * self.input_scale)
-
-
-def _check_slot(name: str, value: Any, kind: type) -> None:
-    if value is not None and not isinstance(value, kind):
-        raise SlotError(
-            f"hpgr.HSTURanker.{name} takes @hpgr.{kind.__name__}() or None, "
-            f"got {type(value).__name__}"
-        )
