@@ -239,7 +239,7 @@ def test_mtgr_static_history_is_fully_connected() -> None:
     [
         ("sem", "SessionEnhancementModule"),
         ("positional_encoder", "TimeAwarePositionalEncoder"),
-        ("attention_hook", "AttentionHook"),
+        ("attention_hook", "PreferenceGuidedSparseAttention"),
     ],
 )
 def test_a_slot_with_the_wrong_kind_of_thing(slot: str, kind: str) -> None:
