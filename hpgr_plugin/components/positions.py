@@ -116,12 +116,16 @@ class TimeAwarePositionalEncoder(nn.Module):
             )
 
 
+_ENOUGH_CANDIDATES = 8  # of a first batch, to stop at it
+
+
 class VisibilityCheck:
     """Finds candidates that see none of their history because of the times in the log.
 
     With `hide_future` a candidate sees only items with t_i < t_C. In a log whose candidates carry
     no time of their own that is nothing, and a model trains without history and without an error.
-    A host calls the check with its first batches, and `finish` where a run may have fewer.
+    A host calls the check with its first batches, and `finish` where a run may have fewer. A first
+    batch in which no candidate sees anything is refused at once.
 
     Args:
         times: the feature that holds the candidates' times, for the message.
@@ -166,8 +170,13 @@ class VisibilityCheck:
         blind = has_history & (visible == 0)
         self._counts.append(torch.stack([blind.sum(), has_history.sum()]))  # no wait for the device
         self._batches_left -= 1
-        if self._batches_left == 0:
+        if self._batches_left == 0 or (len(self._counts) == 1 and self._all_blind()):
             self.finish()
+
+    def _all_blind(self) -> bool:
+        """Whether a first batch of some size leaves no doubt."""
+        blind, candidates = self._counts[0].tolist()
+        return bool(candidates >= _ENOUGH_CANDIDATES and blind == candidates)
 
     def finish(self) -> None:
         """The verdict on the batches so far: a warning where some candidates see nothing.

@@ -69,7 +69,9 @@ def partition_sessions(timestamps: Tensor, offsets: Tensor, gap_seconds: int = 1
     )
 
 
-def check_time_unit(timestamps: Tensor, offsets: Tensor, gap_seconds: int = 1800) -> None:
+def check_time_unit(
+    timestamps: Tensor, offsets: Tensor, gap_seconds: int = 1800, binding: str = ""
+) -> None:
     """Warn where the timestamps do not look like seconds.
 
     The signs: times after the year 5000 (milliseconds since 1970 are), a median pause below 1 s
@@ -81,6 +83,7 @@ def check_time_unit(timestamps: Tensor, offsets: Tensor, gap_seconds: int = 1800
         timestamps: integer `[T]`, ascending inside every user.
         offsets: `[B + 1]`.
         gap_seconds: the longest pause inside a session, seconds.
+        binding: the gin parameter that says the unit, if there is one.
     """
     offsets = offsets.long()
     inside = torch.ones(timestamps.numel() + 1, dtype=torch.bool, device=timestamps.device)
@@ -99,4 +102,5 @@ def check_time_unit(timestamps: Tensor, offsets: Tensor, gap_seconds: int = 1800
         sign = f"{items} items fall into {sessions} sessions of gap_seconds = {gap_seconds}"
     else:
         return
-    warnings.warn(f"timestamps do not look like seconds: {sign}", stacklevel=2)
+    hint = f"; {binding} names their unit" if binding else ""
+    warnings.warn(f"timestamps do not look like seconds: {sign}{hint}", stacklevel=2)

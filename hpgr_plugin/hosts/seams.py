@@ -67,12 +67,17 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def is_bound(parameter: str) -> bool:
-    """Whether gin's configuration gives `parameter` ("configurable.name") a value."""
+def bound_value(parameter: str) -> Any:
+    """The value that gin's configuration gives `parameter` ("configurable.name"), or None."""
     try:
-        return gin.query_parameter(parameter) is not None
+        return gin.query_parameter(parameter)
     except ValueError:
-        return False
+        return None
+
+
+def is_bound(parameter: str) -> bool:
+    """Whether gin's configuration gives `parameter` a value."""
+    return bound_value(parameter) is not None
 
 
 def bind(parameter: str, value: Any) -> None:

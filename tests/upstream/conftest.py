@@ -52,7 +52,8 @@ def float64_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from torch import Tensor
 
-    from hpgr_plugin.ops import jagged
+    from hpgr_plugin.ops import jagged as operator
+    from hpgr_plugin.ops.jagged import torch as jagged
 
     fbgemm = torch.ops.fbgemm
     to_padded, to_jagged = fbgemm.jagged_to_padded_dense, fbgemm.dense_to_jagged
@@ -80,10 +81,11 @@ def float64_operators(monkeypatch: pytest.MonkeyPatch) -> None:
             return add(values, offsets, dense)
         return values + jagged.dense_to_jagged(dense, offsets[0], len(values)), offsets
 
-    # The project finds out what fbgemm itself can do before it is changed.
-    one_row = torch.zeros(1, 1, 1, dtype=torch.float64)
-    offsets = torch.tensor([0, 1])
-    jagged.jagged_to_padded_dense(jagged.dense_to_jagged(one_row, offsets, 1), offsets, 1)
+    # The project remembers what fbgemm itself can do: it has to find out before that is changed.
+    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        row = torch.zeros(1, 1, 1, dtype=torch.float64, device=device)
+        offsets = torch.tensor([0, 1], device=device)
+        operator.jagged_to_padded_dense(operator.dense_to_jagged(row, offsets, 1), offsets, 1)
     monkeypatch.setattr(fbgemm, "jagged_to_padded_dense", jagged_to_padded_dense)
     monkeypatch.setattr(fbgemm, "dense_to_jagged", dense_to_jagged)
     monkeypatch.setattr(

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from generative_recommenders.modules import dlrm_hstu as host
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from hpgr_plugin.hosts.dlrm_v3.modules import (
     TimeAwareHSTUPositionalEncoder,
 )
 from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained
-from hpgr_plugin.hosts.seams import host_has_seam, is_bound, replaced
+from hpgr_plugin.hosts.seams import bound_value, host_has_seam, is_bound, replaced
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.compact.parts import SequenceParts, sequence_parts
 from hpgr_plugin.ops.jagged import check_sorted, complete_cumsum
@@ -63,6 +63,9 @@ class DlrmHSTU(host.DlrmHSTU):
             candidate. None: as `positional_encoder` says, True without one. Bind False for data
             without real query times: the host's MovieLens reader gives all candidates the time of
             the last history item, which hides at least that item from them.
+        time_unit: Of the history's times, "s" or "ms", for the session gap of `sem`. None: the
+            unit of the host's own readers, which is "ms" for its KuaiRand data sets and "s" for
+            the others.
         max_blind_share: Of the candidates that have a history, the share that may see nothing of it
             in the first batches because of `hide_future`.
         model_config: Fields of the host's `DlrmHSTUConfig` to set, by name.
@@ -90,6 +93,7 @@ class DlrmHSTU(host.DlrmHSTU):
         pretrained: str | None = None,
         inherited_lr_ratio: float = 0.1,
         hide_future: bool | None = None,
+        time_unit: Literal["s", "ms"] | None = None,
         max_blind_share: float = 0.5,
         model_config: Mapping[str, Any] | None = None,
         table_config: Mapping[str, Mapping[str, Any]] | None = None,
@@ -113,6 +117,7 @@ class DlrmHSTU(host.DlrmHSTU):
         if hide_future is None:
             hide_future = positional_encoder is None or positional_encoder.hide_future
         self._hide_future = hide_future
+        self._ticks_per_second = {"s": 1, "ms": 1000}[time_unit or _unit_of_the_host_reader()]
         self._unchecked_batches = _CHECKED_BATCHES
         self._visibility = VisibilityCheck(
             times=f"the feature {hstu_configs.candidates_querytime_feature_name!r}",
@@ -292,7 +297,10 @@ class DlrmHSTU(host.DlrmHSTU):
                     "debug data set is random): sort every history, or leave these slots empty"
                 ) from error
         if self.sem is not None and self._unchecked_batches == _CHECKED_BATCHES - 1:
-            check_time_unit(times, parts.history_offsets, self.sem.gap_seconds)
+            seconds = times // self._ticks_per_second
+            check_time_unit(
+                seconds, parts.history_offsets, self.sem.gap_seconds, f"{_NAME}.time_unit"
+            )
         if self._hide_future and isinstance(self._hstu_transducer, PreferenceTransducer):
             history, candidates = parts.history_offsets, parts.candidate_offsets
             visible = count_earlier(times, history, query_times, candidates)
@@ -359,7 +367,9 @@ class DlrmHSTU(host.DlrmHSTU):
         if self._hide_future:  # a history may then reach past a candidate's own time
             sem.decide_causal(True, _WHY_CAUSAL)
         transducer = self._hstu_transducer
-        transducer._input_preprocessor = SessionPreprocessor(transducer._input_preprocessor, sem)
+        transducer._input_preprocessor = SessionPreprocessor(
+            transducer._input_preprocessor, sem, ticks_per_second=self._ticks_per_second
+        )
 
     def _item_features(self) -> tuple[str, str]:
         """Names of the item feature in the history and in the candidates."""
@@ -385,6 +395,11 @@ class DlrmHSTU(host.DlrmHSTU):
         hook = _frozen(self.attention_hook)
         if hook is not None:
             hook.freeze(self._pretrained.table_by_id())
+
+
+def _unit_of_the_host_reader() -> str:
+    """The time unit of the data set that the configuration names."""
+    return "ms" if "kuairand" in str(bound_value("make_model.dataset")) else "s"
 
 
 def _frozen(hook: AttentionHook | None) -> PreferenceGuidedSparseAttention | None:

@@ -35,11 +35,15 @@ class SessionPreprocessor(InputPreprocessor):
     Args:
         preprocessor: The host's.
         sem: Of the item table's width.
+        ticks_per_second: Units of the timestamps in a second: 1, or 1000 for milliseconds.
     """
 
-    def __init__(self, preprocessor: Any, sem: SessionEnhancementModule) -> None:
+    def __init__(
+        self, preprocessor: Any, sem: SessionEnhancementModule, *, ticks_per_second: int = 1
+    ) -> None:
         super().__init__(is_inference=preprocessor._is_inference)
         self.sem = sem
+        self.ticks_per_second = ticks_per_second
         self._preprocessor = preprocessor
 
     def forward(
@@ -60,7 +64,9 @@ class SessionPreprocessor(InputPreprocessor):
         )
         rows = parts.history_rows()
         enhanced = self.sem(
-            seq_embeddings.index_select(0, rows), parts.history_offsets, seq_timestamps[rows]
+            seq_embeddings.index_select(0, rows),
+            parts.history_offsets,
+            seq_timestamps[rows] // self.ticks_per_second,
         )
         return self._preprocessor(
             seq_lengths=seq_lengths,

@@ -18,8 +18,8 @@ class SequenceParts(NamedTuple):
 
     Attributes:
         seq_offsets: `[B + 1]` of the sequences.
-        history_offsets: `[B + 1]` of the histories alone.
-        candidate_offsets: `[B + 1]` of the candidates alone.
+        history_offsets: `[B + 1]` of the histories only.
+        candidate_offsets: `[B + 1]` of the candidates only.
         contextual_len: tokens in front of every history.
         num_history, num_candidates: totals T and C.
     """

@@ -239,7 +239,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 def _sequence_arguments(
     spec: AttentionSpec, q: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """Pointers in kernel order; what is absent is never read, so any tensor stands in."""
+    """Pointers in kernel order; what is absent is never read, so any tensor will do."""
     absent = spec.offsets
     return (
         spec.offsets,

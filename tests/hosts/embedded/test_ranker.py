@@ -15,6 +15,7 @@ from hpgr_plugin.components.attention_hooks import (
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.data.batch import Batch
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer
 from hpgr_plugin.hosts.embedded.model.mtgr import MTGRLayer
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
@@ -259,3 +260,16 @@ def test_the_future_is_shown_on_demand(hook: str) -> None:
     items = batch.history_items.clone()
     items[5] = (items[5] + 1) % NUM_ITEMS
     assert model(batch)[0] != model(replace(batch, history_items=items))[0]
+
+
+def test_a_training_whose_candidates_see_no_history_stops() -> None:
+    """All times equal, as in a log without times of requests: everything would be hidden."""
+    model, batch = make_model().train(), make_batch(**BATCH)
+    blind = replace(
+        batch,
+        history_timestamps=torch.zeros_like(batch.history_timestamps),
+        candidate_timestamps=torch.zeros_like(batch.candidate_timestamps),
+    )
+    with pytest.raises(HpgrError, match=r"see none of it.*hide_future = False"):
+        model(blind)
+    make_model(max_blind_share=1.0).train()(blind)

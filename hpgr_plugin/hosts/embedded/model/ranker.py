@@ -12,7 +12,7 @@ from hpgr_plugin.components.attention_hooks import (
     HookInputs,
     PreferenceGuidedSparseAttention,
 )
-from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, VisibilityCheck
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
@@ -37,7 +37,7 @@ class HSTURanker(nn.Module):
     Args:
         num_items: `V`, rows of the item table.
         num_actions: distinct history actions.
-        vocabulary_digest: digest of the item vocabulary, held against that of `pretrained`.
+        vocabulary_digest: digest of the item vocabulary, compared with that of `pretrained`.
         user_feature_sizes: user feature name -> number of codes.
         item_feature_codes: item feature name -> `[V]` codes.
         embedding_dim: `D`.
@@ -53,6 +53,8 @@ class HSTURanker(nn.Module):
         attention_hook: slot, an `AttentionHook` (PGSA, stochastic length) or None.
         pretrained: slot, path of a stage-1 hand-over, or None.
         inherited_lr_ratio: learning-rate ratio of what `pretrained` brought.
+        max_blind_share: of the candidates that have a history, the share that may see nothing of
+            it in the first batches, because all of it is at or after their own time.
 
     Raises:
         SlotError: a slot holds the wrong kind of thing.
@@ -80,11 +82,12 @@ class HSTURanker(nn.Module):
         attention_hook: AttentionHook | None = None,
         pretrained: str | None = None,
         inherited_lr_ratio: float = 0.1,
+        max_blind_share: float = 0.5,
     ) -> None:
         super().__init__()
         if not (isinstance(layer, type) and issubclass(layer, SequenceLayer)):
             raise SlotError(
-                f"hpgr.HSTURanker.layer takes @hpgr.HSTULayer, @hpgr.MTGRLayer or another "
+                f"{_NAME}.layer takes @hpgr.HSTULayer, @hpgr.MTGRLayer or another "
                 f"SequenceLayer, without brackets, got {layer!r}"
             )
         check_slot(_NAME, "sem", sem, SessionEnhancementModule)
@@ -107,6 +110,11 @@ class HSTURanker(nn.Module):
             embedding_dim=embedding_dim, max_positions=max_history
         )
         self.hide_future = positional_encoder is None or positional_encoder.hide_future
+        self._visibility = VisibilityCheck(
+            times="candidate_timestamps",
+            binding="hpgr.TimeAwarePositionalEncoder.hide_future = False",
+            max_blind_share=max_blind_share,
+        )
         self.input_scale = embedding_dim**0.5
         self.input_dropout = nn.Dropout(dropout)
         self.sem = sem
@@ -152,6 +160,8 @@ class HSTURanker(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Logits `[C]` of the batch's candidates: the paper's Figure 2, top to bottom."""
         index = RequestIndex.of(batch, hide_future=self.hide_future)
+        if self.hide_future and self.training:
+            self._visibility(index.visible, batch.history_offsets.diff()[index.candidate_users])
         history = self.item_table(batch.history_items)
         candidates = self.item_table(batch.candidate_items)
         plan = self.plan(batch, history, candidates)  # Eq. 5, on the raw item embeddings
