@@ -30,7 +30,7 @@ def run(*, quick: bool) -> None:
             enhance = partial(module, whole, batch.offsets, times)
             inputs = [whole, *module.parameters()]
             own = step_times(enhance, inputs, torch.randn_like(whole))
-            step = _dense_ms(stack, batch, whole, module, times)
+            step = _dense_ms(stack, batch, whole, enhance)
             rows.append(
                 {
                     "tokens": tokens, "n": length, "events per session": session,
@@ -43,20 +43,16 @@ def run(*, quick: bool) -> None:
 
 
 def _dense_ms(
-    stack: HSTUStack,
-    batch: Batch,
-    whole: Tensor,
-    module: SessionEnhancementModule | None = None,
-    times: Tensor | None = None,
+    stack: HSTUStack, batch: Batch, whole: Tensor, enhance: partial[Tensor] | None = None
 ) -> float:
-    """Forward and backward of our dense stack, with SEM in front if there is a module."""
+    """Forward and backward of our dense stack, with SEM in front if `enhance` calls one."""
     last = batch.offsets[1:] - 1
 
     def forward() -> Tensor:
-        x = whole if module is None else module(whole, batch.offsets, times)
+        x = whole if enhance is None else enhance()
         return stack.all_rows(x, batch.offsets, max_length=batch.length)[last]
 
-    parameters = [] if module is None else module.parameters()
+    parameters = [] if enhance is None else enhance.func.parameters()
     return step_times(forward, [whole, *stack.parameters(), *parameters], batch.grad)[1]
 
 

@@ -7,7 +7,8 @@ attention (layout "shared_history"). It reads the plan, `layout` and `mask_posit
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,12 @@ from torch import Tensor, nn
 from hpgr_plugin.components.checks import check_at_least, check_choice
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.jagged import complete_cumsum, jagged_to_padded_dense, segment_ids
-from hpgr_plugin.ops.preference_plan import PlanSettings, PreferencePlan, plan_preferences
+from hpgr_plugin.ops.preference_plan import (
+    PlanInputs,
+    PlanSettings,
+    PreferencePlan,
+    plan_preferences,
+)
 
 Layout = Literal["per_candidate", "shared_history", "per_user"]
 MaskPosition = Literal["post", "pre"]
@@ -23,27 +29,18 @@ Table = Literal["live", "frozen"]
 Selection = Literal["weighted", "recent", "uniform"]
 
 
-class HookInputs(NamedTuple):
-    """What a hook sees of a batch: B users, T history items, C candidates.
+@dataclass(frozen=True)
+class HookInputs(PlanInputs):
+    """What a hook sees of a batch: the inputs of a plan, and which items they are.
+
+    The embeddings are raw rows of the item table; `history_timestamps` may be given without
+    `candidate_timestamps`, and then no item is hidden.
 
     Attributes:
-        history_embeddings: `[T, D]`, raw rows of the item table.
-        candidate_embeddings: `[C, D]`, raw rows of the item table.
-        history_offsets: `[B + 1]`; user b owns history items
-            `history_offsets[b]:history_offsets[b + 1]`.
-        candidate_offsets: `[B + 1]`, the same for candidates.
-        history_timestamps: `[T]` seconds.
-        candidate_timestamps: `[C]` seconds; None hides no history item from any candidate.
         history_ids: `[T]`, rows of the item table.
         candidate_ids: `[C]`, rows of the item table.
     """
 
-    history_embeddings: Tensor
-    candidate_embeddings: Tensor
-    history_offsets: Tensor
-    candidate_offsets: Tensor
-    history_timestamps: Tensor | None = None
-    candidate_timestamps: Tensor | None = None
     history_ids: Tensor | None = None
     candidate_ids: Tensor | None = None
 
@@ -106,16 +103,12 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         table: Table = "live",
     ) -> None:
         super().__init__()
-        PlanSettings(top_k, sigma, eps, recent).check()
+        self.settings = PlanSettings(top_k, sigma, eps, recent).check()
         check_choice(("per_candidate", "shared_history"), layout=layout)
         check_choice(get_args(MaskPosition), mask_position=mask_position)
         check_choice(get_args(Table), table=table)
         if top_k == 0 and recent == 0:
             raise HpgrError("top_k and recent are both 0: nothing of the history would be kept")
-        self.top_k = top_k
-        self.sigma = sigma
-        self.eps = eps
-        self.recent = recent
         self.layout = layout
         self.mask_position = mask_position
         self.table = table
@@ -149,7 +142,8 @@ class PreferenceGuidedSparseAttention(AttentionHook):
                 raise ValueError("table='frozen' needs freeze(table_weight) before the first plan")
             if inputs.history_ids is None or inputs.candidate_ids is None:
                 raise ValueError("table='frozen' needs history_ids and candidate_ids, got None")
-            inputs = inputs._replace(
+            inputs = replace(
+                inputs,
                 history_embeddings=self.frozen_table[inputs.history_ids],
                 candidate_embeddings=self.frozen_table[inputs.candidate_ids],
             )
@@ -159,17 +153,14 @@ class PreferenceGuidedSparseAttention(AttentionHook):
             inputs.candidate_embeddings,
             inputs.history_offsets,
             inputs.candidate_offsets,
-            top_k=self.top_k,
-            sigma=self.sigma,
-            eps=self.eps,
-            recent=self.recent,
+            **self.settings._asdict(),
             history_timestamps=inputs.history_timestamps if has_times else None,
             candidate_timestamps=inputs.candidate_timestamps,
         )
 
     def extra_repr(self) -> str:
         return (
-            f"top_k={self.top_k}, sigma={self.sigma}, eps={self.eps}, recent={self.recent}, "
+            f"{', '.join(f'{name}={value}' for name, value in self.settings._asdict().items())}, "
             f"layout={self.layout!r}, mask_position={self.mask_position!r}, table={self.table!r}"
         )
 

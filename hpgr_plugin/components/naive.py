@@ -6,24 +6,23 @@ import torch
 from torch import Tensor
 
 
-def time_aware_index(
-    history_timestamps: Tensor,
-    history_offsets: Tensor,
-    candidate_timestamps: Tensor,
-    candidate_offsets: Tensor,
-) -> tuple[Tensor, Tensor]:
+def time_aware_index(*times: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 4: every candidate by itself inserted into its user's history, numbered 1..N+1.
+
+    Args:
+        times: as in `positions.time_aware_index`.
 
     Returns:
         `history_index [sum over candidates of N_b]` and `candidate_index [C]`, int64.
     """
+    history_timestamps, history_offsets, candidate_timestamps, candidate_offsets = times
     history_index: list[int] = []
     candidate_index: list[int] = []
     for b in range(len(history_offsets) - 1):
-        times = history_timestamps[int(history_offsets[b]) : int(history_offsets[b + 1])].tolist()
+        row = history_timestamps[int(history_offsets[b]) : int(history_offsets[b + 1])].tolist()
         for c in range(int(candidate_offsets[b]), int(candidate_offsets[b + 1])):
-            place = 1 + sum(time < int(candidate_timestamps[c]) for time in times)
-            numbers = [number for number in range(1, len(times) + 2) if number != place]
+            place = 1 + sum(time < int(candidate_timestamps[c]) for time in row)
+            numbers = [number for number in range(1, len(row) + 2) if number != place]
             history_index += numbers
             candidate_index.append(place)
     return (

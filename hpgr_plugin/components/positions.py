@@ -80,13 +80,7 @@ class TimeAwarePositionalEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Histories `[T, D]` and candidates `[C, D]` with their positions added.
 
-        Args:
-            history_embeddings: `[T, D]`.
-            history_offsets: `[B + 1]`.
-            history_timestamps: `[T]` seconds, ascending in every history.
-            candidate_embeddings: `[C, D]`.
-            candidate_offsets: `[B + 1]`.
-            candidate_timestamps: `[C]` seconds.
+        Offsets and times are those of `time_aware_index`.
 
         Raises:
             ValueError: a history out of order, a history too long for `max_positions`, several

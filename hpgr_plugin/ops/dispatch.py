@@ -23,7 +23,7 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -148,7 +148,7 @@ class Operator:
         """Warn once where CUDA tensors fall back to a slower backend."""
         told = [f"{name}: {why}" for name, why in refused.items() if self.backends[name].warns]
         if told and _on_cuda(args, kwargs):
-            warn_once(f"{self.name} runs on backend {chosen!r}: {'; '.join(told)}")
+            _warn_once(f"{self.name} runs on backend {chosen!r}: {'; '.join(told)}")
 
 
 def triton_operator(package: str) -> Operator:
@@ -242,14 +242,10 @@ def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def warn_once(message: str) -> None:
-    """Warn the first time in this process, independent of the warning filters."""
-    _warn_cached(message)
-
-
 @functools.cache
-def _warn_cached(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
+def _warn_once(message: str) -> None:
+    """Warn the first time in this process, independent of the warning filters."""
+    warnings.warn(message, stacklevel=4)
 
 
 def _off_cuda(args: Any, kwargs: Any) -> str | None:
@@ -257,10 +253,12 @@ def _off_cuda(args: Any, kwargs: Any) -> str | None:
 
 
 def _on_cuda(args: Any, kwargs: Any) -> bool:
-    """Whether the first tensor among the arguments (tuples looked through) is on CUDA."""
+    """Whether the first tensor of the arguments, also inside tuples and dataclasses, is on CUDA."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value.is_cuda
+        if is_dataclass(value):
+            value = tuple(vars(value).values())
         if isinstance(value, tuple) and any(isinstance(x, Tensor) for x in value):
             return _on_cuda(value, {})
     return False

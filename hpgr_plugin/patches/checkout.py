@@ -53,10 +53,7 @@ def apply(host: Path, series: Series | None = None) -> None:
     Raises:
         PatchError: The series is applied already, or `check` refuses the checkout.
     """
-    series = series or load_series()
-    if check(host, series) is State.APPLIED:
-        raise PatchError(f"the series is applied already in {host}; nothing was changed")
-    _transform(host, series, series.patches, series.after, reverse=False)
+    _transform(host, series or load_series(), reverse=False)
 
 
 def revert(host: Path, series: Series | None = None) -> None:
@@ -65,10 +62,7 @@ def revert(host: Path, series: Series | None = None) -> None:
     Raises:
         PatchError: The series is not applied, or `check` refuses the checkout.
     """
-    series = series or load_series()
-    if check(host, series) is State.CLEAN:
-        raise PatchError(f"the series is not applied in {host}; nothing was changed")
-    _transform(host, series, series.patches[::-1], series.before, reverse=True)
+    _transform(host, series or load_series(), reverse=True)
 
 
 def blob_id(path: Path) -> str | None:
@@ -79,10 +73,13 @@ def blob_id(path: Path) -> str | None:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def _transform(
-    host: Path, series: Series, patches: tuple[Path, ...], wanted: dict[str, str], *, reverse: bool
-) -> None:
+def _transform(host: Path, series: Series, *, reverse: bool) -> None:
     """Run git over the patches; if anything goes wrong, restore every file."""
+    if check(host, series) is (State.CLEAN if reverse else State.APPLIED):
+        found = "not applied" if reverse else "applied already"
+        raise PatchError(f"the series is {found} in {host}; nothing was changed")
+    patches = series.patches[::-1] if reverse else series.patches
+    wanted = series.before if reverse else series.after
     kept = {path: (host / path).read_bytes() for path in series.before}
     try:
         for patch in patches:

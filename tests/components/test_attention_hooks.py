@@ -1,5 +1,7 @@
 """The attention hooks: what they pass on, what they refuse, and stochastic length's statistics."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -52,7 +54,10 @@ class TestPreferenceGuidedSparseAttention:
         hook = PreferenceGuidedSparseAttention(top_k=2, sigma=0.6, eps=0.1, recent=1)
         got = hook.plan(inputs)
         want = plan_preferences(
-            *inputs[:4],
+            inputs.history_embeddings,
+            inputs.candidate_embeddings,
+            inputs.history_offsets,
+            inputs.candidate_offsets,
             top_k=2,
             sigma=0.6,
             eps=0.1,
@@ -74,10 +79,10 @@ class TestPreferenceGuidedSparseAttention:
         hook.freeze(table)
         want = PreferenceGuidedSparseAttention(top_k=2, sigma=0.6).plan(inputs)
         table.neg_()[0] = 0.0
-        inputs = inputs._replace(candidate_embeddings=-inputs.candidate_embeddings)
+        inputs = replace(inputs, candidate_embeddings=-inputs.candidate_embeddings)
         assert_plans_equal(hook.plan(inputs), want)
         with pytest.raises(ValueError, match="needs history_ids and candidate_ids"):
-            hook.plan(inputs._replace(history_ids=None))
+            hook.plan(replace(inputs, history_ids=None))
 
     def test_a_frozen_table_travels_in_the_state(self, table):
         hook = PreferenceGuidedSparseAttention(table="frozen")

@@ -41,7 +41,7 @@ def encode(encoder, times, history, candidates):
 def test_index_equals_the_loops(make_times, lengths, seed, dtype):
     torch.manual_seed(seed)
     times = make_times(lengths, torch.randint(0, 4, (len(lengths),)).tolist())
-    want = naive_components.time_aware_index(**times)
+    want = naive_components.time_aware_index(*times.values())
     times["history_offsets"] = times["history_offsets"].to(dtype)
     times["candidate_offsets"] = times["candidate_offsets"].to(dtype)
     for got, expected in zip(time_aware_index(**times), want, strict=True):

@@ -93,7 +93,7 @@ def test_components_take_bound_components() -> None:
         hpgr.StochasticLength.alpha = 1.7
     """)
     assert build("MaskedItemModel", num_items=20).gap_seconds == 60
-    assert build("PreferenceGuidedSparseAttention").top_k == 7
+    assert build("PreferenceGuidedSparseAttention").settings.top_k == 7
     assert build("StochasticLength").alpha == 1.7
 
 

@@ -18,13 +18,12 @@ from hpgr_plugin.data import (
     PreparedData,
     RequestSettings,
     TableReader,
-    item_mean_scores,
-    label_column,
     prepare_data,
-    rating_at_least,
 )
 from hpgr_plugin.data import cache as cache_module
+from hpgr_plugin.data.baselines import item_mean_scores
 from hpgr_plugin.data.events import EventTable
+from hpgr_plugin.data.labels import label_column, rating_at_least
 
 
 def write_log(folder: Path, extra: str = "") -> Path:

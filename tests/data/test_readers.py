@@ -186,15 +186,8 @@ def test_table_reads_parquet_of_every_time_type(tmp_path: Path) -> None:
 
 
 def test_table_group_and_candidate(tmp_path: Path) -> None:
-    rows = pd.DataFrame(
-        {
-            "user_id": [1, 1, 2],
-            "item_id": [5, 6, 5],
-            "timestamp": [1, 2, 3],
-            "shown": [9, 9, 8],
-            "ranked": [1, 0, 1],
-        }
-    )
+    columns = ["user_id", "item_id", "timestamp", "shown", "ranked"]
+    rows = pd.DataFrame([(1, 5, 1, 9, 1), (1, 6, 2, 9, 0), (2, 5, 3, 8, 1)], columns=columns)
     rows.to_parquet(tmp_path / "a.parquet")
     rows.to_parquet(tmp_path / "b.parquet")
     reader = TableReader(path=str(tmp_path), group="shown", candidate="ranked")

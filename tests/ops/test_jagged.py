@@ -32,6 +32,15 @@ def plain_torch() -> Iterator[None]:
     set_backends()
 
 
+@pytest.fixture(params=["fbgemm", "torch", "naive"])
+def jagged_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "fbgemm":
+        pytest.importorskip("fbgemm_gpu")
+    set_backends({"jagged": request.param})
+    yield
+    set_backends()
+
+
 def loop_pad(values: Tensor, offsets: Tensor, max_length: int, padding: float) -> Tensor:
     inner = values.shape[1:]
     flat = values.reshape(len(values), inner.numel())
@@ -89,6 +98,29 @@ class TestAgainstLoops:
         values = torch.randn(sum(lengths), 3).to(dtype)
         dense = jagged.jagged_to_padded_dense(values, offsets, max(lengths, default=0))
         assert torch.equal(jagged.dense_to_jagged(dense, offsets, len(values)), values)
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 2], [0, 0]], ids=str)
+def test_values_past_the_last_row_stay_out(lengths, jagged_backend, offsets_of):
+    """A buffer may be longer than its rows; what lies behind them may be anything."""
+    offsets, owned, width = offsets_of(lengths), sum(lengths), 2
+    values = torch.randn(owned + 3, 4)
+    values[owned:] = float("nan")
+    values.requires_grad_()
+    dense = jagged.jagged_to_padded_dense(values, offsets, width)
+    want = naive.jagged_to_padded_dense(values[:owned], offsets, width, 0.0)
+    assert torch.equal(dense, want)
+    assert not gradient(dense, values, torch.ones_like(dense))[owned:].any()
+
+    dense = torch.randn(len(lengths), width, 4, requires_grad=True)
+    back = jagged.dense_to_jagged(dense, offsets, owned + 3)
+    assert torch.equal(back[:owned], naive.dense_to_jagged(dense, offsets, owned))
+    assert back.shape == (owned + 3, 4)
+    assert not back[owned:].any()
+    if owned:
+        want = naive.dense_to_jagged(dense, offsets, owned)
+        weights = torch.randn_like(back)
+        assert torch.equal(gradient(back, dense, weights), gradient(want, dense, weights[:owned]))
 
 
 @pytest.mark.parametrize("offset_dtype", OFFSET_DTYPES, ids=str)

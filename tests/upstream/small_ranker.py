@@ -73,14 +73,9 @@ def small_tables() -> dict[str, EmbeddingConfig]:
         "user_table": (20, ["user_id"]),
         "country_table": (4, ["country"]),
     }
+    same: dict[str, Any] = {"embedding_dim": TABLE_DIM, "data_type": DataType.FP32}
     return {
-        name: EmbeddingConfig(
-            num_embeddings=rows,
-            embedding_dim=TABLE_DIM,
-            name=name,
-            data_type=DataType.FP32,
-            feature_names=names,
-        )
+        name: EmbeddingConfig(num_embeddings=rows, name=name, feature_names=names, **same)
         for name, (rows, names) in features.items()
     }
 

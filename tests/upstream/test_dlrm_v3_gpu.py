@@ -86,16 +86,15 @@ def relative_error(mine: Tensor, reference: Tensor) -> float:
     return float((mine.cpu().double() - reference).square().mean().sqrt() / scale)
 
 
+def build_on_gpu(model_class: type, **arguments: Any) -> Any:
+    """The model on CUDA, through Triton."""
+    kernel = HammerKernel.TRITON
+    return build(model_class, config=config(), device="cuda", kernel=kernel, **arguments)
+
+
 def models(kind: str, bf16: bool) -> tuple[Any, Any]:
     """On CUDA through Triton, and a float64 copy on the CPU."""
-    on_gpu = build(
-        DlrmHSTU,
-        config=config(),
-        device="cuda",
-        kernel=HammerKernel.TRITON,
-        bf16_training=bf16,
-        **slots(kind),
-    )
+    on_gpu = build_on_gpu(DlrmHSTU, bf16_training=bf16, **slots(kind))
     reference = copy.deepcopy(on_gpu).cpu().double()
     reference.set_hammer_kernel(HammerKernel.PYTORCH)
     reference.set_training_dtype(torch.float64)
@@ -143,13 +142,7 @@ def test_empty_slots_are_the_host_to_the_last_bit() -> None:
     data = batch(LENGTHS, CANDIDATES, device="cuda")
 
     def steps(model_class: type, count: int) -> list[Any]:
-        model = build(
-            model_class,
-            config=config(),
-            device="cuda",
-            kernel=HammerKernel.TRITON,
-            bf16_training=True,
-        )
+        model = build_on_gpu(model_class, bf16_training=True)
         step(model, data)  # the first pass tries configurations, and kernels run many times
         return [step(model, data) for _ in range(count)]
 

@@ -114,6 +114,19 @@ def test_candidates_do_not_depend_on_each_other_or_on_the_batch(layout: str) -> 
     torch.testing.assert_close(both, alone, rtol=1e-6, atol=1e-7)
 
 
+def assert_the_future_is_hidden(model: Any) -> None:
+    """Other items at or after the query times change no prediction."""
+    uih, offered = batch([14], [3], later=False)
+    changed = copy.deepcopy(uih)
+    future = uih["time"].values() >= offered["candidate_time"].values().max()
+    assert future.any()
+    # values() of a copy shares no memory with `uih`; the flat values are key after key.
+    flat, offset = changed.values(), uih.offset_per_key()[0]
+    flat[offset : offset + 14][future] = (flat[offset : offset + 14][future] + 7) % NUM_ITEMS
+    before, after = model(uih, offered)[3], model(changed, offered)[3]
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     "hook",
     [
@@ -128,15 +141,7 @@ def test_the_future_of_a_candidate_is_hidden_from_it(hook: Callable[[], Any]) ->
     """What happens at or after a query time has no influence on that candidate's prediction."""
     encoder = TimeAwarePositionalEncoder(embedding_dim=WIDTH, max_positions=64)
     model = build(DlrmHSTU, dtype=torch.float64, attention_hook=hook(), positional_encoder=encoder)
-    uih, offered = batch([14], [3], later=False)
-    changed = copy.deepcopy(uih)
-    future = uih["time"].values() >= offered["candidate_time"].values().max()
-    assert future.any()
-    # values() of a copy shares no memory with `uih`; the flat values are key after key.
-    flat, offset = changed.values(), uih.offset_per_key()[0]
-    flat[offset : offset + 14][future] = (flat[offset : offset + 14][future] + 7) % NUM_ITEMS
-    before, after = model(uih, offered)[3], model(changed, offered)[3]
-    torch.testing.assert_close(before, after, rtol=0, atol=1e-9)
+    assert_the_future_is_hidden(model)
 
 
 @pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
@@ -273,15 +278,7 @@ def test_sem_shows_a_candidate_nothing_of_its_future() -> None:
     assert sem.causal
     with torch.no_grad():
         model.sem.gate.fill_(0.5)
-    uih, offered = batch([14], [3], later=False)
-    changed = copy.deepcopy(uih)
-    future = uih["time"].values() >= offered["candidate_time"].values().max()
-    assert future.any()
-    flat, offset = changed.values(), uih.offset_per_key()[0]
-    flat[offset : offset + 14][future] = (flat[offset : offset + 14][future] + 7) % NUM_ITEMS
-    torch.testing.assert_close(
-        model(uih, offered)[3], model(changed, offered)[3], rtol=0, atol=1e-9
-    )
+    assert_the_future_is_hidden(model)
 
 
 def test_sem_over_the_whole_history_needs_a_log_without_query_times() -> None:
@@ -353,7 +350,7 @@ def test_slots_are_gin_parameters() -> None:
     """)
     model = build(configured("DlrmHSTU"))
     assert isinstance(model.sem, SessionEnhancementModule)
-    assert model.attention_hook.top_k == 3
+    assert model.attention_hook.settings.top_k == 3
     assert len(model._hstu_transducer._stu_module._stu_layers) == 2
     assert model._embedding_collection.embeddings["item_table"].weight.shape[0] == 60
     outputs, gradients = step(model, batch(LENGTHS, CANDIDATES))

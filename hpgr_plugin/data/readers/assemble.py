@@ -77,15 +77,8 @@ def check_events(
     candidates = (
         None if columns.candidate is None else checks.numbers(columns.candidate, (0, 1)) != 0
     )
-    events = EventTable(
-        user=users,
-        item=items,
-        timestamp=times,
-        values=values,
-        candidate=candidates,
-        group=groups,
-        dropped={checks.file.name: checks.num_bad},
-    )
+    dropped = {checks.file.name: checks.num_bad}
+    events = EventTable(users, items, times, values, candidates, groups, dropped=dropped)
     return events if checks.good.all() else events.take(checks.good)
 
 

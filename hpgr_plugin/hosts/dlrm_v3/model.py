@@ -221,7 +221,8 @@ class DlrmHSTU(host.DlrmHSTU):
                 parts.candidate_offsets,
                 history_timestamps,
                 candidate_timestamps,
-                **ids,
+                ids.get("history_ids"),
+                ids.get("candidate_ids"),
             )
         )
         assert plan is not None

@@ -77,7 +77,8 @@ def run(
         identity = RunIdentity(bindings, data.digest(), list(seeds), process.world_size)
         if mode == "evaluate":
             check_trained_with(directory, identity)
-            _write("evaluation.json", _evaluate(task, directory), directory, seeds, process)
+            metrics = _shown(evaluate(task, directory), process)
+            _write("evaluation.json", metrics, directory, seeds, process)
             return
         with open_run(directory, identity, overwrite=overwrite, process=process) as state:
             if state == "finished":
@@ -102,10 +103,6 @@ def _write(
     if process.is_main:
         write_results(directory / name, metrics, seeds=list(seeds))
         LOG.info("wrote %s", directory / name)
-
-
-def _evaluate(task: Task, directory: Path) -> dict[str, Any]:
-    return _shown(evaluate(task, directory), task.process)
 
 
 def _single(mode: str, task: Task, training: TrainingRun) -> dict[str, Any]:

@@ -18,15 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from hpgr_plugin.config.registry import build
-from hpgr_plugin.hosts.launch import (
-    CONFIGURATION_ERRORS,
-    USER_ERRORS,
-    Configuration,
-    argument_parser,
-    one_line_errors,
-    read_config,
-    start_workers,
-)
+from hpgr_plugin.hosts import launch
 from hpgr_plugin.hosts.research.attach import attach
 from hpgr_plugin.hosts.seams import host_has_seam, replaced
 
@@ -35,31 +27,31 @@ _CPU = torch.device("cpu")
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run the mode."""
-    parser = argument_parser("hpgr_plugin.hosts.research", __doc__)
+    parser = launch.argument_parser("hpgr_plugin.hosts.research", __doc__)
     parser.add_argument("--mode", choices=("train", "pretrain"), default="train")
     parser.add_argument("--master_port", type=int, default=12355)
     options = parser.parse_args(arguments)
-    configuration = Configuration.of(options)
+    configuration = launch.Configuration.of(options)
     if options.mode == "pretrain":
-        with one_line_errors(CONFIGURATION_ERRORS):
-            read_config(configuration, attach)
-        with one_line_errors(USER_ERRORS):
+        with launch.one_line_errors(launch.CONFIGURATION_ERRORS):
+            launch.read_config(configuration, attach)
+        with launch.one_line_errors(launch.USER_ERRORS):
             build("research_pretrain")
         return
-    start_workers(
+    launch.start_workers(
         train_worker, max(1, torch.cuda.device_count()), options.master_port, configuration
     )
 
 
 def train_worker(
-    rank: int, world_size: int, master_port: int, configuration: Configuration
+    rank: int, world_size: int, master_port: int, configuration: launch.Configuration
 ) -> None:
     """One process of the host's `train_fn`."""
-    with one_line_errors(CONFIGURATION_ERRORS):
-        read_config(configuration, attach)
+    with launch.one_line_errors(launch.CONFIGURATION_ERRORS):
+        launch.read_config(configuration, attach)
     without_gpu = not torch.cuda.is_available() and not host_has_seam("research_cpu")
     with (
-        one_line_errors(USER_ERRORS),
+        launch.one_line_errors(launch.USER_ERRORS),
         ranks_are_the_cpu() if without_gpu else contextlib.nullcontext(),
     ):
         train.train_fn(rank, world_size, master_port)

@@ -62,12 +62,12 @@ class AttentionSpec:
         max_length: upper bound of the sequence lengths, known without asking the device.
         alpha: factor of `q . k`.
         norm_length: n of the `1 / n`: the length of the full, not of a shortened sequence.
+        causal: a query sees itself and the columns before it. False: every column of its sequence;
+            `row_weights` then say which of them count.
         query_offsets: `[B + 1]` of the queries, where they are not all tokens. Without `query_rows`
             they are the last tokens of every sequence.
         max_query_length: upper bound of the queries per sequence; None: `max_length`.
         query_rows: int64 `[Tq]`, the token that each query is, in rows of k.
-        causal: a query sees itself and the columns before it. False: every column of its sequence;
-            `row_weights` then say which of them count.
         num_targets: int `[B]`: so many tokens at the end of each sequence are seen only by
             themselves. None: no such tokens.
         visibility: an explicit order in place of `causal` and `num_targets`.
@@ -84,10 +84,10 @@ class AttentionSpec:
     max_length: int
     alpha: float
     norm_length: float
+    causal: bool = True
     query_offsets: Tensor | None = None
     max_query_length: int | None = None
     query_rows: Tensor | None = None
-    causal: bool = True
     num_targets: Tensor | None = None
     visibility: Visibility | None = None
     column_weights: Tensor | None = None

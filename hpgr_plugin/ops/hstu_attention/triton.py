@@ -130,22 +130,8 @@ def attention_forward(
     With column weights, v (k where `pre`) is the one whose rows have been scaled.
     """
     blocks = blocks or forward_blocks(q, v, spec)
-    heads, num_sequences = q.shape[1], spec.offsets.numel() - 1
     num_blocks = triton.cdiv(spec.query_length, blocks.rows)
-    if num_blocks * num_sequences == 0:
-        return
-    forward_kernel[(num_blocks * num_sequences * heads,)](
-        q,
-        k,
-        v,
-        output,
-        *_sequence_arguments(spec, q),
-        *_strides(q, k, v, output),
-        num_blocks,
-        spec.alpha,
-        1.0 / spec.norm_length,
-        **_constants(q, k, v, spec, blocks),
-    )
+    _launch(forward_kernel, num_blocks, (q, k, v, output), spec, blocks)
 
 
 def attention_backward(
@@ -171,42 +157,42 @@ def attention_backward(
         blocks: of the pass over columns (dk, dv) and of the pass over rows (dq).
     """
     by_column, by_row = blocks or backward_blocks(q, v, spec)
-    heads, num_sequences = q.shape[1], spec.offsets.numel() - 1
-    num_blocks = triton.cdiv(spec.max_length, by_column.columns)
-    if num_blocks * num_sequences == 0:
-        return
-    backward_columns_kernel[(num_blocks * num_sequences * heads,)](
-        q,
-        k,
-        v,
-        grad,
-        dk,
-        dv,
-        *_sequence_arguments(spec, q),
-        *_strides(q, k, v, grad, dk, dv),
-        num_blocks,
-        spec.alpha,
-        1.0 / spec.norm_length,
+    _launch(
+        backward_columns_kernel,
+        triton.cdiv(spec.max_length, by_column.columns),
+        (q, k, v, grad, dk, dv),
+        spec,
+        by_column,
         ACCUMULATE=accumulate,
         SCALE_K=spec.column_weights is not None and spec.mask_position == "pre",
         SCALE_V=spec.column_weights is not None and spec.mask_position == "post",
-        **_constants(q, k, v, spec, by_column),
     )
     num_blocks = triton.cdiv(spec.query_length, by_row.rows)
-    if num_blocks == 0:
+    _launch(backward_rows_kernel, num_blocks, (q, k, v, grad, dq), spec, by_row)
+
+
+def _launch(
+    kernel: Any,
+    num_blocks: int,
+    tensors: tuple[Tensor, ...],
+    spec: AttentionSpec,
+    blocks: Blocks,
+    **constants: bool,
+) -> None:
+    """Run a kernel on `num_blocks` blocks of every head of every sequence; q, k, v come first."""
+    q, k, v = tensors[:3]
+    num_sequences = spec.offsets.numel() - 1
+    if num_blocks * num_sequences == 0:
         return
-    backward_rows_kernel[(num_blocks * num_sequences * heads,)](
-        q,
-        k,
-        v,
-        grad,
-        dq,
+    kernel[(num_blocks * num_sequences * q.shape[1],)](
+        *tensors,
         *_sequence_arguments(spec, q),
-        *_strides(q, k, v, grad, dq),
+        *_strides(*tensors),
         num_blocks,
         spec.alpha,
         1.0 / spec.norm_length,
-        **_constants(q, k, v, spec, by_row),
+        **constants,
+        **_constants(q, k, v, spec, blocks),
     )
 
 

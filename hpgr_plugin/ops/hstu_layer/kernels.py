@@ -27,11 +27,17 @@ def _norm(x, Weight, Bias, Moments, rows, places, held, total, eps, SIZE: tl.con
     mean = tl.sum(x, axis=1) / SIZE
     centred = tl.where(held[None, :], x - mean[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / SIZE + eps)
-    weight = tl.load(Weight + places, mask=held, other=0.0).to(tl.float32)
-    bias = tl.load(Bias + places, mask=held, other=0.0).to(tl.float32)
+    weight = _parameter(Weight, places, held)
+    bias = _parameter(Bias, places, held)
     tl.store(Moments + rows * 2, mean, mask=rows < total)
     tl.store(Moments + rows * 2 + 1, scale, mask=rows < total)
     return centred * scale[:, None] * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def _parameter(Parameter, places, held):
+    """A row of weights or biases, in float32."""
+    return tl.load(Parameter + places, mask=held, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -49,6 +55,16 @@ def _norm_slope(grad, unit, scale, held, SIZE: tl.constexpr):
     mean_product = tl.sum(grad * unit, axis=1) / SIZE
     slope = (grad - mean_grad[:, None] - unit * mean_product[:, None]) * scale[:, None]
     return tl.where(held[None, :], slope, 0.0)
+
+
+@triton.jit
+def _zero_sums(ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """The gradients of weight and bias before the first tile, a row for each row of a tile.
+
+    They are summed over rows at the very end: in the loop, every sum would wait for all warps.
+    """
+    zeros = tl.zeros((ROWS, WIDE), dtype=tl.float32)
+    return zeros, zeros
 
 
 @triton.jit
@@ -85,10 +101,8 @@ def norm_backward_kernel(Grad, Residual, X, Weight, Moments, DX, Partial, total,
                          RESIDUAL: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
                          ROWS: tl.constexpr):  # fmt: skip
     places = tl.arange(0, WIDE)
-    weight = tl.load(Weight + places, mask=places < SIZE, other=0.0).to(tl.float32)
-    # Summed over rows at the very end: in the loop, every sum would wait for all warps.
-    d_weight = tl.zeros((ROWS, WIDE), dtype=tl.float32)
-    d_bias = tl.zeros((ROWS, WIDE), dtype=tl.float32)
+    weight = _parameter(Weight, places, places < SIZE)
+    d_weight, d_bias = _zero_sums(ROWS, WIDE)
     for first in range(tl.program_id(0) * ROWS, total, tl.num_programs(0) * ROWS):
         rows, _, held, inside = _tile(tl.full((), first, tl.int64), total, SIZE, WIDE, ROWS)
         where = rows[:, None] * SIZE + places[None, :]
@@ -126,11 +140,9 @@ def gate_backward_kernel(Grad, Attention, Gate, Weight, Bias, Moments, DAttentio
                          Partial, total, stride_g, stride_d,
                          SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     places = tl.arange(0, WIDE)
-    weight = tl.load(Weight + places, mask=places < SIZE, other=0.0).to(tl.float32)
-    bias = tl.load(Bias + places, mask=places < SIZE, other=0.0).to(tl.float32)
-    # Summed over rows at the very end, as above.
-    d_weight = tl.zeros((ROWS, WIDE), dtype=tl.float32)
-    d_bias = tl.zeros((ROWS, WIDE), dtype=tl.float32)
+    d_weight, d_bias = _zero_sums(ROWS, WIDE)
+    weight = _parameter(Weight, places, places < SIZE)
+    bias = _parameter(Bias, places, places < SIZE)
     for first in range(tl.program_id(0) * ROWS, total, tl.num_programs(0) * ROWS):
         rows, _, held, inside = _tile(tl.full((), first, tl.int64), total, SIZE, WIDE, ROWS)
         where = rows[:, None] * SIZE + places[None, :]

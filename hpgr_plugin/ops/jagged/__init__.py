@@ -1,7 +1,8 @@
 """Jagged tensors, (values, offsets) as in fbgemm.
 
 Row b of a jagged tensor is `values[offsets[b]:offsets[b + 1]]`; offsets are int32 or int64,
-`[B + 1]`, start at 0 and end at the number of rows. fbgemm's operators run where they load and
+`[B + 1]`, start at 0 and end at the number of rows, or before it: values that no row owns are left
+out of a dense tensor and come back as zero. fbgemm's operators run where they load and
 support the dtype and the device; everywhere else plain torch gives the same values and gradients.
 `HPGR_BACKENDS="jagged=torch"` chooses plain torch without loading fbgemm.
 """

@@ -23,17 +23,23 @@ def complete_cumsum(lengths: Tensor) -> Tensor:
 def jagged_to_padded_dense(
     values: Tensor, offsets: Tensor, max_length: int, padding_value: float
 ) -> Tensor:
-    """`[T, D]` to `[B, max_length, D]`."""
+    """`[T, D]` to `[B, max_length, D]`; values past the last row are left out."""
     dense: Tensor = torch.ops.fbgemm.jagged_to_padded_dense(
-        values, [offsets], [max_length], padding_value
+        _zero_past_the_last_row(values, offsets), [offsets], [max_length], padding_value
     )
     return dense
 
 
 def dense_to_jagged(dense: Tensor, offsets: Tensor, total_length: int) -> Tensor:
-    """`[B, N, D]` to `[T, D]`."""
+    """`[B, N, D]` to `[T, D]`; values past the last row are zero."""
     values: Tensor = torch.ops.fbgemm.dense_to_jagged(dense, [offsets], total_length)[0]
-    return values
+    return _zero_past_the_last_row(values, offsets)
+
+
+def _zero_past_the_last_row(values: Tensor, offsets: Tensor) -> Tensor:
+    """fbgemm on CUDA leaves values, and gradients, that no row owns as the memory was."""
+    owned = torch.arange(len(values), device=offsets.device) < offsets[-1]
+    return torch.where(owned.unsqueeze(1), values, values.new_zeros(()))
 
 
 # One tiny call for each operator: `offsets` are [0, 1], `one` is [1, 1].

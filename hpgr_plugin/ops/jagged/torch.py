@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from hpgr_plugin.ops.jagged.segments import segment_ids, segment_positions
-
 
 def complete_cumsum(lengths: Tensor) -> Tensor:
     """Offsets of lengths `[B]`."""
@@ -16,24 +14,34 @@ def complete_cumsum(lengths: Tensor) -> Tensor:
 def jagged_to_padded_dense(
     values: Tensor, offsets: Tensor, max_length: int, padding_value: float
 ) -> Tensor:
-    """`[T, D]` to `[B, max_length, D]`."""
+    """`[T, D]` to `[B, max_length, D]`; values past the last row are left out."""
     total, width = values.shape
     num_rows = offsets.numel() - 1
-    rows, places = segment_ids(offsets, total), segment_positions(offsets, total)
-    # Tails that do not fit all go to one slot past the end, which is cut off again: no
-    # data-dependent shape, so no wait for the device.
+    rows, places = _rows_and_places(offsets, total)
+    # Tails that do not fit and values past the last row all go to one slot past the end, which
+    # is cut off again: no data-dependent shape, so no wait for the device.
     slots = num_rows * max_length
-    target = torch.where(places < max_length, rows * max_length + places, slots)
+    kept = (places < max_length) & (rows < num_rows)
+    target = torch.where(kept, rows * max_length + places, slots)
     dense = values.new_full((slots + 1, width), padding_value).index_copy(0, target, values)
     return dense[:slots].view(num_rows, max_length, width)
 
 
 def dense_to_jagged(dense: Tensor, offsets: Tensor, total_length: int) -> Tensor:
-    """`[B, N, D]` to `[T, D]`."""
+    """`[B, N, D]` to `[T, D]`; values past the last row are zero."""
     num_rows, max_length, width = dense.shape
-    if max_length == 0:
+    if max_length == 0 or num_rows == 0:
         return dense.new_zeros(total_length, width)
-    rows, places = segment_ids(offsets, total_length), segment_positions(offsets, total_length)
-    index = rows * max_length + places.clamp(max=max_length - 1)
+    rows, places = _rows_and_places(offsets, total_length)
+    index = rows.clamp(max=num_rows - 1) * max_length + places.clamp(max=max_length - 1)
     values = dense.reshape(num_rows * max_length, width)[index]
-    return torch.where((places < max_length).unsqueeze(1), values, values.new_zeros(()))
+    kept = (places < max_length) & (rows < num_rows)
+    return torch.where(kept.unsqueeze(1), values, values.new_zeros(()))
+
+
+def _rows_and_places(offsets: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Row and place in the row of `total` values; values past `offsets[-1]` get row B."""
+    numbers = torch.arange(total, device=offsets.device)
+    starts = offsets.long()
+    rows = torch.searchsorted(starts[1:].contiguous(), numbers, right=True)
+    return rows, numbers - starts[rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -46,14 +47,7 @@ class Selection(NamedTuple):
 
 
 class PlanSettings(NamedTuple):
-    """How items are selected and weighted, see `plan_preferences`.
-
-    Attributes:
-        top_k: K, the number of anchors, at least 0.
-        sigma: width of the Gaussian in positions, above 0.
-        eps: smallest weight kept, in (0, 1].
-        recent: number of most recent items kept with weight 1, at least 0.
-    """
+    """How items are selected and weighted: the arguments of `plan_preferences`."""
 
     top_k: int = 50
     sigma: float = 2.0
@@ -76,16 +70,11 @@ class PlanSettings(NamedTuple):
         return self
 
 
-class PlanInputs(NamedTuple):
-    """Histories and candidates of B users.
+@dataclass(frozen=True)
+class PlanInputs:
+    """Histories and candidates of B users: the arguments of `plan_preferences`, and two bounds.
 
     Attributes:
-        history_embeddings: `[T, D]`.
-        candidate_embeddings: `[C, D]`.
-        history_offsets: `[B + 1]`.
-        candidate_offsets: `[B + 1]`.
-        history_timestamps: `[T]`, ascending in each history, or None.
-        candidate_timestamps: `[C]`, or None where no item is hidden.
         max_history: an upper bound of the items per user; None until `check` has counted them.
         max_candidates: an upper bound of the candidates per user, likewise.
     """
@@ -96,6 +85,7 @@ class PlanInputs(NamedTuple):
     candidate_offsets: Tensor
     history_timestamps: Tensor | None = None
     candidate_timestamps: Tensor | None = None
+    _: KW_ONLY
     max_history: int | None = None
     max_candidates: int | None = None
 
@@ -113,7 +103,7 @@ class PlanInputs(NamedTuple):
             )
         self._check_timestamps()
         max_history, max_candidates = self._check_offsets()
-        return self._replace(max_history=max_history, max_candidates=max_candidates)
+        return replace(self, max_history=max_history, max_candidates=max_candidates)
 
     def _check_timestamps(self) -> None:
         if (self.history_timestamps is None) != (self.candidate_timestamps is None):

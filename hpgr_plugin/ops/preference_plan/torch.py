@@ -25,7 +25,7 @@ _CELL_ELEMENTS = 16
 def plan_preferences(inputs: PlanInputs, settings: PlanSettings) -> PreferencePlan:
     """See `hpgr_plugin.ops.preference_plan.plan_preferences`; the inputs are checked."""
     dtype = torch.promote_types(inputs.history_embeddings.dtype, torch.float32)
-    history, candidates = (x.to(dtype) for x in inputs[:2])
+    history, candidates = inputs.history_embeddings.to(dtype), inputs.candidate_embeddings.to(dtype)
     history_times, candidate_times = inputs.history_timestamps, inputs.candidate_timestamps
     longest = inputs.max_history or 0
     kernel = gaussian_kernel(settings.sigma, settings.eps, longest).to(history)

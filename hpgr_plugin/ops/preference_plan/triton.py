@@ -15,6 +15,7 @@ The number of kept rows is at most K (2 radius + 1) + recent, so nothing waits f
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -122,20 +123,22 @@ def _problem(inputs: PlanInputs) -> _Problem:
             "inputs must have max_history and max_candidates, got "
             f"{inputs.max_history} and {inputs.max_candidates}"
         )
-    history, candidates = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:2])
+    embeddings = inputs.history_embeddings, inputs.candidate_embeddings
+    history, candidates = (x if x.stride(-1) == 1 else x.contiguous() for x in embeddings)
     return _Problem(
-        history, candidates, *inputs[2:6], max_history=inputs.max_history,
-        max_candidates=inputs.max_candidates,
+        history, candidates, inputs.history_offsets, inputs.candidate_offsets,
+        inputs.history_timestamps, inputs.candidate_timestamps,
+        max_history=inputs.max_history, max_candidates=inputs.max_candidates,
     )  # fmt: skip
 
 
 def _same_dtype(inputs: PlanInputs) -> PlanInputs:
     """Embeddings of two dtypes become float32."""
-    history, candidates = inputs[:2]
+    history, candidates = inputs.history_embeddings, inputs.candidate_embeddings
     if history.dtype == candidates.dtype:
         return inputs
-    return inputs._replace(
-        history_embeddings=history.float(), candidate_embeddings=candidates.float()
+    return replace(
+        inputs, history_embeddings=history.float(), candidate_embeddings=candidates.float()
     )
 
 

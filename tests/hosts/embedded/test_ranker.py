@@ -18,7 +18,8 @@ from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer
 from hpgr_plugin.hosts.embedded.model.mtgr import MTGRLayer
-from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker, SlotError
+from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
+from hpgr_plugin.hosts.slots import SlotError
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 
 NUM_ITEMS, NUM_ACTIONS, MAX_HISTORY = 40, 5, 16

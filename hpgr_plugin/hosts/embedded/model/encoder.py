@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hpgr_plugin.components.checks import check_at_least
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.model.bias import RelativeBias
 from hpgr_plugin.hosts.embedded.model.hstu import SequenceLayer, initialise_linear
@@ -40,8 +41,8 @@ class SequenceEncoder(nn.Module):
 
     Args:
         layer: `HSTULayer`, `MTGRLayer` or another `SequenceLayer`.
-        embedding_dim: D.
         num_layers: depth.
+        embedding_dim: D.
         num_heads: attention heads.
         dropout: inside the layers.
         norm_length: the n of the attention's `1 / n`, that of a full sequence.
@@ -53,10 +54,10 @@ class SequenceEncoder(nn.Module):
 
     def __init__(
         self,
-        *,
         layer: type[SequenceLayer],
-        embedding_dim: int,
         num_layers: int,
+        *,
+        embedding_dim: int,
         num_heads: int,
         dropout: float,
         norm_length: float,
@@ -67,8 +68,7 @@ class SequenceEncoder(nn.Module):
             raise HpgrError(
                 f"embedding_dim must be a multiple of num_heads, got {embedding_dim}, {num_heads}"
             )
-        if num_layers < 1:
-            raise HpgrError(f"num_layers must be 1 or more, got {num_layers}")
+        check_at_least(1, num_layers=num_layers)
         self.layers = nn.ModuleList(
             layer(embedding_dim=embedding_dim, num_heads=num_heads, dropout=dropout)
             for _ in range(num_layers)

@@ -10,11 +10,10 @@ from hpgr_plugin.ops.jagged import segment_positions
 class LearnedPositionalEncoder(nn.Module):
     """Adds a learned vector by rank to the history, and one of its own to every candidate.
 
-    The signature is that of :class:`TimeAwarePositionalEncoder`; the times
-    are not read.
+    It takes what `TimeAwarePositionalEncoder` takes, and does not read the times.
 
     Args:
-        embedding_dim: ``D``.
+        embedding_dim: D.
         max_positions: longest history.
     """
 
@@ -27,13 +26,11 @@ class LearnedPositionalEncoder(nn.Module):
         self,
         history_embeddings: Tensor,
         history_offsets: Tensor,
-        history_timestamps: Tensor,
+        _history_timestamps: Tensor,
         candidate_embeddings: Tensor,
-        candidate_offsets: Tensor,
-        candidate_timestamps: Tensor,
+        *_: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """``[T, D]`` history and ``[C, D]`` candidates, with their positions added."""
-        del history_timestamps, candidate_offsets, candidate_timestamps
+        """Histories `[T, D]` and candidates `[C, D]` with their positions added."""
         rank = segment_positions(history_offsets, history_embeddings.shape[0])
         history = history_embeddings + self.table(rank + 1)
         return history, candidate_embeddings + self.table.weight[0]

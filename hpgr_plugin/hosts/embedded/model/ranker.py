@@ -135,9 +135,9 @@ class HSTURanker(nn.Module):
         self.sem = sem
         self.attention_hook = attention_hook
         self.encoder = SequenceEncoder(
-            layer=layer,
+            layer,
+            num_layers,
             embedding_dim=embedding_dim,
-            num_layers=num_layers,
             num_heads=num_heads,
             dropout=dropout,
             norm_length=max_history,

@@ -88,7 +88,15 @@ def restore_generators(path: Path, states: list[dict[str, Any]], process: Proces
             f"{path} was written by {len(states)} processes, this run has {process.world_size}: "
             "resume with as many"
         )
-    _restore_generators(states[process.rank])
+    state = states[process.rank]
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    algorithm, keys, position, has_gauss, cached = state["numpy"]
+    keys = keys.cpu().numpy().astype(np.uint32)
+    np.random.set_state((algorithm, keys, position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 def load_weights(path: Path, module: nn.Module, weights: dict[str, Any]) -> None:
@@ -121,14 +129,3 @@ def _generators() -> dict[str, Any]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
-
-
-def _restore_generators(states: dict[str, Any]) -> None:
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    algorithm, keys, position, has_gauss, cached = states["numpy"]
-    keys = keys.cpu().numpy().astype(np.uint32)
-    np.random.set_state((algorithm, keys, position, has_gauss, cached))
-    torch.set_rng_state(states["torch"].cpu())
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
