@@ -82,6 +82,27 @@ def test_wrong_configurations(
 
 
 @pytest.mark.parametrize(
+    ("binding", "words"),
+    [
+        ("hpgr.FinetuneSettings.learning_rate = -1.0", "learning_rate takes a number above 0"),
+        ("hpgr.run.overwrite = 'no'", "hpgr.run.overwrite takes True or False, got 'no'"),
+        ("hpgr.LastFractionSplit.test = 0.0", "hpgr.LastFractionSplit.test = 0.0"),
+        ("hpgr.StochasticLength.alpha = 1.5", "hpgr.StochasticLength"),
+        ("hpgr.HSTURanker.num_heads = 3", "embedding_dim must be a multiple of num_heads"),
+        ("hpgr.HSTURanker.max_history = 5", "hpgr.RequestSettings.max_history = 64 is more than"),
+        ("hpgr.run.seeds = [4294967296]", "hpgr.run.seeds takes integers of at most 4294967295"),
+    ],
+)
+def test_what_a_message_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, binding: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = run(tmp_path, bad_gin.base(tmp_path).encode(), (binding,))
+    assert message is not None
+    assert words in message
+
+
+@pytest.mark.parametrize(
     "path", ["none.gin", ".", "missing/none.gin", "x" * 300], ids=lambda path: path[:12]
 )
 def test_a_path_that_is_no_gin_file(
