@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,12 +127,17 @@ def kill_inside_write(config: Path, name: str, *, tries: int = 10) -> int:
     folder, kills = config.parent, 0
 
     def half_written() -> list[Path]:
-        return list(folder.rglob(f"{name}.*.tmp"))
+        try:
+            return list(folder.rglob(f"{name}.*.tmp"))
+        except FileNotFoundError:  # a folder that was renamed meanwhile
+            return []
 
     for _ in range(tries):
         kills += kill_once(config, lambda: bool(half_written()))
         if half_written():
             return kills
+        for left in ("out", "cache"):  # too late: the file is not written again
+            shutil.rmtree(folder / left, ignore_errors=True)
     return 0
 
 

@@ -18,6 +18,7 @@ from damage import damage_one, restore
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.data import LastNSplit, SyntheticReader, label_column, prepare_data
 from hpgr_plugin.errors import HpgrError, one_line
+from hpgr_plugin.files import crc32
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, save_checkpoint
 from hpgr_plugin.hosts.embedded.train.distributed import Process
 from hpgr_plugin.hosts.embedded.train.run_directory import (
@@ -145,5 +146,8 @@ def test_damage(tmp_path: Path, make: Callable[[Path], Artefact], count: Count) 
 def test_a_whole_file_of_torch_that_is_no_checkpoint(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "checkpoint.pt"
     torch.save(content, path)
+    checksum = crc32(path)
+    with path.open("ab") as file:
+        file.write(f"{checksum:08x}".encode())
     with pytest.raises(HpgrError, match=str(path)):
         load_checkpoint(path, PROCESS.device)
