@@ -14,6 +14,7 @@ from gin.config import _CONFIG, ConfigurableReference, ParserDelegate, iterate_r
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from hpgr_plugin.config.registry import ConfigError, registered_targets, roots
+from hpgr_plugin.errors import HpgrError
 
 _MACRO = "gin.macro"
 _PLACES = ("output_dir", "cache_dir", "path", "overwrite", "allow_unused")
@@ -125,6 +126,8 @@ def _parse_errors(source: str) -> Iterator[None]:
         raise ConfigError(f"{source}, line {line}: {problem}") from error
     except RecursionError as error:
         raise ConfigError(f"{source} is nested too deeply, or includes itself") from error
+    except HpgrError:
+        raise
     except (ImportError, OSError, TypeError, ValueError) as error:
         text = str(error)
         raise ConfigError(text if source in text else f"{source}: {text}") from error
