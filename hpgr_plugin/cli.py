@@ -10,7 +10,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from hpgr_plugin.config.bindings import parse
-from hpgr_plugin.config.registry import build, configured, register
+from hpgr_plugin.config.registry import build, register
 from hpgr_plugin.errors import HpgrError, one_line
 
 FLAGS = flags.FLAGS
@@ -28,6 +28,19 @@ def load_configs(config_files: list[str], bindings: list[str]) -> None:
     parse(config_files, bindings)
 
 
+def run_configured(config_file: str, bindings: list[str], **overrides: Any) -> None:
+    """Parse the configuration, then call `hpgr.run`.
+
+    Args:
+        config_file: path of a gin file.
+        bindings: lines of gin that override those of the file.
+        overrides: arguments of `hpgr.run` that replace bound ones.
+    """
+    load_configs([config_file], bindings)
+    build("set_backends")
+    build("run", **overrides)
+
+
 def run_app(**overrides: Any) -> None:
     """Parse the flags and the configuration, then call `hpgr.run`.
 
@@ -42,9 +55,7 @@ def run_app(**overrides: Any) -> None:
         if not FLAGS.gin_config_file:
             _fail("--gin_config_file is missing; for instance configs/runs/quickstart.gin")
         try:
-            load_configs([FLAGS.gin_config_file], FLAGS.gin_bindings)
-            build("set_backends")
-            configured("run")(**overrides)
+            run_configured(FLAGS.gin_config_file, FLAGS.gin_bindings, **overrides)
         except USER_ERRORS as error:
             _fail(one_line(error))
 

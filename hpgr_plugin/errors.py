@@ -8,6 +8,10 @@ class HpgrError(ValueError):
 
 
 def one_line(error: Exception) -> str:
-    """The message of `error` without line breaks, and without the addresses that gin adds."""
+    """The message of `error` without line breaks, and without the addresses that gin adds.
+
+    Control characters are escaped.
+    """
     message = re.sub(r" \(<[^\n]*>\)", "", str(error).strip())
-    return re.sub(r"\s*\n\s*", " | ", message)
+    message = re.sub(r"\s*\n\s*", " | ", message)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)

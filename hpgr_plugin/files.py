@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def crc32(path: Path, *, leave_out: int = 0) -> int:
+    """CRC-32 of a file, or of all but its last `leave_out` bytes."""
+    checksum, left = 0, path.stat().st_size - leave_out
+    with path.open("rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            checksum = zlib.crc32(block, checksum)
+            left -= len(block)
+    return checksum
 
 
 def remove_temporary_files(directory: Path) -> None:

@@ -212,6 +212,7 @@ class StochasticLength(AttentionHook):
         check_choice(get_args(Selection), selection=selection)
         if max_history is not None:
             check_at_least(1, max_history=max_history)
+        check_at_least(0, seed=seed)
         self.alpha = alpha
         self.selection = selection
         self.max_history = max_history

@@ -16,6 +16,13 @@ def check_at_least(minimum: float, **values: float) -> None:
             raise HpgrError(f"{name} must be at least {minimum}, got {value}")
 
 
+def check_share(**values: float) -> None:
+    """Raises `HpgrError` for the first argument that is not in [0, 1]."""
+    for name, value in values.items():
+        if not 0.0 <= value <= 1.0:
+            raise HpgrError(f"{name} must be in [0, 1], got {value}")
+
+
 def check_choice(choices: tuple[str, ...], **values: str) -> None:
     """Raises `HpgrError` for the first argument that is none of the choices."""
     for name, value in values.items():

@@ -163,7 +163,15 @@ class MaskedItemModel(nn.Module):
     ) -> None:
         super().__init__()
         check_at_least(2, num_items=num_items)
-        check_at_least(1, max_sequence_length=max_sequence_length, num_sampled=num_sampled)
+        check_at_least(
+            1,
+            embedding_dim=embedding_dim,
+            max_sequence_length=max_sequence_length,
+            num_sampled=num_sampled,
+        )
+        check_at_least(0, full_softmax_max_items=full_softmax_max_items)
+        if gap_seconds is not None:
+            check_at_least(0, gap_seconds=gap_seconds)
         check_choice(get_args(Masking), masking=masking)
         if not 0.0 < mask_ratio < 1.0:
             raise HpgrError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")

@@ -63,6 +63,7 @@ class TimeAwarePositionalEncoder(nn.Module):
     def __init__(self, *, embedding_dim: int, max_positions: int, hide_future: bool = True) -> None:
         super().__init__()
         check_at_least(1, embedding_dim=embedding_dim, max_positions=max_positions)
+        self.embedding_dim = embedding_dim
         self.max_positions = max_positions
         self.hide_future = hide_future
         self.table = nn.Embedding(max_positions, embedding_dim)  # index 1 is row 0

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import tokenize
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gin
 from gin.config import _CONFIG, ConfigurableReference, ParserDelegate, iterate_references
-from typeguard import TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from hpgr_plugin.config.registry import ConfigError, registered_targets, roots
+from hpgr_plugin.errors import HpgrError
 
 _MACRO = "gin.macro"
 _PLACES = ("output_dir", "cache_dir", "path", "overwrite", "allow_unused")
+_LARGEST = 2**32 - 1  # what every generator takes as a seed
+_LARGEST_FLOAT = 3e38
 _macros_referred_to: set[str] = set()
 _PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
 
@@ -32,14 +36,15 @@ def parse(config_files: list[str], bindings: list[str]) -> None:
             that its parameter does not take.
         OSError: no such file.
     """
-    try:
-        with _recorded_macros():
-            gin.parse_config_files_and_bindings(config_files, bindings)
-    except SyntaxError as error:
-        where = f"{error.filename or '--gin_bindings'}, line {error.lineno}"
-        raise ConfigError(f"{where}: {error.msg} {(error.text or '').strip()}") from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+    if not _CONFIG:
+        _macros_referred_to.clear()
+    with _recorded_macros():
+        for file in config_files:
+            with _parse_errors(file):
+                gin.parse_config_file(file)
+        with _parse_errors("--gin_bindings"):
+            gin.parse_config(bindings)
+            gin.finalize()
     check_types()
 
 
@@ -50,11 +55,14 @@ def check_types() -> None:
         ConfigError: naming the binding, its value and what it takes.
     """
     for binding, hint, value in _typed_bindings():
+        origin = f", the value of {value}" if _is_macro(value) else ""
         value = _resolve_macro(value)
         if value is gin.REQUIRED:
             raise ConfigError(f"{binding} must be bound: it takes {describe(hint)}")
         if not _fits(value, hint):
-            raise ConfigError(f"{binding} takes {describe(hint)}, got {_show(value)}")
+            raise ConfigError(f"{binding} takes {describe(hint)}, got {_show(value)}{origin}")
+        if (limit := _broken_limit(value)) is not None:
+            raise ConfigError(f"{binding} takes {limit}, got {_show(value)}{origin}")
 
 
 def check_unused(allow: Sequence[str] = ()) -> None:
@@ -104,6 +112,28 @@ def describe(hint: Any) -> str:
 
 
 @contextlib.contextmanager
+def _parse_errors(source: str) -> Iterator[None]:
+    """Turn what gin raises on a text that it cannot read into one error that names it."""
+    try:
+        yield
+    except SyntaxError as error:
+        where = f"{error.filename or source}, line {error.lineno}"
+        raise ConfigError(f"{where}: {error.msg} {(error.text or '').strip()}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} or a file that it includes is not UTF-8: {error}") from error
+    except tokenize.TokenError as error:
+        problem, (line, _) = error.args
+        raise ConfigError(f"{source}, line {line}: {problem}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source} is nested too deeply, or includes itself") from error
+    except HpgrError:
+        raise
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        text = str(error)
+        raise ConfigError(text if source in text else f"{source}: {text}") from error
+
+
+@contextlib.contextmanager
 def _recorded_macros() -> Iterator[None]:
     """Remember which macros the parsed lines refer to; gin keeps only the final bindings."""
     original = ParserDelegate.macro
@@ -144,9 +174,26 @@ def _fits(value: Any, hint: Any) -> bool:
     return any(_is_of(value, member) for member in members)
 
 
+def _broken_limit(value: Any) -> str | None:
+    """What every value has to keep to, whatever it is for, where this one does not."""
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(_broken_limit, value)), None)
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return f"integers of at most {_LARGEST}"
+    if isinstance(value, float) and not abs(value) < _LARGEST_FLOAT:
+        return "a finite number that fits into 32 bits"
+    if isinstance(value, str) and not _is_text(value):
+        return "text without NUL and lone surrogates"
+    return None
+
+
+def _is_text(value: str) -> bool:
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def _is_of(value: Any, hint: Any) -> bool:
     try:
-        check_type(value, hint)
+        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
     except TypeCheckError:
         return False
     return True
@@ -211,7 +258,7 @@ def _show(value: Any) -> str:
 
 def _resolve_macro(value: Any) -> Any:
     """The value behind `%NAME`; other values as they are."""
-    while isinstance(value, ConfigurableReference) and _is_macro(value):
+    while _is_macro(value):
         bound = _CONFIG.get(("/".join(value.scopes), _MACRO))
         if bound is None:
             raise ConfigError(f"the macro %{'/'.join(value.scopes)} has no value")
@@ -219,8 +266,9 @@ def _resolve_macro(value: Any) -> Any:
     return value
 
 
-def _is_macro(reference: ConfigurableReference) -> bool:
-    return bool(reference.configurable.selector == _MACRO)
+def _is_macro(value: Any) -> bool:
+    is_reference = isinstance(value, ConfigurableReference)
+    return is_reference and bool(value.configurable.selector == _MACRO)
 
 
 def _is_ours(key: tuple[str, str]) -> bool:

@@ -46,16 +46,20 @@ class Entry(NamedTuple):
 
 SEM, POSITIONS, HOOK, LAYER = SLOTS = ("sem", "positional_encoder", "attention_hook", "layer")
 
-_REQUESTS = ("prepared", "split", "settings", "rank", "world_size")
-_SEQUENCES = ("prepared", "users", "rank", "world_size")
+_REQUESTS = ("prepared", "split", "settings", "seed", "rank", "world_size")
+_SEQUENCES = ("prepared", "max_length", "users", "seed", "rank", "world_size")
+_MIM = ("num_items", "item_counts")
 _LAYER = ("embedding_dim", "num_heads", "dropout")
-_RANKER = ("num_items", "num_actions", "vocabulary_digest")
+_RANKER = (
+    *("num_items", "num_actions", "vocabulary_digest"),
+    *("user_feature_sizes", "item_feature_codes"),
+)
 
 GROUPS: dict[str, tuple[Entry, ...]] = {
     "components": (
         Entry("hpgr_plugin.components.attention_hooks:PreferenceGuidedSparseAttention", HOOK),
         Entry("hpgr_plugin.components.attention_hooks:StochasticLength", HOOK),
-        Entry("hpgr_plugin.components.mim:MaskedItemModel", root=True),
+        Entry("hpgr_plugin.components.mim:MaskedItemModel", denylist=_MIM, root=True),
         Entry("hpgr_plugin.components.positions:TimeAwarePositionalEncoder", POSITIONS),
         Entry("hpgr_plugin.components.sem:SessionEnhancementModule", SEM),
         Entry("hpgr_plugin.ops.dispatch:set_backends", root=True),
@@ -176,9 +180,10 @@ def build(name: str, **arguments: Any) -> Any:
     try:
         return configured(name)(**arguments)
     except TypeError as error:
-        if not re.search(r"__init__\(\) missing \d+ required", str(error)):
+        missing = re.search(r"(\w+)(\.__init__)?\(\) missing \d+ required.*?: (.*)", str(error))
+        if missing is None:
             raise
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"hpgr.{missing[1]} has no binding for {missing[3]}") from error
 
 
 def shipped(path: str) -> Path:

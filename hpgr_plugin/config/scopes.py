@@ -34,8 +34,8 @@ def check_scopes() -> None:
     entered = {*rows, *stage1, *references}
     for scope in sorted(entered - bound):
         raise ConfigError(
-            f"gin scope {scope!r} is entered and has no bindings (a typo?); scopes with "
-            f"bindings: {sorted(bound)}"
+            f"gin scope {scope!r} is entered and has no bindings (a typo in a reference, or in "
+            f"hpgr.AblationRow.stage1?); scopes with bindings: {sorted(bound)}"
         )
     for scope in sorted(bound):
         if not any(f"{other}/".startswith(f"{scope}/") for other in entered):

@@ -54,6 +54,7 @@ class Loader(ABC, Generic[_Item]):
         name = type(self).__name__
         require(batch_tokens >= 1, f"{name}.batch_tokens", "1 or more", batch_tokens)
         require(seed >= 0, f"{name}.seed", "0 or more", seed)
+        require(prefetch >= 0, f"{name}.prefetch", "0 or more", prefetch)
         require(0 <= rank < world_size, f"{name}.rank", f"0 to {world_size - 1}", rank)
         self._lengths = lengths
         self._batch_tokens = batch_tokens

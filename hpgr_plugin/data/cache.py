@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -18,6 +17,7 @@ from filelock import FileLock
 
 from hpgr_plugin.data.events import DataError
 from hpgr_plugin.data.log import CategoricalFeature, InteractionLog, PreparedData
+from hpgr_plugin.files import crc32
 
 # Raise it when the meaning of a stored array changes: older entries are then not found.
 FORMAT = 2
@@ -65,7 +65,7 @@ def load(entry: Path) -> PreparedData | None:
     name = _CHECKSUMS
     try:
         for name, expected in json.loads((entry / _CHECKSUMS).read_text()).items():
-            if (found := _crc32(entry / name)) != expected:
+            if (found := crc32(entry / name)) != expected:
                 raise ValueError(f"crc32 is {found:08x}, expected {expected:08x}")
         name = _META
         meta = json.loads((entry / _META).read_text())
@@ -118,7 +118,7 @@ def _write(folder: Path, prepared: PreparedData) -> None:
         "prepared": {name: values[name] for name in ("dropped", "settings")},
     }
     (folder / _META).write_text(json.dumps(meta, indent=1, default=str))
-    checksums = {path.name: _crc32(path) for path in sorted(folder.iterdir())}
+    checksums = {path.name: crc32(path) for path in sorted(folder.iterdir())}
     (folder / _CHECKSUMS).write_text(json.dumps(checksums, indent=1))
 
 
@@ -137,13 +137,6 @@ def exclusive(entry: Path) -> Iterator[None]:
 
 def _map(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def _crc32(path: Path) -> int:
-    checksum = 0
-    for block in _blocks(path):
-        checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

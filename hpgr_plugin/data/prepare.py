@@ -54,6 +54,8 @@ def prepare_data(
         "min_user_sessions": min_user_sessions,
         "session_gap_seconds": session_gap_seconds,
     }
+    for name, count in counts.items():
+        require(count >= 0, f"prepare_data.{name}", "0 or more", count)
     settings: dict[str, Any] = {
         "reader": cache.settings_of(reader),
         "label": cache.settings_of(label),

@@ -49,6 +49,8 @@ class RequestSettings:
         for name, fits, takes in (
             ("history", self.history in ("candidate", "request"), "'candidate' or 'request'"),
             ("max_history", self.max_history >= 1, "1 or more"),
+            ("min_history", self.min_history >= 0, "0 or more"),
+            ("min_history_in_evaluation", self.min_history_in_evaluation >= 0, "0 or more"),
             ("max_candidates", self.max_candidates >= 1, "1 or more"),
             ("request_span_seconds", span is None or span >= 0, "None or 0 or more"),
             ("max_train_candidates_per_user", limit is None or limit >= 1, "None or 1 or more"),

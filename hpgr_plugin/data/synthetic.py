@@ -79,6 +79,17 @@ class SyntheticReader:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for least, names in (
+            (0, ("distractors", "seed")),
+            (1, ("num_users", "items_per_cluster", "tells_per_cluster", "candidates")),
+            (1, ("session_length",)),
+            (61, ("session_gap_seconds",)),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                require(value >= least, f"SyntheticReader.{name}", f"{least} or more", value)
+        fits = 0 <= self.label_noise <= 1
+        require(fits, "SyntheticReader.label_noise", "a probability", self.label_noise)
         takes = f"1 to num_clusters // 2 - 1 = {self._tasting - 1}"
         fits = 0 < self.liked_clusters < self._tasting
         require(fits, "SyntheticReader.liked_clusters", takes, self.liked_clusters)

@@ -171,7 +171,7 @@ ROWS = """
             "'recensy' is entered and has no bindings",
         ),
         (
-            "base/hpgr.HSTURanker.user_feature_sizes = {'a': @typo/hpgr.SyntheticReader()}",
+            "base/hpgr.set_backends.choices = {'a': @typo/hpgr.SyntheticReader()}",
             "'typo' is entered and has no bindings",
         ),
     ],

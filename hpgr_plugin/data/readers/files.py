@@ -33,6 +33,8 @@ def existing(path: str | Path) -> Path:
     Raises:
         DataError: nothing is there.
     """
+    if not str(path):
+        raise DataError("a reader's `path` takes a file or folder, got ''")
     found = Path(path).expanduser()
     if not found.exists():
         raise DataError("no such file or folder", file=path)

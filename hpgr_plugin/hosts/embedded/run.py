@@ -11,6 +11,7 @@ from typing import Any
 from hpgr_plugin.config.bindings import bound_values, check_unused
 from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.config.scopes import check_scopes
+from hpgr_plugin.data.events import require
 from hpgr_plugin.hosts.embedded.report.ablation import run_ablation
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.report.results import write_results
@@ -61,6 +62,10 @@ def run(
         raise ConfigError(f"hpgr.run.mode takes one of {list(MODES)}, got {mode!r}")
     if not seeds:
         raise ConfigError("hpgr.run.seeds takes at least one seed, got none")
+    for seed in seeds:
+        require(seed >= 0, "run.seeds", "numbers of 0 or more", seed)
+    require(session_gap_seconds >= 0, "run.session_gap_seconds", "0 or more", session_gap_seconds)
+    require(bool(output_dir), "run.output_dir", "a folder", output_dir)
     check_scopes()
     check_unused(allow_unused)
     directory = Path(output_dir)

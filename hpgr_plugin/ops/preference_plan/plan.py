@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hpgr_plugin.errors import HpgrError
+
 
 class PreferencePlan(NamedTuple):
     """A CSR matrix, rows (candidates, or users) by history items.
@@ -60,11 +62,11 @@ class PlanSettings(NamedTuple):
         """
         for name, value in (("top_k", self.top_k), ("recent", self.recent)):
             if value < 0 or value != int(value):
-                raise ValueError(f"{name} must be an integer of at least 0, got {value}")
+                raise HpgrError(f"{name} must be an integer of at least 0, got {value}")
         if not (0.0 < self.sigma < math.inf):
-            raise ValueError(f"sigma must be a finite number above 0, got {self.sigma}")
+            raise HpgrError(f"sigma must be a finite number above 0, got {self.sigma}")
         if not 0.0 < self.eps <= 1.0:
-            raise ValueError(f"eps must be in (0, 1], got {self.eps}")
+            raise HpgrError(f"eps must be in (0, 1], got {self.eps}")
         return self
 
 

@@ -12,6 +12,7 @@ from hpgr_plugin.components.attention_hooks import (
     HookInputs,
     PreferenceGuidedSparseAttention,
 )
+from hpgr_plugin.components.checks import check_at_least, check_share
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, VisibilityCheck
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.data.batch import Batch
@@ -20,7 +21,7 @@ from hpgr_plugin.hosts.embedded.model.features import ItemFeatures, UserFeatureT
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
-from hpgr_plugin.hosts.slots import SlotError, check_slot
+from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 from hpgr_plugin.transfer.handoff import Handoff, load_handoff, load_sem_state
 
@@ -93,6 +94,20 @@ class HSTURanker(nn.Module):
         check_slot(_NAME, "sem", sem, SessionEnhancementModule)
         check_slot(_NAME, "positional_encoder", positional_encoder, TimeAwarePositionalEncoder)
         check_slot(_NAME, "attention_hook", attention_hook, AttentionHook)
+        check_at_least(
+            1,
+            embedding_dim=embedding_dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            max_history=max_history,
+        )
+        check_share(dropout=dropout)
+        self.max_history = max_history
+        for name, slot in (("sem", sem), ("positional_encoder", positional_encoder)):
+            if slot is not None:
+                check_width(
+                    _NAME, name, slot.embedding_dim, expected=embedding_dim, of="the ranker"
+                )
         self.dynamic_mask = layer.dynamic_mask
         self.inherited_lr_ratio = inherited_lr_ratio
         self.item_table = nn.Embedding(num_items, embedding_dim)

@@ -13,6 +13,7 @@ from hpgr_plugin.config.registry import build
 from hpgr_plugin.data import PreparedData, RequestLoader, RequestSettings
 from hpgr_plugin.data.baselines import Scored
 from hpgr_plugin.data.log import sessions_per_user
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.train.distributed import Process, gather_arrays
 from hpgr_plugin.metrics import ranking_metrics
@@ -85,7 +86,13 @@ class Task:
             scores.append(logits.float().sigmoid().cpu().numpy())
             users.append(np.repeat(batch.users.numpy(), batch.candidate_offsets.diff().numpy()))
         parts = [np.concatenate(part) if part else np.zeros(0) for part in (labels, scores, users)]
-        return Scored(*gather_arrays(parts))
+        scored = Scored(*gather_arrays(parts))
+        if not np.isfinite(scored.scores).all():
+            raise HpgrError(
+                "the scores are not numbers: the training diverged; try a smaller "
+                "hpgr.FinetuneSettings.learning_rate or weight_decay"
+            )
+        return scored
 
 
 @torch.no_grad()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
+import os
 import random
-import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from hpgr_plugin.errors import HpgrError
-from hpgr_plugin.files import atomic_write
+from hpgr_plugin.files import atomic_write, crc32
 from hpgr_plugin.hosts.embedded.train.distributed import Process, gather_objects
 
-FORMAT_VERSION = 2
-_BAD = (zipfile.BadZipFile, pickle.UnpicklingError)
+FORMAT_VERSION = 3
+_CHECKSUM_BYTES = 8  # at the end of the file, in hexadecimal; PyTorch does not read them
+_PARTS = ("stage", "generators", "model", "best_model", "optimizer", "progress")
 
 
 class CheckpointError(HpgrError):
@@ -42,6 +43,9 @@ def save_checkpoint(path: Path, state: dict[str, Any], process: Process) -> None
     try:
         with atomic_write(path) as temporary:
             torch.save(content, temporary)
+            checksum = f"{crc32(temporary):0{_CHECKSUM_BYTES}x}"
+            with temporary.open("ab") as file:
+                file.write(checksum.encode())
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
@@ -59,19 +63,34 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # every part carries a CRC-32
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        _check(path)
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        if missing := [name for name in _PARTS if name not in state]:
+            raise KeyError(f"no {', '.join(missing)}")
         version = state["format_version"]
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, *_BAD) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        EOFError,
+        UnpicklingError,
+    ) as error:
         raise CheckpointError(f"{path} is damaged or is no checkpoint: {error}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, this code reads {FORMAT_VERSION}"
         )
     return state
+
+
+def _check(path: Path) -> None:
+    with path.open("rb") as file:
+        file.seek(-min(_CHECKSUM_BYTES, path.stat().st_size), os.SEEK_END)
+        written = file.read()
+    if written != f"{crc32(path, leave_out=_CHECKSUM_BYTES):0{_CHECKSUM_BYTES}x}".encode():
+        raise ValueError("it differs from its checksum")
 
 
 def restore_generators(path: Path, states: list[dict[str, Any]], process: Process) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpgr_plugin.config.registry import build
+from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.data import (
     Batch,
     InteractionLog,
@@ -213,6 +213,11 @@ def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
         },
         **slot,
     )
+    if task.requests.max_history > model.max_history:
+        raise ConfigError(
+            f"hpgr.RequestSettings.max_history = {task.requests.max_history} is more than "
+            f"hpgr.HSTURanker.max_history = {model.max_history}"
+        )
     task.decide_causal(model.sem)
     return model.to(task.process.device)
 

@@ -322,6 +322,9 @@ class Trainer:
             )
         load_weights(path, self.model, state["model"])
         self.best_state = state["best_model"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.progress = Progress(**state["progress"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.progress = Progress(**state["progress"])
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise CheckpointError(f"{path} is of another training: {error}") from error
         restore_generators(path, state["generators"], self.process)

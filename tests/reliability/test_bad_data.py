@@ -1,8 +1,9 @@
-"""Generated bad files: each is read, or ends in one line that names the file."""
+"""Generated bad data: each file is read, or ends in one line that names the file."""
 
 import io
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from hpgr_plugin.data import (
     rating_at_least,
 )
 
-CASES = int(os.environ.get("HPGR_BAD_FILES", "100"))
+CASES = int(os.environ.get("HPGR_BAD_CASES", "100"))
 HEADER = b"user_id,item_id,timestamp,label\n"
 FIELDS = (
     *("1", "2", "07", "7.0", "1e5", "nan", "", "NA", "x", "\u00e9", "\n", '"', ",", "\0", "-1"),
@@ -106,8 +107,10 @@ def reader_of(case: Case, folder: Path) -> Any:
     return make(path=str(path), drop_bad_rows=case.drop)
 
 
-def test_generated_bad_files(tmp_path_factory: pytest.TempPathFactory) -> None:
-    counts: Counter[str] = Counter()
+def test_generated_bad_files(
+    tmp_path_factory: pytest.TempPathFactory, count: Callable[..., None]
+) -> None:
+    seen: Counter[str] = Counter()
 
     @settings(
         max_examples=CASES,
@@ -130,12 +133,27 @@ def test_generated_bad_files(tmp_path_factory: pytest.TempPathFactory) -> None:
             )
         except DataError as error:
             message = str(error)
-        assert message.isprintable()
-        named = str(folder) in message
-        assert named or message == "read" or "no event is left" in message
-        counts.update({"cases": 1, "read": message == "read", "named": named})
+        except Exception:
+            seen.update({"cases": 1, "tracebacks": 1})
+            raise
+        named = str(folder) in message and message.isprintable()
+        read = message == "read"
+        empty = "no event is left" in message
+        seen.update(
+            {
+                "cases": 1,
+                "tracebacks": 0,
+                "errors_that_name_it": named,
+                "errors_that_do_not": not (named or read or empty),
+                "files_that_can_be_read": read,
+                "files_without_an_event": empty,
+            }
+        )
+        assert named or read or empty, message
 
-    check()
-    print(dict(counts))
-    assert counts["cases"] >= CASES
-    assert counts["named"] > 0
+    try:
+        check()
+    finally:
+        count("data", **seen)
+    assert seen["cases"] >= CASES
+    assert seen["errors_that_name_it"] > 0
