@@ -64,18 +64,18 @@ def run(*, quick: bool) -> None:
         print("no host checkout on PYTHONPATH: nothing to measure")
         return
     measure_ceilings()
-    host.stand_in()
+    host.provide_torchrec_module()
     host.compile_in_parallel(12, ("dense", "weighted"))
     for size in QUICK_SIZES if quick else SIZES:
         # One process each: a kernel that faults while it is tuned takes its process along.
         command = [sys.executable, "-m", "examples.benchmarks.hosts", *map(str, size)]
-        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+        if subprocess.run(command, stderr=open("/tmp/hosts.err", "a")).returncode:
             print(f"\n{size}: failed before it had measured every row")
 
 
 def measure_size(size: Size) -> None:
     """Print a row for the host and one for each hook."""
-    host.stand_in()
+    host.provide_torchrec_module()
     from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostModel
     from generative_recommenders.ops.triton import triton_hstu_preprocess_and_attention
 
