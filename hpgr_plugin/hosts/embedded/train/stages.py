@@ -200,19 +200,8 @@ def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
     Raises:
         ConfigError: a component does not fit, or SEM would show candidates their own future.
     """
-    log = task.data.log
     slot = {} if pretrained is None else {"pretrained": str(pretrained)}
-    model: HSTURanker = build(
-        "HSTURanker",
-        num_items=log.num_items,
-        num_actions=log.num_actions,
-        vocabulary_digest=log.item_vocabulary_digest,
-        user_feature_sizes={n: f.num_values for n, f in log.user_features.items()},
-        item_feature_codes={
-            n: torch.from_numpy(np.array(f.codes)) for n, f in log.item_features.items()
-        },
-        **slot,
-    )
+    model: HSTURanker = build("HSTURanker", **arguments_from_data(task.data.log), **slot)
     if task.requests.max_history > model.max_history:
         raise ConfigError(
             f"hpgr.RequestSettings.max_history = {task.requests.max_history} is more than "
@@ -220,6 +209,19 @@ def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
         )
     task.decide_causal(model.sem)
     return model.to(task.process.device)
+
+
+def arguments_from_data(log: InteractionLog) -> dict[str, Any]:
+    """What `HSTURanker` takes from the log and not from the configuration."""
+    return {
+        "num_items": log.num_items,
+        "num_actions": log.num_actions,
+        "vocabulary_digest": log.item_vocabulary_digest,
+        "user_feature_sizes": {n: f.num_values for n, f in log.user_features.items()},
+        "item_feature_codes": {
+            n: torch.from_numpy(np.array(f.codes)) for n, f in log.item_features.items()
+        },
+    }
 
 
 def _test_metrics(model: HSTURanker, task: Task) -> dict[str, Any]:
