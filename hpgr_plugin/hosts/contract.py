@@ -180,8 +180,8 @@ def _missing_packages(first: str) -> str:
     pip_names = " ".join(PIP_NAMES.get(name, name) for name in absent)
     return (
         f"the host needs packages that are not installed: {', '.join(absent)}. `make host "
-        f"HOST=path` makes an environment that has them; by hand: pip install --no-deps {pip_names}, "
-        "in the versions of the extras host and host-no-deps in setup.cfg"
+        f"HOST=path` makes an environment that has them; by hand: pip install --no-deps "
+        f"{pip_names}, in the versions of the extras host and host-no-deps in setup.cfg"
     )
 
 

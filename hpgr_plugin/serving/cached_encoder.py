@@ -54,8 +54,10 @@ class CachedEncoder(nn.Module):
         self.encoder = encoder
         self.cache = cache
         self._users: Sequence[Hashable] | None = None
+        first: Any = encoder.layers[0]
+        self.num_heads: int = first.num_heads
         for layer in encoder.layers:
-            layer.attend = _Attend(layer)
+            layer.attend = _Attend(layer)  # type: ignore[assignment]
 
     def for_users(self, users: Sequence[Hashable] | None) -> None:
         """Whose histories the next batch holds, one key per request; None: nothing is kept."""
@@ -142,7 +144,7 @@ class CachedEncoder(nn.Module):
         length, new = len(k), len(q)
         columns = torch.arange(length, device=k.device)
         outputs = []
-        step = max(1, _CHUNK_ELEMENTS // max(1, length * self.encoder.layers[0].num_heads))
+        step = max(1, _CHUNK_ELEMENTS // max(1, length * self.num_heads))
         for begin in range(0, new, step):
             rows = columns[length - new :][begin : begin + step]
             seen = marks.key_order < marks.query_order[rows].unsqueeze(1)
@@ -160,7 +162,7 @@ class CachedEncoder(nn.Module):
         count, length = chosen.stop - chosen.start, len(state.tokens)
         plan, parts = sequence.row_plan, sequence.parts
         if plan is None or parts is None:
-            step = max(1, _CHUNK_ELEMENTS // max(1, length * self.encoder.layers[0].num_heads))
+            step = max(1, _CHUNK_ELEMENTS // max(1, length * self.num_heads))
             for begin in range(0, count, step):
                 yield slice(begin, min(begin + step, count)), None
             return
@@ -220,9 +222,7 @@ class CachedEncoder(nn.Module):
 
     # -- attention ----------------------------------------------------------------------------
 
-    def _dense(
-        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None) -> Tensor:
         """q `[c, D]` over k and v `[N, D]`; seen and bias `[c or 1, N]`."""
         heads = (self._heads(part).transpose(0, 1) for part in (q * self.encoder.alpha, k, v))
         queries, keys, values = heads
@@ -255,17 +255,16 @@ class CachedEncoder(nn.Module):
         if bias is not None:
             scores = scores + bias.unsqueeze(2).to(scores.dtype)
         weights = kept.weights.unsqueeze(2).to(scores.dtype)
-        if mask_position == "pre":
-            attention = F.silu(scores * weights)
-        else:
-            attention = F.silu(scores) * weights
+        weighted = scores * weights if mask_position == "pre" else scores
+        attention = F.silu(weighted)
+        if mask_position == "post":
+            attention = attention * weights
         attention = attention * (seen.unsqueeze(2).to(scores.dtype) / self.encoder.norm_length)
         return (attention.to(far.dtype).unsqueeze(3) * far).sum(1).flatten(1)
 
     def _heads(self, x: Tensor) -> Tensor:
         """`[T, D]` to `[T, H, d]`."""
-        heads: Any = self.encoder.layers[0].num_heads
-        return x.unflatten(-1, (heads, -1))
+        return x.unflatten(-1, (self.num_heads, -1))
 
     def _tables(self, depth: int) -> PositionTimeBias | None:
         return None if self.encoder.bias is None else self.encoder.bias(depth)

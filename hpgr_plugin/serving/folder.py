@@ -1,9 +1,9 @@
 """The folder that is served: weights, configuration and vocabulary, nothing else is needed.
 
-    model.safetensors   weights, and the tensors that the model was built with
-    model.gin           the configuration in force when it was built
-    vocabulary.npz      item ids, actions, users and their features
-    manifest.json       format, scope, arguments, where it comes from, checksums
+model.safetensors   weights, and the tensors that the model was built with
+model.gin           the configuration in force when it was built
+vocabulary.npz      item ids, actions, users and their features
+manifest.json       format, scope, arguments, where it comes from, checksums
 """
 
 from __future__ import annotations

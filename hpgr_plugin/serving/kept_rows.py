@@ -57,9 +57,7 @@ class ServedPreferences(AttentionHook):
 
 def can_plan(hook: AttentionHook | None) -> bool:
     """Whether plans of this hook are made here: PGSA itself, scored by dot products."""
-    return (
-        type(hook) is PreferenceGuidedSparseAttention and getattr(hook, "score", "dot") == "dot"
-    )
+    return type(hook) is PreferenceGuidedSparseAttention and getattr(hook, "score", "dot") == "dot"
 
 
 def plan_histories(inputs: HookInputs, settings: PlanSettings) -> PreferencePlan:

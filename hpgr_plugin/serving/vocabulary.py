@@ -170,6 +170,7 @@ def _codes(known: np.ndarray, ids: Sequence[Any], name: str, strict: bool = True
     """Places of ids in the ascending `known`, `UNKNOWN` where they are not in it."""
     integers = bool(np.issubdtype(known.dtype, np.integer))
     kind = int if integers else str
+    value: Any
     for place, value in enumerate(ids):
         if type(value) is not kind:
             if not strict:
@@ -178,7 +179,7 @@ def _codes(known: np.ndarray, ids: Sequence[Any], name: str, strict: bool = True
             raise RequestError(
                 f"{name}[{place}]", f"item ids of this model are {expected}, got {value!r}"
             )
-        if integers and not -(2**63) <= value < 2**63:
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise RequestError(f"{name}[{place}]", f"takes a 64-bit integer, got {value}")
     if not len(ids) or not len(known):
         return np.full(len(ids), UNKNOWN)

@@ -2,24 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import gin
-import numpy as np
 import pytest
 import torch
 
 from hpgr_plugin.cli import load_configs
 from hpgr_plugin.config.registry import build
 from hpgr_plugin.config.scopes import config_scope
-from hpgr_plugin.data.log import PreparedData, concatenated_ranges
-from hpgr_plugin.data.requests import build_requests
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.train.distributed import Process
 from hpgr_plugin.hosts.embedded.train.stages import finetune
 from hpgr_plugin.hosts.embedded.train.trainer import TrainingRun
 from hpgr_plugin.serving.export import export_checkpoint
-from hpgr_plugin.serving.requests import Request
 
 SMALL = [
     "NUM_USERS = 30",
@@ -61,25 +56,3 @@ def trained(configure: Callable[..., Task], tmp_path: Path) -> Callable[..., tup
         return task, folder
 
     return make
-
-
-def requests_of(data: PreparedData, settings: Any, split: str = "test") -> list[Request]:
-    """The requests of a split as a client sends them: whole histories, in the log's own ids."""
-    log, requests = data.log, build_requests(data, split, settings)
-    made = []
-    for place in range(len(requests)):
-        one = requests.take(np.array([place]))
-        start, end = data.history_offsets[one.users[0]], data.history_offsets[one.users[0] + 1]
-        history = data.history_rows[start:end]
-        rows = one.candidate_rows[concatenated_ranges(one.candidate_start, one.candidate_count)]
-        made.append(
-            Request(
-                history_items=log.item_ids[log.item[history]].tolist(),
-                history_times=log.timestamp[history].tolist(),
-                history_actions=log.action_values[log.action[history]].tolist(),
-                candidates=log.item_ids[log.item[rows]].tolist(),
-                times=log.timestamp[rows].tolist(),
-                user_id=log.user_ids[one.users[0]].item(),
-            )
-        )
-    return made

@@ -7,6 +7,7 @@ import gin
 import numpy as np
 import pytest
 import torch
+from small_requests import requests_of
 
 from hpgr_plugin.config.registry import build
 from hpgr_plugin.config.scopes import config_scope
@@ -15,7 +16,6 @@ from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, load_weights
 from hpgr_plugin.hosts.embedded.train.stages import build_ranker
 from hpgr_plugin.serving import Request, RequestError, Scorer
-from tests.serving.conftest import requests_of
 
 ROWS = ["hstu", "mtgr", "base", "pgsa", "pgsa_recent", "pgsa_recent_shared", "sem", "full"]
 ROWS += ["full_shared"]
@@ -84,7 +84,9 @@ def test_unknown_items_are_left_out_of_the_history_and_get_no_score(
     plain, mixed, nothing = scorer.score(
         [
             simple(
-                history_items=known[:2], history_times=[1, 2], history_actions=[0, 1],
+                history_items=known[:2],
+                history_times=[1, 2],
+                history_actions=[0, 1],
                 candidates=known,
             ),
             simple(
@@ -137,7 +139,9 @@ def test_what_comes_later_than_the_candidates_is_not_read(
         history_items=ids[:2], history_times=[1, 2], history_actions=[0, 1], candidates=ids
     )
     whole = simple(
-        history_items=ids, history_times=[1, 2, 10, 11], history_actions=[0, 1, 1, 1],
+        history_items=ids,
+        history_times=[1, 2, 10, 11],
+        history_actions=[0, 1, 1, 1],
         candidates=ids,
     )
     first, second = scorer.score([cut, whole])
