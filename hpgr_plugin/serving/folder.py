@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from hpgr_plugin.config.registry import register
 from hpgr_plugin.config.stored import build_all
@@ -82,7 +82,8 @@ def write_folder(
     tensors = {_ARGUMENT + name: value for name, value in tensors.items()}
     tensors |= {_WEIGHT + name: value for name, value in model.state_dict().items()}
     with atomic_write(folder / WEIGHTS) as path:
-        save_file({name: value.detach().cpu().clone() for name, value in tensors.items()}, path)
+        # Not by save_file, whose files only their owner may read.
+        path.write_bytes(save({n: t.detach().cpu().clone() for n, t in tensors.items()}))
     with atomic_write(folder / CONFIG) as path:
         path.write_text(config)
     with atomic_write(folder / VOCABULARY) as path, path.open("wb") as file:
