@@ -168,6 +168,11 @@ class RequestLoader(Loader[Batch]):
             prefetch=prefetch,
         )
 
+    def candidate_rows(self, epoch: int = 0) -> np.ndarray:
+        """Rows of the log that the epoch's batches rank, in their order: int64 [C]."""
+        places = [*self._plan(epoch), np.zeros(0, dtype=np.int64)]
+        return self.requests.take(np.concatenate(places)).all_candidate_rows()
+
     def gather(self, places: np.ndarray) -> Batch:
         """The batch of the requests at these places, in their order."""
         log, requests = self.prepared.log, self.requests.take(places)

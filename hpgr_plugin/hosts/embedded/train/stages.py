@@ -21,7 +21,7 @@ from hpgr_plugin.data import (
     item_mean_scores,
 )
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
-from hpgr_plugin.hosts.embedded.report.evaluation import Task, kept_tokens
+from hpgr_plugin.hosts.embedded.report.evaluation import Task, inference_seconds, kept_tokens
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, load_weights
 from hpgr_plugin.hosts.embedded.train.distributed import barrier, seed_everything
 from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT
@@ -176,7 +176,8 @@ def finetune(
         run=run,
     )
     cost = trainer.fit()
-    return _test_metrics(model, task) | cost | {"history": trainer.progress.history}
+    metrics = _test_metrics(model, task, run.output_dir)
+    return metrics | cost | {"history": trainer.progress.history}
 
 
 def evaluate(task: Task, output_dir: Path) -> dict[str, Any]:
@@ -189,9 +190,17 @@ def evaluate(task: Task, output_dir: Path) -> dict[str, Any]:
     return _test_metrics(model, task)
 
 
-def item_mean(task: Task) -> dict[str, Any]:
-    """Test metrics of the smoothed mean label of each item: the baseline of every table."""
-    return task.metrics(item_mean_scores(task.data, "test", task.requests))
+def item_mean(task: Task, output_dir: Path | None = None) -> dict[str, Any]:
+    """Test metrics of the smoothed mean label of each item: the baseline of every table.
+
+    Args:
+        task: data, requests and metrics.
+        output_dir: folder for the predictions; None writes none.
+    """
+    scored = item_mean_scores(task.data, "test", task.requests)
+    if output_dir is not None:
+        task.save_predictions(scored, output_dir)
+    return task.metrics(scored)
 
 
 def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
@@ -222,11 +231,18 @@ def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
     return model.to(task.process.device)
 
 
-def _test_metrics(model: HSTURanker, task: Task) -> dict[str, Any]:
+def _test_metrics(model: HSTURanker, task: Task, output_dir: Path | None = None) -> dict[str, Any]:
+    """Metrics and cost on the test split; writes the predictions where a folder is given."""
     model.eval()
     test = task.loader("test")
-    metrics: dict[str, Any] = task.metrics(task.score(model, test))
-    return metrics | {"kept_tokens": kept_tokens(model, test, task.process)}
+    scored = task.score(model, test)
+    if output_dir is not None:
+        task.save_predictions(scored, output_dir)
+    metrics: dict[str, Any] = task.metrics(scored)
+    return metrics | {
+        "kept_tokens": kept_tokens(model, test, task.process),
+        "inference_seconds_per_step": inference_seconds(model, test, task.process),
+    }
 
 
 def _source_ids(log: InteractionLog) -> dict[str, Any]:
