@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 
 SEM, POSITIONS, HOOK, LAYER = SLOTS = ("sem", "positional_encoder", "attention_hook", "layer")
 
-_REQUESTS = ("prepared", "split", "settings", "seed", "rank", "world_size")
+_REQUESTS = ("prepared", "split", "settings", "statistics", "seed", "rank", "world_size")
 _SEQUENCES = ("prepared", "max_length", "users", "seed", "rank", "world_size")
 _MIM = ("num_items", "item_counts")
 _LAYER = ("embedding_dim", "num_heads", "dropout")

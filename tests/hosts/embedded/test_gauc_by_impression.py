@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from hpgr_plugin import metrics
 from hpgr_plugin.data import (
@@ -18,7 +19,8 @@ from hpgr_plugin.data import (
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.train.distributed import Process
-from tests.hosts.embedded.conftest import ONE_PROCESS
+
+ONE_PROCESS = Process(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def data(*, groups: bool) -> PreparedData:
@@ -51,6 +53,5 @@ def test_gauc_is_the_mean_over_impressions() -> None:
 
 
 def test_a_log_without_impressions_is_refused() -> None:
-    process: Process = ONE_PROCESS
     with pytest.raises(HpgrError, match=r"hpgr\.run\.gauc_by takes 'user'"):
-        Task(data(groups=False), RequestSettings(), process, gauc_by="impression")
+        Task(data(groups=False), RequestSettings(), ONE_PROCESS, gauc_by="impression")

@@ -41,6 +41,7 @@ class Task:
         session_gap_seconds: longest pause inside a session, for the AUC of users with many
             sessions.
         gauc_by: whose candidates GAUC compares: those of a user, or of an impression.
+        statistics: whether batches carry the candidates' statistics.
 
     Raises:
         HpgrError: GAUC by impression, and the log has none.
@@ -51,6 +52,7 @@ class Task:
     process: Process
     session_gap_seconds: int = 1800
     gauc_by: GaucBy = "user"
+    statistics: bool = False
 
     def __post_init__(self) -> None:
         if self.gauc_by == "impression" and self.data.log.group is None:
@@ -65,6 +67,7 @@ class Task:
             prepared=self.data,
             split=split,
             settings=self.requests,
+            statistics=self.statistics,
             seed=seed,
             rank=self.process.rank,
             world_size=self.process.world_size,
