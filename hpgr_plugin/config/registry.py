@@ -76,6 +76,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.data:SequenceLoader", denylist=_SEQUENCES, root=True),
         Entry("hpgr_plugin.data:SyntheticReader"),
         Entry("hpgr_plugin.data:TableReader"),
+        Entry("hpgr_plugin.data:YambdaReader"),
         Entry("hpgr_plugin.data:label_column"),
         Entry("hpgr_plugin.data:prepare_data", root=True),
         Entry("hpgr_plugin.data:rating_at_least"),
