@@ -30,7 +30,10 @@ def write_sources(folder: Path) -> None:
         folder / "kuairand" / "log_standard_1.csv",
         [
             "user_id,video_id,date,time_ms,is_click,tab",
-            *(f"{user},{item},20220425,{1000 * time},{label},1" for user, item, time, label in rows),
+            *(
+                f"{user},{item},20220425,{1000 * time},{label},1"
+                for user, item, time, label in rows
+            ),
         ],
     )
     _write_ebnerd(folder / "ebnerd")
