@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from hpgr_plugin.hosts.embedded.report.ablation import run_ablation
+from hpgr_plugin.hosts.embedded.report.evaluation import Task
+from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint
 from hpgr_plugin.report.__main__ import FROM_RESULTS, main
 from hpgr_plugin.report.paper import AUC, TOP_K
 from hpgr_plugin.transfer.handoff import save_handoff
@@ -177,3 +180,28 @@ def test_mistakes_end_in_one_line(ablation: Path, capsys: pytest.CaptureFixture[
     assert "'hstu' has no seconds_per_step" in error("figure8", "--results", str(ablation))
     (ablation / "results.json").write_text("{}")
     assert "is not of an ablation" in error("figure4", "--results", str(ablation))
+
+
+def test_rows_of_figures_are_trained_and_drawn(
+    configure: Callable[..., Task], tmp_path: Path
+) -> None:
+    """Scopes below a figure's scope share its bindings and bind their own point."""
+    task = configure(
+        "include 'configs/models/figure_rows.gin'",
+        "NARROW_DIM = 8",
+        "hpgr.FinetuneSettings.epochs = 1",
+        "hpgr.PretrainSettings.epochs = 1",
+    )
+    rows = ["figure6/k_8", "figure7/history_50", "figure7/narrow/layers_2", "tokens/last/keep_8"]
+    run_ablation(task, rows, seeds=[0], output_dir=tmp_path)
+    for figure in ("figure6", "figure7", "tokens"):
+        assert main([figure, "--results", str(tmp_path), "--out", str(tmp_path / "f")]) == 0
+    _, points = read_csv(tmp_path / "f" / "figure6.csv")
+    assert points[0]["x"] == "8"
+    _, points = read_csv(tmp_path / "f" / "figure7.csv")
+    assert [line["x"] for line in points if line["source"] == "measured"] == ["50", "2"]
+    _, points = read_csv(tmp_path / "f" / "tokens.csv")
+    assert 0 < float(points[0]["x"]) < 0.5
+    path = tmp_path / "figure7" / "narrow" / "layers_2_seed0" / "checkpoint.pt"
+    weights = load_checkpoint(path, torch.device("cpu"))["model"]
+    assert weights["item_table.weight"].shape[1] == 8
