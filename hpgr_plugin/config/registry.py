@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 
 SEM, POSITIONS, HOOK, LAYER = SLOTS = ("sem", "positional_encoder", "attention_hook", "layer")
 
-_REQUESTS = ("prepared", "split", "settings", "seed", "rank", "world_size")
+_REQUESTS = ("prepared", "split", "settings", "statistics", "seed", "rank", "world_size")
 _SEQUENCES = ("prepared", "max_length", "users", "seed", "rank", "world_size")
 _MIM = ("num_items", "item_counts")
 _LAYER = ("embedding_dim", "num_heads", "dropout")
@@ -76,6 +76,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.data:SequenceLoader", denylist=_SEQUENCES, root=True),
         Entry("hpgr_plugin.data:SyntheticReader"),
         Entry("hpgr_plugin.data:TableReader"),
+        Entry("hpgr_plugin.data:YambdaReader"),
         Entry("hpgr_plugin.data:label_column"),
         Entry("hpgr_plugin.data:prepare_data", root=True),
         Entry("hpgr_plugin.data:rating_at_least"),

@@ -25,9 +25,9 @@ from hpgr_plugin.hosts.embedded.train.stages import build_ranker
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-DATA, RUNS, UPSTREAM = (
+DATA, MODELS, RUNS, UPSTREAM = (
     sorted(str(path.relative_to(ROOT)) for path in (CONFIGS / folder).glob("*.gin"))
-    for folder in ("data", "runs", "upstream")
+    for folder in ("data", "models", "runs", "upstream")
 )
 ENTRIES = {entry.name: entry for group in GROUPS.values() for entry in group}
 # The configured data, replaced by a small log that needs no files.
@@ -55,14 +55,10 @@ def bound(parameter: str) -> Any:
 
 
 def test_all_files_are_covered() -> None:
-    known = {
-        *DATA,
-        *RUNS,
-        *UPSTREAM,
-        "configs/models/hpgr_base.gin",
-        "configs/models/hpgr_rows.gin",
-    }
+    known = {*DATA, *MODELS, *RUNS, *UPSTREAM}
     assert {str(path.relative_to(ROOT)) for path in CONFIGS.rglob("*.gin")} == known
+    runs = "".join((ROOT / run).read_text() for run in RUNS)
+    assert all(f"include '{model}'" in runs for model in MODELS)
 
 
 @pytest.mark.parametrize("config", DATA)

@@ -41,6 +41,40 @@ class UserFeatureTokens(nn.Module):
         return torch.stack(columns, dim=1).flatten(0, 1)
 
 
+class StatisticsFeatures(nn.Module):
+    """An embedding of the counts and likes of a candidate's item and user before its time.
+
+    Likes are read as log odds, pulled towards even odds by `prior_events` imaginary events, so
+    that a single like says less than a hundred.
+
+    Args:
+        embedding_dim: ``D``.
+        prior_events: weight of even odds, in events.
+    """
+
+    owners = ("item", "user")
+
+    def __init__(self, embedding_dim: int, *, prior_events: float = 5.0) -> None:
+        super().__init__()
+        self.prior_events = prior_events
+        self.layers = nn.Sequential(
+            nn.Linear(2 * len(self.owners), embedding_dim),
+            nn.SiLU(),
+            nn.Linear(embedding_dim, embedding_dim),
+        )
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """The columns of `CandidateStatistics`, ``[C]`` each -> ``[C, D]``."""
+        columns = []
+        for owner in self.owners:
+            count, likes = features[f"{owner}_count"], features[f"{owner}_likes"]
+            half = self.prior_events / 2
+            columns += [torch.log1p(count) / 4, ((likes + half) / (count - likes + half)).log()]
+        parameter = next(self.parameters())
+        embedded: Tensor = self.layers(torch.stack(columns, dim=1).to(parameter.dtype))
+        return embedded
+
+
 class ItemFeatures(nn.Module):
     """The summed embeddings of an item's categorical features.
 

@@ -17,7 +17,11 @@ from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, Visibil
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
-from hpgr_plugin.hosts.embedded.model.features import ItemFeatures, UserFeatureTokens
+from hpgr_plugin.hosts.embedded.model.features import (
+    ItemFeatures,
+    StatisticsFeatures,
+    UserFeatureTokens,
+)
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
@@ -49,6 +53,9 @@ class HSTURanker(nn.Module):
         dropout: on the tokens, and inside the encoder.
         relative_bias: bias the attention by relative position and time.
         use_actions: mark history tokens with their actions.
+        statistics: let candidates know the counts and likes of their item and user before their
+            time, from the training events (see `CandidateStatistics`).
+        item_bias: add a learned number per item to the logits.
         sem: slot, a `SessionEnhancementModule` or None.
         positional_encoder: slot, a `TimeAwarePositionalEncoder`; None for the host's own.
         attention_hook: slot, an `AttentionHook` (PGSA, stochastic length) or None.
@@ -78,6 +85,8 @@ class HSTURanker(nn.Module):
         dropout: float = 0.1,
         relative_bias: bool = True,
         use_actions: bool = True,
+        statistics: bool = False,
+        item_bias: bool = False,
         sem: SessionEnhancementModule | None = None,
         positional_encoder: TimeAwarePositionalEncoder | None = None,
         attention_hook: AttentionHook | None = None,
@@ -149,6 +158,11 @@ class HSTURanker(nn.Module):
             nn.SiLU(),
             nn.Linear(embedding_dim, 1),
         )
+        self.reads_statistics = statistics
+        self.statistics = StatisticsFeatures(embedding_dim) if statistics else None
+        self.item_bias = nn.Embedding(num_items, 1) if item_bias else None
+        if self.item_bias is not None:
+            nn.init.zeros_(self.item_bias.weight)
         self.inherited: tuple[str, ...] = ()
         if pretrained is not None:
             self._inherit(
@@ -205,7 +219,11 @@ class HSTURanker(nn.Module):
         encoded = self.encoder(
             sequence, mask_position="post" if hook is None else hook.mask_position
         )
+        if self.statistics is not None:
+            encoded = encoded + self.statistics(batch.candidate_features)
         logits: Tensor = self.head(encoded).squeeze(1)  # Eq. 6 takes their sigmoid
+        if self.item_bias is not None:
+            logits = logits + self.item_bias(batch.candidate_items).squeeze(1)
         return logits
 
     def plan(
