@@ -44,9 +44,9 @@ class Entry(NamedTuple):
         return self.target.rpartition(":")[2]
 
 
-SEM, POSITIONS, HOOK, LAYER, ENCODER, FEATURES = SLOTS = (
+SEM, POSITIONS, HOOK, LAYER, ENCODER, FEATURES, RARE = SLOTS = (
     *("sem", "positional_encoder", "attention_hook"),
-    *("layer", "encoder", "token_features"),  # these take classes
+    *("layer", "encoder", "token_features", "rare_items"),  # these take classes
 )
 
 _REQUESTS = ("prepared", "split", "settings", "seed", "rank", "world_size")
@@ -57,7 +57,7 @@ _ENCODER = (*_LAYER, "max_history")
 _SIZES = ("sizes",)
 _RANKER = (
     *("num_items", "num_actions", "vocabulary_digest"),
-    *("user_feature_sizes", "item_feature_codes"),
+    *("user_feature_sizes", "item_feature_codes", "item_counts"),
 )
 
 GROUPS: dict[str, tuple[Entry, ...]] = {
@@ -90,6 +90,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.hosts.embedded.model.hstu:HSTULayer", LAYER, denylist=_LAYER),
         Entry("hpgr_plugin.hosts.embedded.model.mtgr:MTGRLayer", LAYER, denylist=_LAYER),
         Entry("hpgr_plugin.hosts.embedded.model.ranker:HSTURanker", denylist=_RANKER, root=True),
+        Entry("hpgr_plugin.hosts.embedded.model.rare_items:RareItems", RARE, _SIZES),
         Entry("hpgr_plugin.hosts.embedded.model.rivals.bert4rec:BERT4Rec", ENCODER, _ENCODER),
         Entry("hpgr_plugin.hosts.embedded.model.rivals.dnn:DNN", ENCODER, _ENCODER),
         Entry("hpgr_plugin.hosts.embedded.model.rivals.gru4rec:GRU4Rec", ENCODER, _ENCODER),

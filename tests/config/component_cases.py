@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.config.registry import ENCODER, FEATURES, LAYER, Entry, load
+from hpgr_plugin.config.registry import ENCODER, FEATURES, LAYER, RARE, Entry, load
 from hpgr_plugin.data import Batch
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 
@@ -22,7 +22,7 @@ FORMS: Mapping[str, list[dict[str, object]]] = {
     "PreferenceGuidedSparseAttention": [{"score": "cosine"}, {"layout": "shared_history"}],
     "TimeAwarePositionalEncoder": [{"form": "relative"}],
 }
-CLASSES = (LAYER, ENCODER, FEATURES)  # slots that take a class, which the ranker builds
+CLASSES = (LAYER, ENCODER, FEATURES, RARE)  # slots that take a class, which the ranker builds
 ARGUMENTS = {
     "embedding_dim": 8,
     "num_heads": 2,
@@ -98,6 +98,7 @@ def ranker_with(case: Variant) -> HSTURanker:
         num_items=NUM_ITEMS,
         num_actions=NUM_ACTIONS,
         vocabulary_digest="",
+        item_counts=torch.arange(NUM_ITEMS),
         embedding_dim=8,
         num_layers=2,
         num_heads=2,

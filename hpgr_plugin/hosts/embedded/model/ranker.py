@@ -20,6 +20,7 @@ from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.features import ItemFeatures, UserFeatureTokens
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
+from hpgr_plugin.hosts.embedded.model.rare_items import RareItems
 from hpgr_plugin.hosts.embedded.model.rivals.interface import RivalEncoder, RivalTokens
 from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes, TokenFeatures
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
@@ -43,6 +44,7 @@ class HSTURanker(nn.Module):
         vocabulary_digest: digest of the item vocabulary, compared with that of `pretrained`.
         user_feature_sizes: user feature name -> number of codes.
         item_feature_codes: item feature name -> `[V]` codes.
+        item_counts: `[V]`, training events of every item, for `rare_items`.
         embedding_dim: `D`.
         num_layers: encoder depth.
         num_heads: attention heads.
@@ -53,6 +55,7 @@ class HSTURanker(nn.Module):
         dropout: on the tokens, and inside the encoder.
         relative_bias: bias the attention by relative position and time.
         use_actions: mark history tokens with their actions.
+        rare_items: the class `RareItems`, or None: every item has its row of the table.
         token_features: classes of what is added to the tokens besides.
         sem: slot, a `SessionEnhancementModule` or None.
         positional_encoder: slot, a `TimeAwarePositionalEncoder`; None for the host's own.
@@ -75,6 +78,7 @@ class HSTURanker(nn.Module):
         vocabulary_digest: str,
         user_feature_sizes: Mapping[str, int] | None = None,
         item_feature_codes: Mapping[str, Tensor] | None = None,
+        item_counts: Tensor | None = None,
         embedding_dim: int = 64,
         num_layers: int = 4,
         num_heads: int = 2,
@@ -84,6 +88,7 @@ class HSTURanker(nn.Module):
         dropout: float = 0.1,
         relative_bias: bool = True,
         use_actions: bool = True,
+        rare_items: type[RareItems] | None = None,
         token_features: Sequence[type[TokenFeatures]] = (),
         sem: SessionEnhancementModule | None = None,
         positional_encoder: TimeAwarePositionalEncoder | None = None,
@@ -99,6 +104,7 @@ class HSTURanker(nn.Module):
                 f"SequenceLayer, without brackets, got {layer!r}"
             )
         _check_classes("token_features", token_features, TokenFeatures)
+        _check_classes("rare_items", () if rare_items is None else (rare_items,), RareItems)
         _check_classes("encoder", () if encoder is None else (encoder,), RivalEncoder)
         check_slot(_NAME, "sem", sem, SessionEnhancementModule)
         check_slot(_NAME, "positional_encoder", positional_encoder, TimeAwarePositionalEncoder)
@@ -134,7 +140,9 @@ class HSTURanker(nn.Module):
             embedding_dim=embedding_dim,
             num_actions=num_actions,
             item_feature_codes=item_feature_codes or {},
+            item_counts=item_counts,
         )
+        self.rare_items = None if rare_items is None else rare_items(sizes=sizes)
         self.token_features = nn.ModuleList(kind(sizes=sizes) for kind in token_features)
         if positional_encoder is None and encoder is None:
             self.positional_encoder: nn.Module | None = LearnedPositionalEncoder(
@@ -206,8 +214,8 @@ class HSTURanker(nn.Module):
         index = RequestIndex.of(batch, hide_future=self.hide_future)
         if self.hide_future and self.training:
             self._visibility(index.visible, batch.history_offsets.diff()[index.candidate_users])
-        history = self.item_table(batch.history_items)
-        candidates = self.item_table(batch.candidate_items)
+        history = self.embed_items(batch.history_items)
+        candidates = self.embed_items(batch.candidate_items)
         plan = self.plan(batch, history, candidates)  # Eq. 5, on the raw item embeddings
         if self.positional_encoder is not None:  # Eq. 4
             history, candidates = self.positional_encoder(
@@ -257,6 +265,15 @@ class HSTURanker(nn.Module):
         )
         return encoded
 
+    def embed_items(self, items: Tensor) -> Tensor:
+        """The embeddings of items `[L]`, `[L, D]`: what PGSA scores, and the tokens begin with."""
+        rows: Tensor = self.item_table(items)
+        if self.rare_items is None:
+            return rows
+        features = None if self.item_features is None else self.item_features(items)
+        embedded: Tensor = self.rare_items(rows, items, features)
+        return embedded
+
     def plan(
         self, batch: Batch, history_rows: Tensor, candidate_rows: Tensor
     ) -> PreferencePlan | None:
@@ -290,7 +307,8 @@ class HSTURanker(nn.Module):
         """
         if self.action_table is not None:
             history = history + self.action_table(batch.history_actions)
-        if self.item_features is not None:
+        gated = self.rare_items is not None and self.rare_items.replaces_features
+        if self.item_features is not None and not gated:
             history = history + self.item_features(batch.history_items)
             candidates = candidates + self.item_features(batch.candidate_items)
         for features in self.token_features:

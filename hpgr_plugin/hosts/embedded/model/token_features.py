@@ -30,11 +30,13 @@ class FeatureSizes:
         embedding_dim: D.
         num_actions: distinct history actions.
         item_feature_codes: item feature name -> `[V]` codes.
+        item_counts: int64 `[V]`, training events of every item; None where nothing counted them.
     """
 
     embedding_dim: int
     num_actions: int
     item_feature_codes: Mapping[str, Tensor] = field(default_factory=dict)
+    item_counts: Tensor | None = None
 
 
 class Added(NamedTuple):
