@@ -208,3 +208,33 @@ def test_attention_pooling_is_a_softmax_over_the_visible_items() -> None:
         seen = tokens.history[start : start + visible]
         weights = (seen @ query(tokens.candidates[c]) / 8**0.5).softmax(0)
         torch.testing.assert_close(pooled[c], weights @ seen)
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_bf16_autocast_is_close(rival: type[RivalEncoder]) -> None:
+    model = make_model(encoder=rival, user_feature_sizes={"age": 3}).float()
+    batch = replace(make_batch(**BATCH), user_features={"age": torch.tensor([0, 1, 2, 0, 1])})
+    exact = model(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(batch)
+    rounded.float().sum().backward()
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rival", RIVALS)
+def test_a_device_ranks_as_the_cpu_does(rival: type[RivalEncoder]) -> None:
+    """Logits and gradients in float32, and bf16 autocast near them."""
+    batch, results = make_batch(**BATCH), []
+    for device in ("cpu", "cuda"):
+        model = make_model(encoder=rival, max_blind_share=1.0).float().to(device).train()
+        logits = model(batch.to(device))
+        logits.sum().backward()
+        results.append([logits.cpu(), model.item_table.weight.grad.cpu()])
+    for on_cpu, on_device in zip(*results, strict=True):
+        torch.testing.assert_close(on_device, on_cpu, rtol=1e-2, atol=1e-2)  # tf32
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        rounded = model(batch.to("cuda"))
+    torch.testing.assert_close(rounded.float().cpu(), results[0][0], rtol=0.1, atol=0.1)
