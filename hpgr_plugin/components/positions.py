@@ -122,7 +122,8 @@ class TimeAwarePositionalEncoder(nn.Module):
         # Row of the table = index - 1: a place in the history, or the number of earlier items.
         rows = segment_positions(history_offsets, len(history_timestamps))
         if not self.hide_future:
-            rows = rows + moved_up(rows, earlier, history_offsets, candidate_offsets)
+            users = segment_ids(history_offsets, len(rows))
+            rows = rows + moved_up(rows, users, earlier, candidate_offsets)
         return (
             history_embeddings + self.table(rows),
             candidate_embeddings + self.table(earlier),
@@ -255,22 +256,21 @@ def count_earlier(
     return low - start
 
 
-def moved_up(
-    rows: Tensor, earlier: Tensor, history_offsets: Tensor, candidate_offsets: Tensor
-) -> Tensor:
-    """1 for items at or after their user's only candidate, else 0, `[T]` int64.
+def moved_up(places: Tensor, users: Tensor, earlier: Tensor, candidate_offsets: Tensor) -> Tensor:
+    """1 for items at or after their user's only candidate, else 0, `[P]` int64.
 
     Args:
-        rows: `[T]`, the place of every item in its history, from 0.
+        places: `[P]`, the place of each item in its whole history, from 0.
+        users: `[P]`, the user of each item.
         earlier: `[C]`, from `count_earlier`.
-        history_offsets: `[B + 1]`.
         candidate_offsets: `[B + 1]`, one candidate per user at most.
     """
-    users = segment_ids(candidate_offsets, len(earlier))
+    candidate_users = segment_ids(candidate_offsets, len(earlier))
     # A user without a candidate has nothing inserted: no item lies after it.
-    boundary = rows.new_full((history_offsets.numel() - 1,), len(rows))
-    boundary = boundary.index_copy(0, users, earlier)
-    return (rows >= boundary[segment_ids(history_offsets, len(rows))]).long()
+    nowhere = torch.iinfo(torch.int64).max
+    boundary = places.new_full((candidate_offsets.numel() - 1,), nowhere)
+    boundary = boundary.index_copy(0, candidate_users, earlier)
+    return (places >= boundary[users]).long()
 
 
 def _check_times(*times: Tensor) -> None:

@@ -91,11 +91,12 @@ class RequestIndex(NamedTuple):
             batch.candidate_offsets,
         )
         ranks = segment_positions(batch.history_offsets, batch.history_items.numel())
+        users = segment_ids(batch.history_offsets, batch.history_items.numel())
         positions = ranks + 1
         if not hide_future:
-            positions += moved_up(ranks, earlier, batch.history_offsets, batch.candidate_offsets)
+            positions += moved_up(ranks, users, earlier, batch.candidate_offsets)
         return cls(
-            history_users=segment_ids(batch.history_offsets, batch.history_items.numel()),
+            history_users=users,
             history_ranks=ranks,
             history_positions=positions,
             candidate_users=owner,
