@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 
-def _embedding(num_values: int, embedding_dim: int) -> nn.Embedding:
+def embedding(num_values: int, embedding_dim: int) -> nn.Embedding:
+    """A table on the scale of the item table."""
     table = nn.Embedding(num_values, embedding_dim)
     nn.init.normal_(table.weight, std=0.02)
     return table
@@ -25,7 +26,7 @@ class UserFeatureTokens(nn.Module):
     def __init__(self, num_values: Mapping[str, int], embedding_dim: int) -> None:
         super().__init__()
         self.tables = nn.ModuleDict(
-            {name: _embedding(size, embedding_dim) for name, size in sorted(num_values.items())}
+            {name: embedding(size, embedding_dim) for name, size in sorted(num_values.items())}
         )
 
     @property
@@ -89,7 +90,7 @@ class ItemFeatures(nn.Module):
         self.tables = nn.ModuleDict()
         for name in self.names:
             values = codes[name].long()
-            self.tables[name] = _embedding(int(values.max()) + 1, embedding_dim)
+            self.tables[name] = embedding(int(values.max()) + 1, embedding_dim)
             self.register_buffer(f"codes_{name}", values, persistent=False)
 
     def forward(self, items: Tensor) -> Tensor:

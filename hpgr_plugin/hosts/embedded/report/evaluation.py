@@ -169,7 +169,7 @@ def kept_tokens(
             break
         moved = batch.to(process.device)
         plan = model.plan(
-            moved, model.item_table(moved.history_items), model.item_table(moved.candidate_items)
+            moved, model.embed_items(moved.history_items), model.embed_items(moved.candidate_items)
         )
         if plan is None:
             return 1.0

@@ -22,6 +22,7 @@ from hpgr_plugin.data import (
     item_mean_scores,
 )
 from hpgr_plugin.data.events import require
+from hpgr_plugin.data.log import TRAIN
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.evaluation import Task, inference_seconds, kept_tokens
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, load_weights
@@ -244,6 +245,9 @@ def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
         item_feature_codes={
             n: torch.from_numpy(np.array(f.codes)) for n, f in log.item_features.items()
         },
+        item_counts=torch.from_numpy(
+            np.bincount(log.item[task.data.split == TRAIN], minlength=log.num_items)
+        ),
         **slot,
     )
     if task.requests.max_history > model.max_history:
