@@ -1,13 +1,16 @@
 """Time-aware positions (Eq. 4): a candidate stands where its time puts it in the history."""
 
 import warnings
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.components.checks import check_at_least, check_jagged
+from hpgr_plugin.components.checks import check_at_least, check_choice, check_jagged
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.jagged import check_sorted, ranges, segment_ids, segment_positions
+
+Form = Literal["absolute", "relative"]
 
 
 def time_aware_index(
@@ -44,7 +47,12 @@ def time_aware_index(
 
 
 class TimeAwarePositionalEncoder(nn.Module):
-    """Adds a learned vector for the time-aware index (Eq. 4) to histories and candidates.
+    """Time-aware positions (Eq. 4), added to the tokens or left to a bias of the attention.
+
+    "absolute" adds a learned vector for the index. "relative" adds nothing: the host's attention
+    has a bias by `Index(C) - Index(j)` for a candidate and `i - j` inside the history. Only
+    distances count then, so a candidate later than all of the training, as under a split by time,
+    has no row that was never trained.
 
     All candidates of a user share one history. With `hide_future`, the items that a candidate may
     see (t_i < t_C) have the same numbers for every candidate, so sharing is exact; the host masks
@@ -53,19 +61,38 @@ class TimeAwarePositionalEncoder(nn.Module):
 
     Args:
         embedding_dim: D.
-        max_positions: largest index, at least the longest history plus one.
+        max_positions: largest index, at least the longest history plus one; the relative form does
+            not need it.
         hide_future: whether a candidate's future is masked from it.
+        form: "absolute" or "relative".
 
     Raises:
-        ValueError: a size below 1.
+        HpgrError: an argument out of its range, or no `max_positions` in the absolute form.
     """
 
-    def __init__(self, *, embedding_dim: int, max_positions: int, hide_future: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        max_positions: int | None = None,
+        hide_future: bool = True,
+        form: Form = "absolute",
+    ) -> None:
         super().__init__()
-        check_at_least(1, embedding_dim=embedding_dim, max_positions=max_positions)
+        check_choice(get_args(Form), form=form)
+        check_at_least(1, embedding_dim=embedding_dim)
         self.embedding_dim = embedding_dim
         self.max_positions = max_positions
         self.hide_future = hide_future
+        self.form = form
+        if form == "relative":
+            return
+        if max_positions is None:
+            raise HpgrError(
+                "hpgr.TimeAwarePositionalEncoder.max_positions must be bound for "
+                "form = 'absolute': it takes the longest history plus one"
+            )
+        check_at_least(1, max_positions=max_positions)
         self.table = nn.Embedding(max_positions, embedding_dim)  # index 1 is row 0
         nn.init.normal_(self.table.weight, std=0.02)
 
@@ -78,7 +105,7 @@ class TimeAwarePositionalEncoder(nn.Module):
         candidate_offsets: Tensor,
         candidate_timestamps: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Histories `[T, D]` and candidates `[C, D]` with their positions added.
+        """Histories `[T, D]` and candidates `[C, D]`, in the absolute form with positions added.
 
         Offsets and times are those of `time_aware_index`.
 
@@ -89,11 +116,14 @@ class TimeAwarePositionalEncoder(nn.Module):
         times = (history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
         _check_times(*times)
         self._check_lengths(history_offsets, candidate_offsets)
+        if self.form == "relative":
+            return history_embeddings, candidate_embeddings
         earlier = count_earlier(*times)
         # Row of the table = index - 1: a place in the history, or the number of earlier items.
         rows = segment_positions(history_offsets, len(history_timestamps))
         if not self.hide_future:
-            rows = rows + _moved_up(rows, earlier, history_offsets, candidate_offsets)
+            users = segment_ids(history_offsets, len(rows))
+            rows = rows + moved_up(rows, users, earlier, candidate_offsets)
         return (
             history_embeddings + self.table(rows),
             candidate_embeddings + self.table(earlier),
@@ -104,7 +134,7 @@ class TimeAwarePositionalEncoder(nn.Module):
         candidates = candidate_offsets.diff().tolist()
         # A user without a candidate needs no index N + 1.
         needed = max((n + (c > 0) for n, c in zip(lengths, candidates, strict=True)), default=0)
-        if needed > self.max_positions:
+        if self.form == "absolute" and needed > (self.max_positions or 0):
             raise HpgrError(
                 f"max_positions is {self.max_positions}, but a history with its candidate "
                 f"needs positions up to {needed}"
@@ -226,15 +256,21 @@ def count_earlier(
     return low - start
 
 
-def _moved_up(
-    rows: Tensor, earlier: Tensor, history_offsets: Tensor, candidate_offsets: Tensor
-) -> Tensor:
-    """1 for items at or after their user's only candidate, else 0, `[T]` int64."""
-    users = segment_ids(candidate_offsets, len(earlier))
+def moved_up(places: Tensor, users: Tensor, earlier: Tensor, candidate_offsets: Tensor) -> Tensor:
+    """1 for items at or after their user's only candidate, else 0, `[P]` int64.
+
+    Args:
+        places: `[P]`, the place of each item in its whole history, from 0.
+        users: `[P]`, the user of each item.
+        earlier: `[C]`, from `count_earlier`.
+        candidate_offsets: `[B + 1]`, one candidate per user at most.
+    """
+    candidate_users = segment_ids(candidate_offsets, len(earlier))
     # A user without a candidate has nothing inserted: no item lies after it.
-    boundary = rows.new_full((history_offsets.numel() - 1,), len(rows))
-    boundary = boundary.index_copy(0, users, earlier)
-    return (rows >= boundary[segment_ids(history_offsets, len(rows))]).long()
+    nowhere = torch.iinfo(torch.int64).max
+    boundary = places.new_full((candidate_offsets.numel() - 1,), nowhere)
+    boundary = boundary.index_copy(0, candidate_users, earlier)
+    return (places >= boundary[users]).long()
 
 
 def _check_times(*times: Tensor) -> None:

@@ -88,11 +88,16 @@ def export_checkpoint(checkpoint: Path, out: Path, task: Task, *, scope: str = "
         CheckpointError: no checkpoint, or one of another model.
     """
     state = load_checkpoint(checkpoint, torch.device("cpu"))
-    arguments = arguments_from_data(task.data.log)
+    arguments = arguments_from_data(task.data)
     with recorded_config() as config:
         build("RequestSettings")
         # Without the hand-over: the weights come from the checkpoint.
         model = build("HSTURanker", **arguments, pretrained=None)
+    if model.reads_statistics:
+        raise ConfigError(
+            "hpgr.HSTURanker.statistics must be False in a served model: the folder holds no "
+            "counts of items and users up to the time of a request"
+        )
     task.decide_causal(model.sem)
     load_weights(checkpoint, model, state["best_model"])
     write_folder(

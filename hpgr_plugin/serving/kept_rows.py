@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hpgr_plugin.components.attention_hooks import (
@@ -52,12 +53,18 @@ class ServedPreferences(AttentionHook):
                 history_embeddings=hook.frozen_table[inputs.history_ids],
                 candidate_embeddings=hook.frozen_table[inputs.candidate_ids],
             )
+        if hook.score == "cosine":
+            inputs = replace(
+                inputs,
+                history_embeddings=F.normalize(inputs.history_embeddings.float(), dim=1),
+                candidate_embeddings=F.normalize(inputs.candidate_embeddings.float(), dim=1),
+            )
         return plan_histories(inputs, hook.settings)
 
 
 def can_plan(hook: AttentionHook | None) -> bool:
-    """Whether plans of this hook are made here: PGSA itself, scored by dot products."""
-    return type(hook) is PreferenceGuidedSparseAttention and getattr(hook, "score", "dot") == "dot"
+    """Whether plans of this hook are made here: those of PGSA itself, not of a subclass."""
+    return type(hook) is PreferenceGuidedSparseAttention
 
 
 def plan_histories(inputs: HookInputs, settings: PlanSettings) -> PreferencePlan:

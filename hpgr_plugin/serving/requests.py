@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -64,9 +64,20 @@ class EncodedRequest:
     user: tuple[str, int | str]
     version: str
 
+    def split(self) -> Iterator[EncodedRequest]:
+        """The same with one candidate each, for models that number a history by its candidate."""
+        for place in range(self.candidates.shape[1]):
+            one = self.candidates[:, place : place + 1]
+            yield replace(self, candidates=one, known=np.ones(1, bool))
+
 
 def encode(
-    request: Request, vocabulary: Vocabulary, settings: RequestSettings, *, use_actions: bool
+    request: Request,
+    vocabulary: Vocabulary,
+    settings: RequestSettings,
+    *,
+    use_actions: bool,
+    hide_future: bool = True,
 ) -> EncodedRequest:
     """Check a request and code it, as requests of the training are cut.
 
@@ -75,6 +86,7 @@ def encode(
         vocabulary: of the log.
         settings: of the training's requests: the longest history, and from where it counts.
         use_actions: whether the model reads actions.
+        hide_future: whether the model hides from a candidate what is not before it.
 
     Raises:
         RequestError: naming the field.
@@ -96,6 +108,8 @@ def encode(
     if isinstance(shown, int) and not isinstance(shown, bool):
         shown = [shown] * len(candidates)
     shown_at = _times(shown, "times", len(candidates))  # type: ignore[arg-type]
+    if not hide_future and len(set(shown_at.tolist())) > 1:
+        raise RequestError("times", "takes one time for all candidates: hide_future is False")
     known = candidates != UNKNOWN
     history = np.stack([items, times, actions])[:, _kept(items, times, shown_at, settings)]
     digest = hashlib.blake2b(np.ascontiguousarray(history).tobytes(), digest_size=12).hexdigest()

@@ -98,7 +98,13 @@ class Scorer:
             RequestError: naming the field.
         """
         use_actions = self.model.action_table is not None
-        return encode(request, self.vocabulary, self.settings, use_actions=use_actions)
+        return encode(
+            request,
+            self.vocabulary,
+            self.settings,
+            use_actions=use_actions,
+            hide_future=self.model.hide_future,
+        )
 
     def score(self, requests: Sequence[Request]) -> list[Scores]:
         """The answers to some requests, scored together.
@@ -111,10 +117,11 @@ class Scorer:
     @torch.inference_mode()
     def score_encoded(self, requests: Sequence[EncodedRequest]) -> list[Scores]:
         """The answers to some checked requests; one thread at a time."""
-        scored = [place for place, request in enumerate(requests) if request.known.any()]
+        chosen = [request for request in requests if request.known.any()]
+        if not self.model.hide_future:
+            chosen = [one for request in chosen for one in request.split()]
         logits = np.zeros(0, np.float32)
-        if scored:
-            chosen = [requests[place] for place in scored]
+        if chosen:
             if self._encoder is not None:
                 self._encoder.for_users([request.user for request in chosen])
             batch = batch_of(chosen).to(self.device)

@@ -25,7 +25,8 @@ SMALL = [
     "hpgr.FinetuneSettings.warmup_steps = 5",
 ]
 FILES = [
-    f"configs/{name}.gin" for name in ("data/synthetic", "models/hpgr_base", "models/hpgr_rows")
+    f"configs/{name}.gin"
+    for name in ("data/synthetic", "models/hpgr_base", "models/hpgr_rows", "models/rivals")
 ]
 ONE_PROCESS = Process(rank=0, world_size=1, device=torch.device("cpu"))
 

@@ -36,6 +36,7 @@ HOOKS: dict[str, Callable[[], AttentionHook | None]] = {
     "anchors only, before the gate": lambda: pgsa(top_k=3, mask_position="pre"),
     "no anchors": lambda: pgsa(top_k=0, recent=5),
     "frozen": lambda: pgsa(top_k=4, table="frozen"),
+    "cosine": lambda: pgsa(top_k=4, score="cosine"),
     "stochastic length": lambda: StochasticLength(alpha=1.5),
 }
 

@@ -18,7 +18,7 @@ from hpgr_plugin.hosts.embedded.train.stages import build_ranker
 from hpgr_plugin.serving import Request, RequestError, Scorer
 
 ROWS = ["hstu", "mtgr", "base", "pgsa", "pgsa_recent", "pgsa_recent_shared", "sem", "full"]
-ROWS += ["full_shared"]
+ROWS += ["full_shared", "sasrec"]
 
 
 def evaluated(task: Task, row: str, folder: Path) -> np.ndarray:
@@ -50,7 +50,8 @@ def test_served_scores_are_those_of_the_evaluation(
             answers = scorer.score(requests)
             scores = np.concatenate([answer.probabilities for answer in answers])
             np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
-    keeps = row not in ("pgsa_recent", "full")  # one sequence per candidate: nothing is shared
+    # One sequence per candidate, or an encoder without layers: nothing is shared.
+    keeps = row not in ("pgsa_recent", "full", "sasrec")
     assert (scorer.cache.counts.hits > 0) == keeps
 
 

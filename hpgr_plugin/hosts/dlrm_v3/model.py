@@ -29,7 +29,7 @@ from hpgr_plugin.hosts.dlrm_v3.modules import (
 )
 from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained
 from hpgr_plugin.hosts.seams import bound_value, host_has_seam, is_bound, replaced
-from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
+from hpgr_plugin.hosts.slots import SlotError, check_absolute, check_slot, check_width
 from hpgr_plugin.ops.compact.parts import SequenceParts, sequence_parts
 from hpgr_plugin.ops.jagged import check_sorted, complete_cumsum
 from hpgr_plugin.transfer.handoff import load_sem_state
@@ -352,7 +352,8 @@ class DlrmHSTU(host.DlrmHSTU):
         self, encoder: TimeAwarePositionalEncoder, is_inference: bool
     ) -> None:
         width = self._hstu_configs.hstu_transducer_embedding_dim
-        given = encoder.table.embedding_dim
+        check_absolute(_NAME, encoder)
+        given = encoder.embedding_dim
         check_width(_NAME, "positional_encoder", given, expected=width, of="the transducer")
         self._hstu_transducer._positional_encoder = TimeAwareHSTUPositionalEncoder(
             encoder,
