@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_requests import requests_of
 
-from hpgr_plugin.config.registry import build
+from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.config.scopes import config_scope
 from hpgr_plugin.data.requests import build_requests
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
@@ -18,7 +18,7 @@ from hpgr_plugin.hosts.embedded.train.stages import build_ranker
 from hpgr_plugin.serving import Request, RequestError, Scorer
 
 ROWS = ["hstu", "mtgr", "base", "pgsa", "pgsa_recent", "pgsa_recent_shared", "sem", "full"]
-ROWS += ["full_shared", "sasrec"]
+ROWS += ["full_shared", "sasrec", "base_relative"]
 
 
 def evaluated(task: Task, row: str, folder: Path) -> np.ndarray:
@@ -148,3 +148,30 @@ def test_what_comes_later_than_the_candidates_is_not_read(
     first, second = scorer.score([cut, whole])
     assert second.history_length == 2
     np.testing.assert_allclose(first.probabilities, second.probabilities, atol=1e-6)
+
+
+def test_a_model_that_numbers_the_history_by_its_candidate(
+    trained: Callable[..., tuple[Task, Path]],
+) -> None:
+    """Without `hide_future` a sequence takes one candidate; a served request takes any number."""
+    task, folder = trained(
+        "base",
+        "hpgr.TimeAwarePositionalEncoder.hide_future = False",
+        "hpgr.RequestSettings.max_candidates = 1",
+    )
+    expected = evaluated(task, "base", folder)
+    scorer = Scorer.load(folder, device="cpu")
+    requests = requests_of(task.data, task.requests)
+    scores = np.concatenate([answer.probabilities for answer in scorer.score(requests)])
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+    first = requests[0]
+    several = Request(**{**vars(first), "candidates": [*first.candidates] * 3, "times": 10**10})
+    (answer,) = scorer.score([several])
+    assert np.ptp(answer.probabilities) < 1e-6
+    with pytest.raises(RequestError, match="one time for all candidates"):
+        scorer.score([Request(**{**vars(several), "times": [1, 2, 3]})])
+
+
+def test_statistics_cannot_be_served(trained: Callable[..., tuple[Task, Path]]) -> None:
+    with pytest.raises(ConfigError, match=r"hpgr\.HSTURanker\.statistics must be False"):
+        trained("hstu", "hpgr.HSTURanker.statistics = True")
