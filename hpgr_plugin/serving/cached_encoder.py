@@ -19,10 +19,10 @@ from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.hstu import SequenceLayer
 from hpgr_plugin.hosts.embedded.model.tokens import Marks, TokenSequence
 from hpgr_plugin.ops.hstu_attention import AttentionSpec, MaskPosition, PositionTimeBias
-from hpgr_plugin.ops.jagged import segment_ids, segment_positions
-from hpgr_plugin.ops.preference_plan import PreferencePlan
+from hpgr_plugin.ops.jagged import segment_ids
 from hpgr_plugin.serving.bias import position_time_bias
 from hpgr_plugin.serving.history_cache import HistoryCache, HistoryState
+from hpgr_plugin.serving.sparse_attention import KeptRows, kept_scores, kept_sums
 
 _CHUNK_ELEMENTS = 2**22  # scores, or gathered numbers, at once
 
@@ -128,9 +128,10 @@ class CachedEncoder(nn.Module):
                 last: bool = last,
                 kept: dict[str, Tensor] = kept,
             ) -> Tensor:
+                k, v = self._heads(k).contiguous(), self._heads(v).contiguous()
                 if old is not None:
-                    k, v = torch.cat([old.keys[depth], k]), torch.cat([old.values[depth], v])
-                kept.update(k=k.contiguous(), v=v.contiguous())
+                    k, v = torch.cat([old.keys[depth], k], 1), torch.cat([old.values[depth], v], 1)
+                kept.update(k=k, v=v)
                 # Nobody reads the history's rows of the last layer.
                 return torch.zeros_like(q) if last else self._history_rows(depth, q, k, v, every)
 
@@ -140,8 +141,8 @@ class CachedEncoder(nn.Module):
         return HistoryState(tokens.clone(), marks.clone(), tuple(keys), tuple(values))
 
     def _history_rows(self, depth: int, q: Tensor, k: Tensor, v: Tensor, marks: Marks) -> Tensor:
-        """The last rows `[T, D]` of a history attend to all N of it."""
-        length, new = len(k), len(q)
+        """The last rows `[T, D]` of a history attend to all of it, `[H, N, d]`."""
+        length, new = k.shape[1], len(q)
         columns = torch.arange(length, device=k.device)
         outputs = []
         step = max(1, _CHUNK_ELEMENTS // max(1, length * self.num_heads))
@@ -157,7 +158,7 @@ class CachedEncoder(nn.Module):
 
     def _chunks(
         self, sequence: TokenSequence, state: HistoryState, chosen: slice
-    ) -> Iterator[tuple[slice, _KeptRows | None]]:
+    ) -> Iterator[tuple[slice, KeptRows | None]]:
         """Some of a user's candidates at a time, and what each keeps; None: everything."""
         count, length = chosen.stop - chosen.start, len(state.tokens)
         plan, parts = sequence.row_plan, sequence.parts
@@ -170,19 +171,22 @@ class CachedEncoder(nn.Module):
             return
         user = segment_ids(parts.candidate_offsets, parts.num_candidates)[chosen.start]
         shift = parts.contextual_len - parts.history_offsets[user]
-        kept = _KeptRows.of(plan, chosen, shift, parts.contextual_len)
-        width = max(1, kept.index.shape[1] * state.tokens.shape[1])
+        kept = KeptRows.of(plan, chosen, shift, parts.contextual_len)
+        width = max(1, int(kept.offsets.diff().max()) * state.tokens.shape[1])
         step = max(1, _CHUNK_ELEMENTS // width)
+        if step >= count:
+            yield slice(0, count), kept
+            return
         for begin in range(0, count, step):
             rows = slice(begin, min(begin + step, count))
-            yield rows, _KeptRows(kept.index[rows], kept.weights[rows])
+            yield rows, kept.take(rows)
 
     def _candidates(
         self,
         state: HistoryState,
         x: Tensor,
         marks: Marks,
-        kept: _KeptRows | None,
+        kept: KeptRows | None,
         mask_position: MaskPosition,
     ) -> Tensor:
         """Candidates `[c, D]` through all layers."""
@@ -194,7 +198,7 @@ class CachedEncoder(nn.Module):
         if kept is None:
             seen = history.key_order < marks.query_order[rows].unsqueeze(1)
         else:
-            seen = history.key_order[kept.index] < marks.query_order.unsqueeze(1)
+            seen = history.key_order[kept.index] < marks.query_order[kept.rows]
         for depth, layer in enumerate(self.encoder.layers):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, depth: int = depth) -> Tensor:
@@ -204,7 +208,7 @@ class CachedEncoder(nn.Module):
                 if kept is None:
                     return own + self._dense(q, keys, values, seen, bias)
                 if bias is not None:
-                    bias = bias.expand(len(q), -1).gather(1, kept.index)
+                    bias = bias[0][kept.index] if alike else bias[kept.rows, kept.index]
                 return own + self._kept(q, keys, values, kept, seen, bias, mask_position)
 
             x = self._layer(layer, x, marks.domains, depth, attend)
@@ -212,59 +216,51 @@ class CachedEncoder(nn.Module):
 
     def _own(self, depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What each candidate takes from itself, with weight 1."""
-        scores = (self._heads(q) * self.encoder.alpha * self._heads(k)).sum(2, keepdim=True)
+        queries, keys, values = (x.unflatten(1, (self.num_heads, -1)) for x in (q, k, v))
+        scores = (queries * self.encoder.alpha * keys).sum(2, keepdim=True)
         tables = self._tables(depth)
         if tables is not None:
             zero = torch.zeros(1, 1, dtype=torch.int64, device=q.device)
             scores = scores + position_time_bias(zero, zero, tables).to(scores.dtype).unsqueeze(2)
         attention = F.silu(scores) / self.encoder.norm_length
-        return (attention * self._heads(v)).flatten(1)
+        return (attention * values).flatten(1)
 
     # -- attention ----------------------------------------------------------------------------
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None) -> Tensor:
-        """q `[c, D]` over k and v `[N, D]`; seen and bias `[c or 1, N]`."""
-        heads = (self._heads(part).transpose(0, 1) for part in (q * self.encoder.alpha, k, v))
-        queries, keys, values = heads
-        scores = queries @ keys.transpose(1, 2)
+        """q `[c, D]` over k and v `[H, N, d]`; seen and bias `[c or 1, N]`."""
+        scores = self._heads(q * self.encoder.alpha) @ k.transpose(1, 2)
         if bias is not None:
             scores += bias.to(scores.dtype)
         attention = F.silu(scores, inplace=True)
         attention *= seen.to(scores.dtype) / self.encoder.norm_length
-        return (attention.to(values.dtype) @ values).transpose(0, 1).flatten(1)
+        return (attention.to(v.dtype) @ v).transpose(0, 1).flatten(1)
 
     def _kept(
         self,
         q: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        kept: _KeptRows,
+        k: Tensor,
+        v: Tensor,
+        kept: KeptRows,
         seen: Tensor,
         bias: Tensor | None,
         mask_position: MaskPosition,
     ) -> Tensor:
-        """q `[c, D]`, each over its own m rows of keys and values `[N, D]`."""
-        count, width = kept.index.shape
-        rows = kept.index.flatten()
-        gathered = (
-            self._heads(part.index_select(0, rows)).unflatten(0, (count, width))
-            for part in (keys, values)
-        )
-        near, far = gathered
-        scores = (near * (self._heads(q) * self.encoder.alpha).unsqueeze(1)).sum(3)  # [c, m, H]
+        """q `[c, D]`, each over its own rows of k and v `[H, N, d]`; seen and bias `[P]`."""
+        scores = kept_scores(self._heads(q * self.encoder.alpha).contiguous(), k, kept)
         if bias is not None:
-            scores = scores + bias.unsqueeze(2).to(scores.dtype)
-        weights = kept.weights.unsqueeze(2).to(scores.dtype)
-        weighted = scores * weights if mask_position == "pre" else scores
-        attention = F.silu(weighted)
-        if mask_position == "post":
-            attention = attention * weights
-        attention = attention * (seen.unsqueeze(2).to(scores.dtype) / self.encoder.norm_length)
-        return (attention.to(far.dtype).unsqueeze(3) * far).sum(1).flatten(1)
+            scores = scores + bias.to(scores.dtype)
+        weights = kept.weights.to(scores.dtype)
+        gain = seen.to(scores.dtype) / self.encoder.norm_length
+        if mask_position == "pre":
+            scores = scores * weights
+        else:
+            gain = gain * weights
+        return kept_sums((F.silu(scores) * gain).to(v.dtype), v, kept)
 
     def _heads(self, x: Tensor) -> Tensor:
-        """`[T, D]` to `[T, H, d]`."""
-        return x.unflatten(-1, (self.num_heads, -1))
+        """`[T, D]` to `[H, T, d]`."""
+        return x.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
 
     def _tables(self, depth: int) -> PositionTimeBias | None:
         return None if self.encoder.bias is None else self.encoder.bias(depth)
@@ -294,32 +290,6 @@ class CachedEncoder(nn.Module):
         )
         encoded: Tensor = layer(x, domains=domains, spec=rows, bias=None)
         return encoded
-
-
-@dataclass(frozen=True)
-class _KeptRows:
-    """The rows of a state that each candidate reads, padded: index and weights `[c, m]`."""
-
-    index: Tensor
-    weights: Tensor
-
-    @classmethod
-    def of(cls, plan: PreferencePlan, chosen: slice, shift: Tensor, context: int) -> _KeptRows:
-        """Of the candidates `chosen`; `shift` leads from a plan's rows to those of the state."""
-        offsets = plan.offsets[chosen.start : chosen.stop + 1]
-        counts = offsets.diff()
-        width = context + int(counts.max())
-        index = counts.new_zeros(len(counts), width)
-        weights = plan.weights.new_zeros(len(counts), width)
-        index[:, :context] = torch.arange(context, device=index.device)
-        weights[:, :context] = 1.0
-        total = int(counts.sum())
-        row = segment_ids(offsets - offsets[0], total)
-        column = context + segment_positions(offsets - offsets[0], total)
-        first = int(offsets[0])
-        index[row, column] = plan.index[first : first + total].long() + shift
-        weights[row, column] = plan.weights[first : first + total]
-        return cls(index, weights)
 
 
 class _Attend:

@@ -19,7 +19,7 @@ class HistoryState:
             and values, so a state is used where these are equal (tokens but for rounding: SEM sums
             in another order when sessions are added), and only there.
         marks: int64 `[N, columns]`, positions, times, orders and domains.
-        keys, values: `[N, D]` of every layer.
+        keys, values: `[H, N, d]` of every layer, H heads.
     """
 
     tokens: Tensor

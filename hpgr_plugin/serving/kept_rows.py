@@ -1,9 +1,9 @@
 """Preference plans (Eq. 5) at serving time: anchors by one matrix product and a top-k.
 
 `plan_preferences` scores pair by pair, so that a plan never depends on the rest of the batch. Here
-the distinct items of a history are scored once for all candidates: equal items get equal scores,
-and of equal scores the most recent still wins. The plans are the same but for items whose scores
-differ by rounding only.
+a history is scored for all candidates at once. An item that is repeated gets one score, and of
+equal scores the most recent still wins. The plans are the same but for items whose scores differ
+by rounding only.
 """
 
 from __future__ import annotations
@@ -79,13 +79,15 @@ def plan_histories(inputs: HookInputs, settings: PlanSettings) -> PreferencePlan
     for (first, last), (start, end) in users:
         length = last - first
         step = max(1, _CHUNK_ELEMENTS // max(1, length))
-        distinct, places = _distinct(inputs, first, last)
-        kernel = gaussian_kernel(settings.sigma, settings.eps, length).to(distinct)
+        history = inputs.history_embeddings[first:last]
+        history = history.to(torch.promote_types(history.dtype, torch.float32))
+        again, origin = _repeated(inputs.history_ids[first:last])
+        kernel = gaussian_kernel(settings.sigma, settings.eps, length).to(history)
         for begin in range(start, end, step):
             rows = slice(begin, min(begin + step, end))
-            scores = inputs.candidate_embeddings[rows].to(distinct.dtype) @ distinct.T
-            if places is not None:
-                scores = scores.index_select(1, places)
+            scores = inputs.candidate_embeddings[rows].to(history.dtype) @ history.T
+            if len(again):  # a matrix product may round equal columns differently
+                scores.index_copy_(1, again, scores.index_select(1, origin))
             kept = _kept_of(scores, _visible(inputs, first, last, rows), settings, kernel)
             index.append(kept[0] + first)
             weights.append(kept[1])
@@ -97,16 +99,15 @@ def plan_histories(inputs: HookInputs, settings: PlanSettings) -> PreferencePlan
     return PreferencePlan(torch.cat(index), torch.cat(weights), complete_cumsum(torch.cat(counts)))
 
 
-def _distinct(inputs: HookInputs, first: int, last: int) -> tuple[Tensor, Tensor | None]:
-    """Embeddings of the distinct items of a history `[U, D]`; the row of each item, or None."""
-    assert inputs.history_ids is not None
-    embeddings = inputs.history_embeddings[first:last]
-    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-    ids, places = inputs.history_ids[first:last].unique(return_inverse=True)
-    if len(ids) == len(places):
-        return embeddings, None
-    row = torch.empty_like(ids).scatter_(0, places, torch.arange(len(places), device=ids.device))
-    return embeddings[row], places
+def _repeated(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of the items that occur earlier in the history too, and where each occurs."""
+    distinct, group = ids.unique(return_inverse=True)
+    places = torch.arange(len(ids), device=ids.device)
+    if len(distinct) == len(ids):
+        return places[:0], places[:0]
+    first = torch.full_like(distinct, len(ids)).scatter_reduce_(0, group, places, "amin")[group]
+    again = (first != places).nonzero().squeeze(1)
+    return again, first[again]
 
 
 def _visible(inputs: HookInputs, first: int, last: int, rows: slice) -> Tensor:
@@ -140,18 +141,28 @@ def _anchors(scores: Tensor, visible: Tensor, top_k: int) -> Tensor:
     top_k = min(top_k, length)
     if top_k == 0:
         return visible.new_empty(count, 0)
-    hidden = torch.arange(length, device=scores.device) >= visible.unsqueeze(1)
-    if bool(hidden.any()):
+    if bool((visible < length).any()):
+        hidden = torch.arange(length, device=scores.device) >= visible.unsqueeze(1)
         scores = scores.masked_fill(hidden, -math.inf)
     best = scores.topk(min(top_k + 1, length), dim=1, sorted=True)
     places = best.indices[:, :top_k]
     if best.values.shape[1] > top_k:
         # topk does not define which of equal scores it takes.
-        tied = (best.values[:, top_k - 1] == best.values[:, top_k]).nonzero().squeeze(1)
+        worst = best.values[:, top_k - 1]
+        tied = ((worst == best.values[:, top_k]) & worst.isfinite()).nonzero().squeeze(1)
         if len(tied):
-            order = scores[tied].flip(1).argsort(dim=1, descending=True, stable=True)
-            places = places.index_copy(0, tied, length - 1 - order[:, :top_k])
+            exact = _most_recent_of_equal(scores[tied], worst[tied].unsqueeze(1), top_k)
+            places = places.index_copy(0, tied, exact)
     return torch.where(places < visible.unsqueeze(1), places, -1).sort(1).values
+
+
+def _most_recent_of_equal(scores: Tensor, worst: Tensor, top_k: int) -> Tensor:
+    """Places of the K best of each row `[c, N]`, of which the worst has several equals."""
+    equal = scores == worst
+    above = scores > worst
+    from_end = equal.flip(1).cumsum(1).flip(1)
+    kept = above | (equal & (from_end <= top_k - above.sum(1, keepdim=True)))
+    return kept.nonzero()[:, 1].view(len(scores), top_k)
 
 
 def _windows(anchors: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
