@@ -17,7 +17,7 @@ from hpgr_plugin.config.registry import ConfigError, registered_targets, roots
 from hpgr_plugin.errors import HpgrError
 
 _MACRO = "gin.macro"
-_PLACES = ("output_dir", "cache_dir", "path", "overwrite", "allow_unused")
+_PLACES = ("output_dir", "cache_dir", "path", "overwrite", "allow_unused", "workers")
 _LARGEST = 2**32 - 1  # what every generator takes as a seed
 _LARGEST_FLOAT = 3e38
 _macros_referred_to: set[str] = set()
@@ -46,6 +46,17 @@ def parse(config_files: list[str], bindings: list[str]) -> None:
             gin.parse_config(bindings)
             gin.finalize()
     check_types()
+
+
+def as_text() -> str:
+    """All bindings, for `restore` in another process."""
+    text: str = gin.config_str()
+    return text
+
+
+def restore(text: str) -> None:
+    """Bind what `as_text` gave; it was checked where it was parsed."""
+    gin.parse_config(text)
 
 
 def check_types() -> None:
