@@ -56,8 +56,7 @@ class CachedEncoder(nn.Module):
         self._users: Sequence[Hashable] | None = None
         first: Any = encoder.layers[0]
         self.num_heads: int = first.num_heads
-        for layer in encoder.layers:
-            layer.attend = _Attend(layer)  # type: ignore[assignment]
+        take_cached_rows(encoder)
 
     def for_users(self, users: Sequence[Hashable] | None) -> None:
         """Whose histories the next batch holds, one key per request; None: nothing is kept."""
@@ -290,6 +289,12 @@ class CachedEncoder(nn.Module):
         )
         encoded: Tensor = layer(x, domains=domains, spec=rows, bias=None)
         return encoded
+
+
+def take_cached_rows(encoder: SequenceEncoder) -> None:
+    """Let the layers of a trained encoder take `CachedRows` as well."""
+    for layer in encoder.layers:
+        layer.attend = _Attend(layer)  # type: ignore[assignment]
 
 
 class _Attend:
