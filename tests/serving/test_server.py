@@ -227,6 +227,12 @@ def test_a_real_process_serves_and_stops_gracefully(trained: Trained) -> None:
                 np.testing.assert_allclose(
                     answer.json()["probabilities"], wanted.probabilities, rtol=0, atol=1e-6
                 )
+            client = [sys.executable, str(ROOT / "examples/serving/client.py"), f"--url={url}"]
+            items = map(str, task.data.log.item_ids[:4].tolist())
+            shown = subprocess.run(
+                [*client, "--items", *items], capture_output=True, text=True, check=True
+            )
+            assert shown.stdout.count("200 {'probabilities'") == 3
             under_way = pool.submit(post, body_of(requests[0]))
             time.sleep(0.05)  # it waits for its batch
             process.send_signal(signal.SIGTERM)
