@@ -164,3 +164,19 @@ def test_a_history_larger_than_the_bound_is_not_kept() -> None:
     cache.put("a", state(11))
     assert cache.get("a") is None
     assert cache.num_bytes == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sem", [False, True], ids=["", "sem"])
+@pytest.mark.parametrize("hook", ["dense", "recent", "anchors only, before the gate"])
+@pytest.mark.parametrize("layer", [HSTULayer, MTGRLayer])
+@torch.no_grad()
+def test_on_a_gpu(layer: type[SequenceLayer], hook: str, sem: bool) -> None:
+    model, batch = ranker(layer, HOOKS[hook](), sem=sem), requests(one_time=False)
+    expected = model(batch)
+    model.cuda()
+    encoder = served(model)
+    encoder.for_users("abcd")
+    for _ in range(2):
+        torch.testing.assert_close(model(batch.to("cuda")).cpu(), expected, rtol=0, atol=1e-4)
+    assert encoder.cache.counts.hits == 4
