@@ -25,7 +25,11 @@ from hpgr_plugin.hosts.embedded.model.features import (
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
 from hpgr_plugin.hosts.embedded.model.rare_items import RareItems
-from hpgr_plugin.hosts.embedded.model.rivals.interface import RivalEncoder, RivalTokens
+from hpgr_plugin.hosts.embedded.model.rivals.interface import (
+    RivalEncoder,
+    RivalSizes,
+    RivalTokens,
+)
 from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes, TokenFeatures
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
@@ -184,10 +188,12 @@ class HSTURanker(nn.Module):
         else:
             _check_rival(encoder, attention_hook, positional_encoder)
             self.encoder = encoder(
-                embedding_dim=embedding_dim,
-                num_heads=num_heads,
-                dropout=dropout,
-                max_history=max_history,
+                sizes=RivalSizes(
+                    embedding_dim=embedding_dim,
+                    num_heads=num_heads,
+                    dropout=dropout,
+                    max_history=max_history,
+                )
             )
         self.head = nn.Sequential(
             nn.LayerNorm(embedding_dim),
