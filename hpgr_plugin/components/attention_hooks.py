@@ -20,6 +20,7 @@ from hpgr_plugin.ops.preference_plan import (
     PlanInputs,
     PlanSettings,
     PreferencePlan,
+    most_kept,
     plan_preferences,
 )
 
@@ -68,6 +69,17 @@ class AttentionHook(nn.Module):
             The plan, or None to leave every history whole.
         """
         raise NotImplementedError
+
+    def longest_row(self, plan: PreferencePlan, max_history: int) -> int:
+        """An upper bound of the items in one row of a plan.
+
+        Args:
+            plan: made by this hook.
+            max_history: the longest history that it was made for.
+        """
+        if plan.offsets.is_cuda:
+            return max_history
+        return plan.longest()  # nothing to wait for, and less padding
 
 
 class PreferenceGuidedSparseAttention(AttentionHook):
@@ -160,6 +172,11 @@ class PreferenceGuidedSparseAttention(AttentionHook):
             max_candidates=inputs.max_candidates,
         )
 
+    def longest_row(self, plan: PreferencePlan, max_history: int) -> int:
+        """See `AttentionHook`."""
+        longest = super().longest_row(plan, max_history)
+        return min(longest, most_kept(self.settings, max_history))
+
     def extra_repr(self) -> str:
         return (
             f"{', '.join(f'{name}={value}' for name, value in self.settings._asdict().items())}, "
@@ -239,7 +256,7 @@ class StochasticLength(AttentionHook):
         index = _largest(self._priority(inputs), inputs.history_offsets, kept_lengths, longest)
         dtype = torch.promote_types(inputs.history_embeddings.dtype, torch.float32)
         weights = index.new_ones(len(index), dtype=dtype)
-        return PreferencePlan(index, weights, complete_cumsum(kept_lengths), longest)
+        return PreferencePlan(index, weights, complete_cumsum(kept_lengths))
 
     def _kept_lengths(self, lengths: Tensor, longest: int) -> Tensor:
         """How many items each history keeps in this draw, `[B]`."""

@@ -330,7 +330,7 @@ class DlrmHSTU(host.DlrmHSTU):
         )
         if hook is not None:
             request = replace(request, layout=hook.layout, mask_position=hook.mask_position)
-        if plan is None or request.layout == "shared_history":
+        if plan is None or hook is None or request.layout == "shared_history":
             return replace(request, places=self._places(batch, request.parts, None)), batch
         one_each = batch.max_num_candidates == 1 and len(query_times) == len(batch.num_candidates)
         kept = keep(
@@ -338,6 +338,7 @@ class DlrmHSTU(host.DlrmHSTU):
             batch.history_offsets,
             num_history=len(times),
             max_history=batch.max_uih_len,
+            longest_row=hook.longest_row(plan, batch.max_uih_len),
             by_user=request.layout == "per_user" or one_each,
         )
         parts = joined_parts(
@@ -352,6 +353,7 @@ class DlrmHSTU(host.DlrmHSTU):
             parts=parts,
             plan=kept.plan,
             by_user=kept.by_user,
+            longest_row=hook.longest_row(plan, batch.max_uih_len),
             full_length=batch.max_uih_len + batch.max_num_candidates + parts.contextual_len,
             places=self._places(batch, parts, kept),
             context=self._session_context(batch, kept),

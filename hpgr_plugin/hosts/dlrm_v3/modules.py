@@ -107,6 +107,7 @@ class Request:
             time is hidden from it (a plan of candidates hides it already).
         by_user: Whether row b of the plan keeps the whole history of sequence b, as it is here.
         full_length: The longest sequence before any was shortened; None: none was.
+        longest_row: An upper bound of the items in a row of the plan; None: unknown.
         max_targets: The most candidates of a user; None: unknown.
         places: Where the rows are in the full sequences; None: the sequences are whole.
         context: SEM's, of the full histories; None: SEM runs on the sequences as they come.
@@ -119,6 +120,7 @@ class Request:
     hide_future: bool = True
     by_user: bool = False
     full_length: int | None = None
+    longest_row: int | None = None
     max_targets: int | None = None
     places: FullPlaces | None = None
     context: SessionContext | None = None
@@ -263,7 +265,13 @@ class PreferenceTransducer(HSTUTransducer):
         self, request: Request, plan: PreferencePlan, max_seq_len: int, seq_embeddings: Tensor
     ) -> Tensor:
         """A sequence for each candidate, gathered out of its user's rows."""
-        rows = short_sequences(request.parts, plan, per_user=False)
+        longest = plan.longest() if request.longest_row is None else request.longest_row
+        rows = short_sequences(
+            request.parts,
+            plan,
+            per_user=False,
+            max_length=longest + request.parts.contextual_len + 1,
+        )
         candidates = torch.arange(plan.offsets.numel(), device=plan.offsets.device)
         parts = joined_parts(
             plan.offsets,

@@ -64,6 +64,7 @@ def keep(
     *,
     num_history: int,
     max_history: int,
+    longest_row: int,
     by_user: bool,
 ) -> KeptHistory:
     """What is left of the histories.
@@ -73,14 +74,13 @@ def keep(
         history_offsets: `[B + 1]`.
         num_history: T.
         max_history: the longest history.
+        longest_row: an upper bound of the items in a row of the plan.
         by_user: whether row b of the plan is user b. Otherwise rows of several candidates may name
             the same items, and the device is asked how many there are.
     """
     if by_user:
         rows = torch.arange(plan.index.numel(), device=plan.index.device)
-        return KeptHistory(
-            plan.index, plan.offsets, plan.longest(), plan._replace(index=rows), True
-        )
+        return KeptHistory(plan.index, plan.offsets, longest_row, plan._replace(index=rows), True)
     marked = torch.zeros(num_history, dtype=torch.int64, device=plan.index.device)
     marked.index_fill_(0, plan.index, 1)
     before = torch.nn.functional.pad(marked.cumsum(0), (1, 0))

@@ -160,7 +160,7 @@ class ShortSequences(NamedTuple):
 
 
 def short_sequences(
-    parts: SequenceParts, plan: PreferencePlan, *, per_user: bool, max_targets: int | None = None
+    parts: SequenceParts, plan: PreferencePlan, *, per_user: bool, max_length: int | None = None
 ) -> ShortSequences:
     """One sequence `[contextual | planned history | candidates]` for each row of the plan.
 
@@ -168,7 +168,7 @@ def short_sequences(
         parts: of the full sequences.
         plan: rows are candidates, or users if `per_user`.
         per_user: whether all candidates of a user share one short sequence.
-        max_targets: upper bound of the candidates of a user; None: unknown.
+        max_length: upper bound of the short sequences; None: the device is asked for it.
     """
     device = parts.seq_offsets.device
     if per_user:
@@ -183,6 +183,8 @@ def short_sequences(
     lengths = kept + parts.contextual_len + targets
     offsets = complete_cumsum(lengths)
 
+    if max_length is None:
+        max_length = int(lengths.max()) if lengths.numel() else 1
     contextual = torch.full_like(lengths, parts.contextual_len)
     totals = parts.contextual_len * users.numel(), plan.index.numel(), parts.num_candidates
     sources = torch.cat(
@@ -207,17 +209,8 @@ def short_sequences(
         weights=torch.empty_like(weights).index_copy_(0, places, weights),
         lengths=lengths,
         num_targets=targets,
-        max_len=_longest(lengths, plan, parts.contextual_len, 1 if not per_user else max_targets),
+        max_len=max_length,
     )
-
-
-def _longest(
-    lengths: Tensor, plan: PreferencePlan, contextual_len: int, targets: int | None
-) -> int:
-    """An upper bound of the lengths `[R]`; without bounds the device is asked."""
-    if plan.max_length is None or targets is None:
-        return int(lengths.max().item()) if lengths.numel() else 1
-    return plan.max_length + contextual_len + targets
 
 
 def visible_plan(

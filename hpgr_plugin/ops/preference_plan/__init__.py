@@ -85,6 +85,4 @@ def plan_preferences(
         max_candidates=max_candidates,
     ).check()
     plan: PreferencePlan = _OPERATOR.run("plan_preferences", inputs, settings, backend=backend)
-    if not plan.offsets.is_cuda:  # the true length costs no wait there, and saves padding
-        return plan._replace(max_length=plan.longest())
-    return plan._replace(max_length=most_kept(settings, inputs.max_history or 0))
+    return plan

@@ -20,18 +20,14 @@ class PreferencePlan(NamedTuple):
         index: `[P]` int64, rows of the flat history kept for each row, ascending in a row.
         weights: `[P]` float32 (float64 where the embeddings are float64), M_j in [eps, 1].
         offsets: `[R + 1]` int64; row r owns `index[offsets[r]:offsets[r + 1]]`.
-        max_length: an upper bound of the items of a row, if one is known without asking the device.
     """
 
     index: Tensor  # type: ignore[assignment]  # a tuple has an index method too
     weights: Tensor
     offsets: Tensor
-    max_length: int | None = None
 
     def longest(self) -> int:
-        """An upper bound of the items of a row; the plan is asked for it where none is known."""
-        if self.max_length is not None:
-            return self.max_length
+        """The most items of a row; the device is asked for it."""
         return int(self.offsets.diff().max()) if self.offsets.numel() > 1 else 0
 
 
