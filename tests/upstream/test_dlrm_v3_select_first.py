@@ -67,15 +67,14 @@ def gather_per_user(
     rows = short_sequences(request.parts, request.plan, per_user=True)
     lengths = rows.lengths
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    parts = request.parts._replace(
+    parts = dataclasses.replace(
+        request.parts,
         seq_offsets=offsets,
         history_offsets=request.plan.offsets,
         num_history=len(request.plan.index),
     )
     short = dataclasses.replace(request, parts=parts)
-    sequences = RowSequences(
-        parts, lengths, rows.num_targets, rows.max_len, parts.candidate_rows(), one_target=False
-    )
+    sequences = RowSequences(parts, lengths, rows.num_targets, rows.max_len, one_target=False)
     step_attention = StepAttention(
         column_weights=rows.weights,
         norm_ratio=rows.max_len / max_seq_len,
