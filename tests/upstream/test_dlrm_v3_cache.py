@@ -70,7 +70,7 @@ def test_shared_history_gives_the_same_with_and_without_the_cache(mask_position:
     parts = sequence_parts(
         offsets_of(seq_lengths), NUM_TARGETS, contextual_len=CONTEXTUAL, total_rows=total
     )
-    with transducer.requested(Request(parts, plan, "shared_history", mask_position)):
+    with transducer.requested(Request(parts, plan, DELTA, "shared_history", mask_position)):
         full = transducer._hstu_compute(
             int(seq_lengths.max()),
             seq_lengths,

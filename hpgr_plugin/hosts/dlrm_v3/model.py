@@ -321,8 +321,8 @@ class DlrmHSTU(host.DlrmHSTU):
                 num_candidates=len(query_times),
             ),
             plan,
+            batch.max_num_candidates,
             hide_future=self._hide_future,
-            max_targets=batch.max_num_candidates,
         )
         if hook is not None:
             request = replace(request, layout=hook.layout, mask_position=hook.mask_position)
