@@ -97,7 +97,8 @@ def test_shared_history_without_a_plan_is_an_error() -> None:
 
 
 def test_per_candidate_refuses_the_cache() -> None:
-    model = build(DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention()).eval()
+    hook = PreferenceGuidedSparseAttention(layout="per_candidate")
+    model = build(DlrmHSTU, attention_hook=hook).eval()
     stack = model._hstu_transducer._stu_module
     with pytest.raises(RuntimeError, match='layout "per_candidate"'):
         prefill(stack, torch.randn(int((LENGTHS + CONTEXTUAL).sum()), WIDTH))

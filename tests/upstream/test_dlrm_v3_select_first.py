@@ -84,9 +84,10 @@ def gather_per_user(
     return transducer.run_layers(seq_embeddings[rows.index], sequences, step_attention)
 
 
+FEW: dict[str, Any] = {"top_k": 2, "sigma": 1.0, "layout": "per_candidate"}
 HOOKS: dict[str, Callable[[], Any]] = {
-    "post": lambda: PreferenceGuidedSparseAttention(top_k=2, sigma=1.0, recent=1),
-    "pre": lambda: PreferenceGuidedSparseAttention(top_k=2, sigma=1.0, mask_position="pre"),
+    "post": lambda: PreferenceGuidedSparseAttention(**FEW, recent=1),
+    "pre": lambda: PreferenceGuidedSparseAttention(**FEW, mask_position="pre"),
     "stochastic": lambda: StochasticLength(alpha=1.2, max_history=20),
 }
 
