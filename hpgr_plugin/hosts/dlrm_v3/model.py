@@ -376,9 +376,10 @@ class DlrmHSTU(host.DlrmHSTU):
         rows = torch.arange(len(times), device=times.device) if kept is None else kept.rows
         if not is_time_aware:
             return FullPlaces(parts, rows, offsets)
-        needed = batch.max_uih_len + 1
-        if needed > encoder.encoder.max_positions or batch.max_num_candidates > 1:
-            encoder.encoder.check_lengths(offsets, batch.candidate_offsets)
+        table = encoder.encoder
+        shared = batch.max_num_candidates > 1 and not table.hide_future
+        if shared or batch.max_uih_len + 1 > table.max_positions:
+            table.check_lengths(offsets, batch.candidate_offsets)
         earlier = count_earlier(
             times,
             offsets,
@@ -433,7 +434,14 @@ class DlrmHSTU(host.DlrmHSTU):
         has_request = isinstance(self._hstu_transducer, PreferenceTransducer)
         if first and self._hide_future and has_request:
             candidates = batch.candidate_offsets
-            visible = count_earlier(times, offsets, query_times, candidates)
+            visible = count_earlier(
+                times,
+                offsets,
+                query_times,
+                candidates,
+                max_history=batch.max_uih_len,
+                max_candidates=batch.max_num_candidates,
+            )
             users = segment_ids(candidates, len(query_times))
             self._visibility(visible, offsets.diff()[users])
 
