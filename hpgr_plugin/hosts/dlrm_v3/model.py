@@ -37,7 +37,7 @@ from hpgr_plugin.hosts.dlrm_v3.selection import (
     shortened,
 )
 from hpgr_plugin.hosts.seams import bound_value, host_has_seam, is_bound, replaced
-from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
+from hpgr_plugin.hosts.slots import SlotError, check_absolute, check_slot, check_width
 from hpgr_plugin.ops.compact.parts import SequenceParts, joined_parts
 from hpgr_plugin.ops.jagged import check_sorted, complete_cumsum, segment_ids
 from hpgr_plugin.ops.preference_plan import PreferencePlan, count_earlier
@@ -378,7 +378,7 @@ class DlrmHSTU(host.DlrmHSTU):
             return FullPlaces(parts, rows, offsets)
         table = encoder.encoder
         shared = batch.max_num_candidates > 1 and not table.hide_future
-        if shared or batch.max_uih_len + 1 > table.max_positions:
+        if shared or batch.max_uih_len + 1 > (table.max_positions or 0):
             table.check_lengths(offsets, batch.candidate_offsets)
         earlier = count_earlier(
             times,
@@ -496,7 +496,8 @@ class DlrmHSTU(host.DlrmHSTU):
         self, encoder: TimeAwarePositionalEncoder, is_inference: bool
     ) -> None:
         width = self._hstu_configs.hstu_transducer_embedding_dim
-        given = encoder.table.embedding_dim
+        check_absolute(_NAME, encoder)
+        given = encoder.embedding_dim
         check_width(_NAME, "positional_encoder", given, expected=width, of="the transducer")
         self._hstu_transducer._positional_encoder = TimeAwareHSTUPositionalEncoder(
             encoder,
