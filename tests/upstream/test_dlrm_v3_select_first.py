@@ -223,6 +223,29 @@ def test_rows_that_are_made_again_in_the_backward(
     assert_equal(*results)
 
 
+class Wrapped(torch.nn.Module):
+    """A stack inside another module, which this package does not look into."""
+
+    def __init__(self, stack: torch.nn.Module) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        return self.stack(**inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stack_in_a_wrapper_gives_the_same(layout: str) -> None:
+    data = batch([9, 4], [1, 1], later=False)
+    predictions = []
+    for wrap in (False, True):
+        model = build(DlrmHSTU, dtype=torch.float64, **filled(layout))
+        if wrap:
+            model._hstu_transducer._stu_module = Wrapped(model._hstu_transducer._stu_module)
+        predictions.append(model(*data)[3])
+    torch.testing.assert_close(predictions[0], predictions[1], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_hosts_fused_layer_is_left_alone(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """On Hopper it reads wrong rows; a patched host's `value_scale` does not take it either."""
