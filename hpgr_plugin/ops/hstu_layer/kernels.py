@@ -119,10 +119,24 @@ def norm_backward_kernel(Grad, Residual, X, Weight, Moments, DX, Partial, total,
 
 
 @triton.jit
-def gate_forward_kernel(Attention, Gate, Weight, Bias, Out, Moments, total, stride_g, eps,
-                        SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def _kept(Seed, stream, where, rate):
+    """Factors of three numbers at each place: 0 where dropped, else 1 / (1 - rate)."""
+    first, second, third, _ = tl.rand4x(tl.load(Seed) + stream, where)
+    scale = 1.0 / (1.0 - rate)
+    return (
+        tl.where(first > rate, scale, 0.0),
+        tl.where(second > rate, scale, 0.0),
+        tl.where(third > rate, scale, 0.0),
+    )
+
+
+@triton.jit
+def gate_forward_kernel(Attention, Gate, Weight, Bias, Out, Moments, Seed, total, stride_g, eps,
+                        stream, rate, DROPOUT: tl.constexpr, SIZE: tl.constexpr,
+                        WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     rows, places, held, inside = _own_tile(total, SIZE, WIDE, ROWS)
-    raw = tl.load(Attention + rows[:, None] * SIZE + places[None, :], mask=inside, other=0.0)
+    where = rows[:, None] * SIZE + places[None, :]
+    raw = tl.load(Attention + where, mask=inside, other=0.0)
     gate = tl.load(Gate + rows[:, None] * stride_g + places[None, :], mask=inside, other=0.0)
     gate = gate.to(tl.float32)
     gate = gate * tl.sigmoid(gate)
@@ -130,15 +144,22 @@ def gate_forward_kernel(Attention, Gate, Weight, Bias, Out, Moments, total, stri
     normed = _norm(a, Weight, Bias, Moments, rows, places, held, total, eps, SIZE)
     out = Out + rows[:, None] * (3 * SIZE) + places[None, :]
     kind = Out.dtype.element_ty
+    product = gate * normed
+    if DROPOUT:
+        keep_gate, keep_raw, keep_product = _kept(Seed, stream, where, rate)
+        gate *= keep_gate
+        a *= keep_raw
+        product *= keep_product
     tl.store(out, gate.to(kind), mask=inside)
-    tl.store(out + SIZE, raw, mask=inside)
-    tl.store(out + 2 * SIZE, (gate * normed).to(kind), mask=inside)
+    tl.store(out + SIZE, a.to(kind), mask=inside)
+    tl.store(out + 2 * SIZE, product.to(kind), mask=inside)
 
 
 @triton.jit
 def gate_backward_kernel(Grad, Attention, Gate, Weight, Bias, Moments, DAttention, DGate,
-                         Partial, total, stride_g, stride_d,
-                         SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                         Partial, Seed, total, stride_g, stride_d, stream, rate,
+                         DROPOUT: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
+                         ROWS: tl.constexpr):  # fmt: skip
     places = tl.arange(0, WIDE)
     d_weight, d_bias = _zero_sums(ROWS, WIDE)
     weight = _parameter(Weight, places, places < SIZE)
@@ -153,6 +174,11 @@ def gate_backward_kernel(Grad, Attention, Gate, Weight, Bias, Moments, DAttentio
         d_plain_gate = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
         d_plain = tl.load(grad + SIZE, mask=inside, other=0.0).to(tl.float32)
         d_product = tl.load(grad + 2 * SIZE, mask=inside, other=0.0).to(tl.float32)
+        if DROPOUT:
+            keep_gate, keep_raw, keep_product = _kept(Seed, stream, where, rate)
+            d_plain_gate *= keep_gate
+            d_plain *= keep_raw
+            d_product *= keep_product
         unit, scale = _unit(a, Moments, rows, inside, total)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid

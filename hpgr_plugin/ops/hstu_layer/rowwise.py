@@ -13,6 +13,7 @@ from hpgr_plugin.ops.hstu_layer.kernels import (
     norm_forward_kernel,
     scale_rows_kernel,
 )
+from hpgr_plugin.ops.hstu_layer.layer import Dropout
 
 _PROGRAMS = 528  # of a backward: four on each of 132 multiprocessors, one partial sum each
 _TILE = 4096  # numbers a program holds of each operand, forward; half of it backward
@@ -37,11 +38,16 @@ def norm_backward(
         grad, x if residual is None else residual, x, weight, moments, dx, partial, len(x),
         RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
-    return dx, *partial.sum(1).to(weight.dtype)
+    return dx, *_in_dtype(partial.sum(1), weight)
 
 
 def gate_forward(
-    attention: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
+    attention: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
     """`[SiLU(u), a, SiLU(u) * norm(a)]`, `[T, 3 D]`, of attention a and gate u `[T, D]`.
 
@@ -52,8 +58,9 @@ def gate_forward(
     moments, programs, constants = _forward(attention)
     if total:
         gate_forward_kernel[programs](
-            attention, gate, weight, bias, output, moments, total, gate.stride(0), eps, **constants
-        )
+            attention, gate, weight, bias, output, moments, _seed(dropout, attention), total,
+            gate.stride(0), eps, **_dropped(dropout), **constants,
+        )  # fmt: skip
     return output, moments
 
 
@@ -65,15 +72,17 @@ def gate_backward(
     bias: Tensor,
     moments: Tensor,
     d_gate: Tensor,
+    dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention, weight and bias; that of the gate is written to `d_gate`."""
     d_attention = torch.empty_like(attention)
     partial, programs, constants = _backward(attention)
     gate_backward_kernel[programs](
         grad, attention, gate, weight, bias, moments, d_attention, d_gate, partial,
-        len(attention), gate.stride(0), d_gate.stride(0), **constants,
+        _seed(dropout, attention), len(attention), gate.stride(0), d_gate.stride(0),
+        **_dropped(dropout), **constants,
     )  # fmt: skip
-    return d_attention, *partial.sum(1).to(weight.dtype)
+    return d_attention, *_in_dtype(partial.sum(1), weight)
 
 
 def scale_rows(x: Tensor, weights: Tensor, out: Tensor) -> None:
@@ -85,23 +94,19 @@ def scale_rows(x: Tensor, weights: Tensor, out: Tensor) -> None:
         )
 
 
-class Norm(torch.autograd.Function):
-    """Layer norm that hands its input on as the residual, so both gradients meet in one pass."""
+def _seed(dropout: Dropout | None, absent: Tensor) -> Tensor:
+    """What a kernel gets as its seed; without dropout it is never read, so any tensor will do."""
+    return absent if dropout is None else dropout.seed
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        x = x.contiguous()
-        normed, moments = norm_forward(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, moments)
-        return normed, x.view_as(x)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, moments = ctx.saved_tensors
-        grads = norm_backward(grad.contiguous(), residual.contiguous(), x, weight, moments)
-        return *grads, None
+def _dropped(dropout: Dropout | None) -> dict[str, Any]:
+    stream, rate = (0, 0.0) if dropout is None else (dropout.stream, dropout.rate)
+    return {"stream": stream, "rate": rate, "DROPOUT": dropout is not None}
+
+
+def _in_dtype(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    d_weight, d_bias = sums.to(weight.dtype)
+    return d_weight, d_bias
 
 
 def _grid(x: Tensor, numbers: int) -> tuple[tuple[int], dict[str, int]]:
