@@ -20,6 +20,7 @@ from hpgr_plugin.ops.preference_plan import (
     PlanInputs,
     PlanSettings,
     PreferencePlan,
+    most_kept,
     plan_preferences,
 )
 
@@ -68,6 +69,17 @@ class AttentionHook(nn.Module):
             The plan, or None to leave every history whole.
         """
         raise NotImplementedError
+
+    def longest_row(self, plan: PreferencePlan, max_history: int) -> int:
+        """An upper bound of the items in one row of a plan.
+
+        Args:
+            plan: made by this hook.
+            max_history: the longest history that it was made for.
+        """
+        if plan.offsets.is_cuda:
+            return max_history
+        return plan.longest()  # nothing to wait for, and less padding
 
 
 class PreferenceGuidedSparseAttention(AttentionHook):
@@ -156,7 +168,14 @@ class PreferenceGuidedSparseAttention(AttentionHook):
             **self.settings._asdict(),
             history_timestamps=inputs.history_timestamps if has_times else None,
             candidate_timestamps=inputs.candidate_timestamps,
+            max_history=inputs.max_history,
+            max_candidates=inputs.max_candidates,
         )
+
+    def longest_row(self, plan: PreferencePlan, max_history: int) -> int:
+        """See `AttentionHook`."""
+        longest = super().longest_row(plan, max_history)
+        return min(longest, most_kept(self.settings, max_history))
 
     def extra_repr(self) -> str:
         return (
@@ -229,17 +248,19 @@ class StochasticLength(AttentionHook):
             return None
         if self.selection == "weighted" and inputs.history_timestamps is None:
             raise ValueError("selection='weighted' needs history_timestamps, got None")
-        kept_lengths = self._kept_lengths(inputs.history_offsets.long().diff())
-        index = _largest(self._priority(inputs), inputs.history_offsets, kept_lengths)
+        lengths = inputs.history_offsets.long().diff()
+        longest = inputs.max_history
+        if longest is None:
+            longest = max(lengths.tolist(), default=0)
+        kept_lengths = self._kept_lengths(lengths, longest)
+        index = _largest(self._priority(inputs), inputs.history_offsets, kept_lengths, longest)
         dtype = torch.promote_types(inputs.history_embeddings.dtype, torch.float32)
         weights = index.new_ones(len(index), dtype=dtype)
         return PreferencePlan(index, weights, complete_cumsum(kept_lengths))
 
-    def _kept_lengths(self, lengths: Tensor) -> Tensor:
+    def _kept_lengths(self, lengths: Tensor, longest: int) -> Tensor:
         """How many items each history keeps in this draw, `[B]`."""
-        bound = self.max_history
-        if bound is None:
-            bound = max(lengths.tolist(), default=0)
+        bound = longest if self.max_history is None else self.max_history
         # A whole power may come out just below: 64^(2/3) is 15.999... in floats.
         short = math.floor(bound ** (self.alpha / 2.0) + 1e-9)
         whole_probability = bound**self.alpha / lengths.double().square()
@@ -285,9 +306,8 @@ def _recency_weights(offsets: Tensor, timestamps: Tensor) -> Tensor:
     return torch.where(total > 0, 1.0 - age / total.clamp(min=1.0), 1.0)
 
 
-def _largest(priority: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+def _largest(priority: Tensor, offsets: Tensor, counts: Tensor, longest: int) -> Tensor:
     """Flat index of the `counts[b]` items of largest priority in each row b, ascending."""
-    longest = max(offsets.diff().tolist(), default=0)
     padded = jagged_to_padded_dense(priority, offsets, longest, -math.inf)
     order = padded.argsort(dim=1, descending=True, stable=True)
     taken = torch.arange(longest, device=order.device) < counts.unsqueeze(1)

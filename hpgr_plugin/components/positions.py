@@ -88,18 +88,38 @@ class TimeAwarePositionalEncoder(nn.Module):
         """
         times = (history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
         _check_times(*times)
-        self._check_lengths(history_offsets, candidate_offsets)
+        self.check_lengths(history_offsets, candidate_offsets)
         earlier = count_earlier(*times)
         # Row of the table = index - 1: a place in the history, or the number of earlier items.
-        rows = segment_positions(history_offsets, len(history_timestamps))
-        if not self.hide_future:
-            rows = rows + _moved_up(rows, earlier, history_offsets, candidate_offsets)
+        places = segment_positions(history_offsets, len(history_timestamps))
+        users = segment_ids(history_offsets, len(places))
+        rows = self.history_rows(places, users, earlier, candidate_offsets)
         return (
             history_embeddings + self.table(rows),
             candidate_embeddings + self.table(earlier),
         )
 
-    def _check_lengths(self, history_offsets: Tensor, candidate_offsets: Tensor) -> None:
+    def history_rows(
+        self, places: Tensor, users: Tensor, earlier: Tensor, candidate_offsets: Tensor
+    ) -> Tensor:
+        """Rows of the table for items of histories, also where items are left out, int64 `[P]`.
+
+        Args:
+            places: `[P]`, the place of each item in its whole history, from 0.
+            users: `[P]`, the user of each item.
+            earlier: `[C]`, the number of items before each candidate (`count_earlier`).
+            candidate_offsets: `[B + 1]`.
+        """
+        if self.hide_future:
+            return places
+        return places + _moved_up(places, users, earlier, candidate_offsets)
+
+    def check_lengths(self, history_offsets: Tensor, candidate_offsets: Tensor) -> None:
+        """Check that the table has a row for every place; both offsets are `[B + 1]`.
+
+        Raises:
+            HpgrError: see `forward`.
+        """
         lengths = history_offsets.diff().tolist()
         candidates = candidate_offsets.diff().tolist()
         # A user without a candidate needs no index N + 1.
@@ -226,15 +246,14 @@ def count_earlier(
     return low - start
 
 
-def _moved_up(
-    rows: Tensor, earlier: Tensor, history_offsets: Tensor, candidate_offsets: Tensor
-) -> Tensor:
-    """1 for items at or after their user's only candidate, else 0, `[T]` int64."""
-    users = segment_ids(candidate_offsets, len(earlier))
+def _moved_up(places: Tensor, users: Tensor, earlier: Tensor, candidate_offsets: Tensor) -> Tensor:
+    """1 for items at or after their user's only candidate, else 0, `[P]` int64."""
+    candidate_users = segment_ids(candidate_offsets, len(earlier))
     # A user without a candidate has nothing inserted: no item lies after it.
-    boundary = rows.new_full((history_offsets.numel() - 1,), len(rows))
-    boundary = boundary.index_copy(0, users, earlier)
-    return (rows >= boundary[segment_ids(history_offsets, len(rows))]).long()
+    nowhere = torch.iinfo(torch.int64).max
+    boundary = places.new_full((candidate_offsets.numel() - 1,), nowhere)
+    boundary = boundary.index_copy(0, candidate_users, earlier)
+    return (places >= boundary[users]).long()
 
 
 def _check_times(*times: Tensor) -> None:

@@ -41,8 +41,9 @@ DLRM_V3 = _table("""
     common: HammerKernel
     modules.dlrm_hstu: DlrmHSTU hstu_configs embedding_tables is_inference is_dense bf16_training
     modules.dlrm_hstu: DlrmHSTU.preprocess uih_features candidates_features
-    modules.dlrm_hstu: DlrmHSTU._user_forward
-        max_uih_len max_candidates seq_embeddings payload_features num_candidates
+    modules.dlrm_hstu: DlrmHSTU.main_forward
+        seq_embeddings payload_features max_uih_len uih_seq_lengths max_num_candidates
+        num_candidates
     modules.dlrm_hstu: STULayer config is_inference
     modules.dlrm_hstu: HSTUTransducer stu_module input_preprocessor positional_encoder is_inference
     modules.preprocessors: InputPreprocessor is_inference
@@ -52,6 +53,10 @@ DLRM_V3 = _table("""
     modules.preprocessors: InputPreprocessor.interleave_targets
     modules.hstu_transducer: HSTUTransducer
     modules.hstu_transducer: HSTUTransducer._hstu_compute
+        max_seq_len seq_lengths seq_offsets seq_timestamps seq_embeddings num_targets
+    modules.hstu_transducer: HSTUTransducer._postprocess
+        seq_embeddings seq_timestamps seq_payloads
+    modules.positional_encoder: HSTUPositionalEncoder.forward
         max_seq_len seq_lengths seq_offsets seq_timestamps seq_embeddings num_targets
     modules.stu: STULayer config is_inference
     modules.stu: STULayer.forward

@@ -1,8 +1,10 @@
 """The host's STU layer with the weights of a preference plan in its attention."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from generative_recommenders.modules.stu import STULayer
 from generative_recommenders.ops.hstu_attention import hstu_mha
 from generative_recommenders.ops.hstu_compute import hstu_compute_output, hstu_compute_uqvk
@@ -31,12 +33,19 @@ class CandidateRows:
         parts: Of the sequences; in cached inference, of the full ones (cached and new).
         plan: One row per candidate.
         mask_position: "post" A' = SiLU(s) * M, "pre" A' = SiLU(M * s).
+        max_candidates: The most candidates of a user, or more; None: the device is asked.
     """
 
     parts: SequenceParts
     plan: PreferencePlan
     mask_position: MaskPosition = "post"
+    max_candidates: int | None = None
     _spec: AttentionSpec | None = field(default=None, repr=False)
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """Rows of the candidates in the sequences, `[C]`."""
+        return self.parts.candidate_rows()
 
     def attention_spec(self, max_seq_len: int, alpha: float) -> AttentionSpec:
         """The attention of the candidates over whole sequences, the same for all layers of a step.
@@ -46,14 +55,16 @@ class CandidateRows:
             alpha: Factor on q . k.
         """
         if self._spec is None or (self._spec.max_length, self._spec.alpha) != (max_seq_len, alpha):
-            counts = self.parts.candidate_offsets.diff()
+            most, users = self.max_candidates, self.parts.candidate_offsets.numel() - 1
+            if most is None:
+                most = int(self.parts.candidate_offsets.diff().max()) if users else 0
             self._spec = AttentionSpec(
                 offsets=self.parts.seq_offsets,
                 max_length=max_seq_len,
                 alpha=alpha,
                 norm_length=max_seq_len,
                 query_offsets=self.parts.candidate_offsets,
-                max_query_length=int(counts.max().item()) if counts.numel() else 0,
+                max_query_length=most,
                 causal=False,
                 row_weights=row_weights(self.parts, self.plan, max_seq_len),
                 mask_position=self.mask_position,
@@ -66,15 +77,32 @@ class StepAttention:
     """What a plan changes in the attention of one forward pass, the same for all layers.
 
     Attributes:
-        value_scale: Factor of the value rows `[L]` (M_j, and the ratio that keeps the host's 1/n
-            that of the full sequence), or None.
-        key_scale: Factor of the key rows `[L]` for `mask_position="pre"`, or None.
+        column_weights: M_j of each row `[L]` of the sequences, or None for ones.
+        mask_position: Where they enter: "post" A' = SiLU(s) * M, "pre" A' = SiLU(M * s).
+        norm_ratio: The n that the layers are told over the n of the full sequences: the host
+            divides by the longest sequence it gets, and that must stay the full one.
         candidates: Mask of the candidates' own rows, or None.
     """
 
-    value_scale: Tensor | None = None
-    key_scale: Tensor | None = None
+    column_weights: Tensor | None = None
+    mask_position: MaskPosition = "post"
+    norm_ratio: float = 1.0
     candidates: CandidateRows | None = None
+
+    @functools.cached_property
+    def value_scale(self) -> Tensor | None:
+        """Factor of the value rows `[L]`, or None."""
+        weights = self.column_weights
+        if weights is None:
+            return None
+        if self.mask_position == "pre":
+            return torch.full_like(weights, self.norm_ratio)
+        return weights * self.norm_ratio
+
+    @property
+    def key_scale(self) -> Tensor | None:
+        """Factor of the key rows `[L]`, or None."""
+        return self.column_weights if self.mask_position == "pre" else None
 
     @property
     def scales_values_only(self) -> bool:
@@ -143,7 +171,7 @@ class PreferenceSTULayer(STULayer):
         ).view(-1, self._num_heads, self._hidden_dim)
         candidates = self.step.candidates
         if candidates is not None:
-            index = candidates.parts.candidate_rows()
+            index = candidates.rows
             spec = candidates.attention_spec(max_seq_len, self._attn_alpha)
             own = hstu_attention(q.index_select(0, index), k, v, spec)
             attention = attention.index_copy(0, index, own.to(attention.dtype))

@@ -2,8 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from generative_recommenders.modules import dlrm_hstu as host
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from hpgr_plugin.components.positions import (
     VisibilityCheck,
     count_earlier,
 )
-from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.components.sem import SessionContext, SessionEnhancementModule
 from hpgr_plugin.components.sessions import check_time_unit
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
@@ -25,13 +27,24 @@ from hpgr_plugin.hosts.dlrm_v3.modules import (
     PreferenceTransducer,
     Request,
     SessionPreprocessor,
+)
+from hpgr_plugin.hosts.dlrm_v3.positions import (
+    PlacedHSTUPositionalEncoder,
     TimeAwareHSTUPositionalEncoder,
 )
 from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained
+from hpgr_plugin.hosts.dlrm_v3.selection import (
+    FullPlaces,
+    KeptHistory,
+    RankingBatch,
+    keep,
+    shortened,
+)
 from hpgr_plugin.hosts.seams import bound_value, host_has_seam, is_bound, replaced
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
-from hpgr_plugin.ops.compact.parts import SequenceParts, sequence_parts
-from hpgr_plugin.ops.jagged import check_sorted, complete_cumsum
+from hpgr_plugin.ops.compact.parts import SequenceParts, joined_parts
+from hpgr_plugin.ops.jagged import check_sorted, complete_cumsum, segment_ids, segment_positions
+from hpgr_plugin.ops.preference_plan import PreferencePlan
 from hpgr_plugin.transfer.handoff import load_sem_state
 from hpgr_plugin.transfer.learning_rates import check_lr_ratio, mark_inherited
 
@@ -41,6 +54,7 @@ _CHECKPOINT_PATHS = ("load_dmp_checkpoint.path", "load_nonsparse_checkpoint.path
 _CHECKED_BATCHES = 10  # the first ones, whose times are checked
 _HISTORY_IDS = "hpgr_history_ids"
 _CANDIDATE_IDS = "hpgr_candidate_ids"
+_MIN_LENGTHS = "_contextual_feature_to_min_uih_length"  # an attribute of the host's preprocessor
 
 
 class DlrmHSTU(host.DlrmHSTU):
@@ -241,70 +255,200 @@ class DlrmHSTU(host.DlrmHSTU):
             payloads[_CANDIDATE_IDS] = candidates_features[candidates].values().clamp(max=last)
         return outputs
 
-    def _user_forward(
+    def main_forward(
         self,
-        max_uih_len: int,
-        max_candidates: int,
-        seq_embeddings: Any,
+        seq_embeddings: dict[str, Any],
         payload_features: dict[str, Tensor],
+        max_uih_len: int,
+        uih_seq_lengths: Tensor,
+        max_num_candidates: int,
         num_candidates: Tensor,
-    ) -> Tensor:
-        """As the host's, with the attention that the batch's plan asks for."""
-
-        def of_the_host() -> Tensor:
-            return super(DlrmHSTU, self)._user_forward(
-                max_uih_len, max_candidates, seq_embeddings, payload_features, num_candidates
-            )
-
-        has_plan = isinstance(self._hstu_transducer, PreferenceTransducer)
-        if self.sem is None and not has_plan:
-            return of_the_host()
-        items = seq_embeddings[self._hstu_configs.uih_post_id_feature_name]
-        parts = sequence_parts(
-            complete_cumsum(items.lengths),
+    ) -> Any:
+        """As the host's, on what the batch's plan keeps of the histories."""
+        batch = RankingBatch(
+            seq_embeddings,
+            payload_features,
+            max_uih_len,
+            uih_seq_lengths,
+            max_num_candidates,
             num_candidates,
-            contextual_len=0,
-            total_rows=len(items.embedding),
         )
-        if self._unchecked_batches > 0:
-            self._unchecked_batches -= 1
-            self._check_times(parts, payload_features)
-        if not has_plan:
-            return of_the_host()
-        request = self._request(items.embedding.detach(), parts, payload_features)
-        with self._hstu_transducer.requested(request):
-            return of_the_host()
+        transducer = self._hstu_transducer
+        has_request = isinstance(transducer, PreferenceTransducer)
+        if self.sem is not None or has_request:
+            self._check_times(batch)
+        if not has_request:
+            return super().main_forward(**batch._asdict())
+        request, batch = self._follow_plan(batch)
+        preprocessor: Any = transducer._input_preprocessor
+        if isinstance(preprocessor, SessionPreprocessor):
+            preprocessor = preprocessor._preprocessor
+        # `shortened` has compared with the full lengths already.
+        compared: dict[str, Any] = {} if request.full_length is None else {_MIN_LENGTHS: {}}
+        with transducer.requested(request), replaced(preprocessor, **compared):
+            return super().main_forward(**batch._asdict())
 
-    def _check_times(self, parts: SequenceParts, payload_features: dict[str, Tensor]) -> None:
-        """Check the times of a batch, which the host's readers do not always provide.
+    def _plan(self, batch: RankingBatch) -> PreferencePlan | None:
+        """What the hook keeps of the histories; None for all."""
+        hook = self.attention_hook
+        if hook is None:
+            return None
+        history, candidates = self._item_features()
+        times, query_times = self._times(batch.payload_features)
+        # Times hide the future from candidates; a plan of users may weigh items by age with them.
+        has_times = self._hide_future or hook.layout == "per_user"
+        return hook.plan(
+            HookInputs(
+                batch.seq_embeddings[history].embedding.detach(),
+                batch.seq_embeddings[candidates].embedding.detach(),
+                batch.history_offsets,
+                batch.candidate_offsets,
+                times if has_times else None,
+                query_times if has_times else None,
+                history_ids=batch.payload_features.get(_HISTORY_IDS),
+                candidate_ids=batch.payload_features.get(_CANDIDATE_IDS),
+                max_history=batch.max_uih_len,
+                max_candidates=batch.max_num_candidates,
+            )
+        )
 
-        Warns if the times do not look like seconds, as milliseconds do not.
+    def _follow_plan(self, batch: RankingBatch) -> tuple[Request, RankingBatch]:
+        """What the transducer should do, and the batch that the host should see."""
+        plan, hook = self._plan(batch), self.attention_hook
+        times, query_times = self._times(batch.payload_features)
+        request = Request(
+            joined_parts(
+                batch.history_offsets,
+                batch.candidate_offsets,
+                contextual_len=self._contextual_seq_len(),
+                num_history=len(times),
+                num_candidates=len(query_times),
+            ),
+            plan,
+            hide_future=self._hide_future,
+            max_targets=batch.max_num_candidates,
+        )
+        if hook is not None:
+            request = replace(request, layout=hook.layout, mask_position=hook.mask_position)
+        if plan is None or hook is None or request.layout == "shared_history":
+            return replace(request, places=self._places(batch, request.parts, None)), batch
+        one_each = batch.max_num_candidates == 1 and len(query_times) == len(batch.num_candidates)
+        kept = keep(
+            plan,
+            batch.history_offsets,
+            num_history=len(times),
+            max_history=batch.max_uih_len,
+            longest_row=hook.longest_row(plan, batch.max_uih_len),
+            by_user=request.layout == "per_user" or one_each,
+        )
+        parts = joined_parts(
+            kept.offsets,
+            batch.candidate_offsets,
+            contextual_len=self._contextual_seq_len(),
+            num_history=len(kept.rows),
+            num_candidates=len(query_times),
+        )
+        request = replace(
+            request,
+            parts=parts,
+            plan=kept.plan,
+            by_user=kept.by_user,
+            longest_row=hook.longest_row(plan, batch.max_uih_len),
+            full_length=batch.max_uih_len + batch.max_num_candidates + parts.contextual_len,
+            places=self._places(batch, parts, kept),
+            context=self._session_context(batch, kept),
+        )
+        mapping = self._hstu_configs.merge_uih_candidate_feature_mapping
+        return request, shortened(
+            batch,
+            kept,
+            history_features=[name for name, _ in mapping],
+            min_lengths=self._min_lengths(),
+        )
+
+    def _places(
+        self, batch: RankingBatch, parts: SequenceParts, kept: KeptHistory | None
+    ) -> FullPlaces | None:
+        """Where the rows are in the full sequences; None: the encoder finds it by itself."""
+        encoder = self._hstu_transducer._positional_encoder
+        is_time_aware = isinstance(encoder, TimeAwareHSTUPositionalEncoder)
+        if kept is None and not is_time_aware:
+            return None
+        offsets = batch.history_offsets.long()
+        times, query_times = self._times(batch.payload_features)
+        places = segment_positions(offsets, len(times))
+        if kept is not None:
+            places = places[kept.rows]
+        if not is_time_aware:
+            return FullPlaces(parts, places, offsets)
+        needed = batch.max_uih_len + 1
+        if needed > encoder.encoder.max_positions or batch.max_num_candidates > 1:
+            encoder.encoder.check_lengths(offsets, batch.candidate_offsets)
+        earlier = count_earlier(times, offsets, query_times, batch.candidate_offsets)
+        return FullPlaces(parts, places, offsets, earlier)
+
+    def _session_context(self, batch: RankingBatch, kept: KeptHistory) -> SessionContext | None:
+        """SEM's, of the full histories, for the kept rows."""
+        if self.sem is None:
+            return None
+        embeddings = batch.seq_embeddings[self._item_features()[0]].embedding
+        half = self._bf16_training and not self.is_inference
+        times = self._times(batch.payload_features)[0]
+        # As the host hands embeddings to its transducer.
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
+            context = self.sem.context(
+                embeddings.to(torch.bfloat16 if half else embeddings.dtype),
+                batch.history_offsets,
+                times // self._ticks_per_second,
+            )
+        return context.of_rows(kept.rows)
+
+    def _min_lengths(self) -> dict[str, int]:
+        """Contextual features that count from a length of the sequence on."""
+        config = self._hstu_configs
+        least = config.contextual_feature_to_min_uih_length
+        return {n: least[n] for n in config.contextual_feature_to_max_length if least.get(n, 0) > 0}
+
+    def _check_times(self, batch: RankingBatch) -> None:
+        """Check the times of the first batches, which the host's readers do not always provide.
+
+        Where that costs no wait for the device, the order is checked in all of them. Warns if the
+        times do not look like seconds, as milliseconds do not.
 
         Raises:
             HpgrError: A history is out of order although a slot needs its order, or too many
                 candidates see nothing of their history.
         """
-        name = self._hstu_configs.uih_action_time_feature_name
-        times, query_times = self._times(payload_features)
-        positions = self._hstu_transducer._positional_encoder
-        if self.sem is not None or isinstance(positions, TimeAwareHSTUPositionalEncoder):
-            try:
-                check_sorted(times, parts.history_offsets, name)
-            except ValueError as error:
-                raise HpgrError(
-                    f"{error}. The slots sem and positional_encoder need histories in order of "
-                    f"{name!r}, and the reader of this data set does not give them so (the host's "
-                    "debug data set is random): sort every history, or leave these slots empty"
-                ) from error
-        if self.sem is not None and self._unchecked_batches == _CHECKED_BATCHES - 1:
+        first = self._unchecked_batches
+        self._unchecked_batches = max(0, first - 1)
+        times, query_times = self._times(batch.payload_features)
+        offsets = batch.history_offsets
+        if first or not times.is_cuda:
+            self._check_order(times, offsets)
+        if first == _CHECKED_BATCHES and self.sem is not None:
             seconds = times // self._ticks_per_second
-            check_time_unit(
-                seconds, parts.history_offsets, self.sem.gap_seconds, f"{_NAME}.time_unit"
-            )
-        if self._hide_future and isinstance(self._hstu_transducer, PreferenceTransducer):
-            history, candidates = parts.history_offsets, parts.candidate_offsets
-            visible = count_earlier(times, history, query_times, candidates)
-            self._visibility(visible, history.diff()[parts.candidate_users()])
+            check_time_unit(seconds, offsets, self.sem.gap_seconds, f"{_NAME}.time_unit")
+        has_request = isinstance(self._hstu_transducer, PreferenceTransducer)
+        if first and self._hide_future and has_request:
+            candidates = batch.candidate_offsets
+            visible = count_earlier(times, offsets, query_times, candidates)
+            users = segment_ids(candidates, len(query_times))
+            self._visibility(visible, offsets.diff()[users])
+
+    def _check_order(self, times: Tensor, offsets: Tensor) -> None:
+        """Where a slot needs it, every history must be in order."""
+        name = self._hstu_configs.uih_action_time_feature_name
+        positions = self._hstu_transducer._positional_encoder
+        if self.sem is None and not isinstance(positions, TimeAwareHSTUPositionalEncoder):
+            return
+        try:
+            check_sorted(times, offsets, name)
+        except ValueError as error:
+            raise HpgrError(
+                f"{error}. The slots sem and positional_encoder need histories in order of "
+                f"{name!r}, and the reader of this data set does not give them so (the host's "
+                "debug data set is random): sort every history, or leave these slots empty"
+            ) from error
 
     def _times(self, payload_features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Times of the history items `[T]` and of the candidates `[C]`."""
@@ -313,30 +457,6 @@ class DlrmHSTU(host.DlrmHSTU):
             payload_features[config.uih_action_time_feature_name],
             payload_features[config.candidates_querytime_feature_name],
         )
-
-    def _request(
-        self, embeddings: Tensor, parts: SequenceParts, payload_features: dict[str, Tensor]
-    ) -> Request:
-        """What the attention should do with sequences of raw item embeddings `[T + C, D]`."""
-        hook = self.attention_hook
-        if hook is None:
-            return Request(plan=None, layout="shared_history", hide_future=self._hide_future)
-        times, query_times = self._times(payload_features)
-        # Times hide the future from candidates; a plan of users may weigh items by age with them.
-        has_times = self._hide_future or hook.layout == "per_user"
-        plan = hook.plan(
-            HookInputs(
-                embeddings[parts.history_rows()],
-                embeddings[parts.candidate_rows()],
-                parts.history_offsets,
-                parts.candidate_offsets,
-                times if has_times else None,
-                query_times if has_times else None,
-                payload_features.get(_HISTORY_IDS),
-                payload_features.get(_CANDIDATE_IDS),
-            )
-        )
-        return Request(plan, hook.layout, hook.mask_position, self._hide_future)
 
     def _contextual_seq_len(self) -> int:
         """Tokens in front of every history."""
@@ -422,10 +542,18 @@ def _classes_of_this_model(
         return
     if host_has_seam("dlrm_classes"):
         classes = replaced(
-            DlrmHSTU, stu_layer_cls=PreferenceSTULayer, transducer_cls=PreferenceTransducer
+            DlrmHSTU,
+            stu_layer_cls=PreferenceSTULayer,
+            transducer_cls=PreferenceTransducer,
+            positional_encoder_cls=PlacedHSTUPositionalEncoder,
         )
     else:
-        classes = replaced(host, STULayer=PreferenceSTULayer, HSTUTransducer=PreferenceTransducer)
+        classes = replaced(
+            host,
+            STULayer=PreferenceSTULayer,
+            HSTUTransducer=PreferenceTransducer,
+            HSTUPositionalEncoder=PlacedHSTUPositionalEncoder,
+        )
     with classes:
         yield
 
