@@ -18,7 +18,7 @@ from triton.runtime.autotuner import Autotuner
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
-from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
+from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, fused
 
 pytestmark = [
     pytest.mark.upstream,
@@ -92,10 +92,11 @@ def build_on_gpu(model_class: type, **arguments: Any) -> Any:
     return build(model_class, config=config(), device="cuda", kernel=kernel, **arguments)
 
 
-def models(kind: str, bf16: bool) -> tuple[Any, Any]:
-    """On CUDA through Triton, and a float64 copy on the CPU."""
-    on_gpu = build_on_gpu(DlrmHSTU, bf16_training=bf16, **slots(kind))
+def models(kind: str, bf16: bool, layers: str) -> tuple[Any, Any]:
+    """On CUDA through Triton, and a float64 copy on the CPU with the host's layers."""
+    on_gpu = build_on_gpu(DlrmHSTU, bf16_training=bf16, layers=layers, **slots(kind))
     reference = copy.deepcopy(on_gpu).cpu().double()
+    reference._hstu_transducer.layers = None
     reference.set_hammer_kernel(HammerKernel.PYTORCH)
     reference.set_training_dtype(torch.float64)
     reference._bf16_training = False
@@ -110,10 +111,13 @@ def models(kind: str, bf16: bool) -> tuple[Any, Any]:
     ("bf16", "tolerance"), [(True, 2.5e-2), (False, 4e-3)], ids=["bf16", "fp32"]
 )
 @pytest.mark.parametrize("kind", ["per_candidate", "shared_history", "pre", "stochastic", "none"])
+@pytest.mark.parametrize("layers", ["host", "fused", "fused, recomputed"])
 def test_triton_kernels_agree_with_the_float64_reference(
-    kind: str, bf16: bool, tolerance: float
+    layers: str, kind: str, bf16: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_gpu, reference = models(kind, bf16)
+    if layers.endswith("recomputed"):
+        monkeypatch.setattr(fused, "_MANY_ROWS", 0)
+    on_gpu, reference = models(kind, bf16, layers.partition(",")[0])
     # Query times anywhere in the history: candidates of a user see different parts of it.
     outputs, gradients = step(on_gpu, batch(LENGTHS, CANDIDATES, later=False, device="cuda"))
     expected, expected_gradients = step(reference, batch(LENGTHS, CANDIDATES, later=False))

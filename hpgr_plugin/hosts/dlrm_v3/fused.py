@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from generative_recommenders.common import HammerKernel
 from generative_recommenders.modules.stu import STULayer, STUStack
 from torch import Tensor, nn
 
-from hpgr_plugin.components.checks import check_choice
 from hpgr_plugin.components.hstu_stack import read_histories, read_sequences
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
@@ -52,17 +51,15 @@ class FusedLayers:
 
     Args:
         stack: The host's, of the model that is being built.
-        choice: "fused", "host", or None: fused wherever the Triton kernels can run the step, else
-            the host's layers; the log says once which it is.
+        choice: "fused", "host", or None: fused where the Triton kernels can run the step, else the
+            host's layers; the log says once which it is.
         binding: The name of the choice in an error.
 
     Raises:
-        HpgrError: An unknown choice, or "fused" with an option of the host that is not supported.
+        HpgrError: "fused" with an option of the host that is not supported.
     """
 
     def __init__(self, stack: nn.Module, choice: Layers | None, *, binding: str) -> None:
-        if choice is not None:
-            check_choice(get_args(Layers), **{binding: choice})
         self._stack: Any = stack
         self._choice = choice
         self._binding = binding
@@ -250,7 +247,8 @@ def _job(
         max_length=sequences.max_length,
         alpha=stack._stu_layers[0]._attn_alpha,
         norm_length=sequences.max_length / step.norm_ratio,
-        num_targets=None if sequences.one_target else sequences.num_targets,
+        # A last token that no other follows is seen by nobody else anyway.
+        num_targets=None if _most_candidates(sequences) <= 1 else sequences.num_targets,
         column_weights=step.column_weights,
         mask_position=step.mask_position,
         exact=True,
@@ -304,7 +302,11 @@ def _form(stack: Any, x: Tensor) -> LayerForm:
 
 def _most_candidates(sequences: RowSequences) -> int:
     """An upper bound of the candidates of a sequence."""
-    return 1 if sequences.one_target else sequences.max_targets
+    if sequences.one_target:
+        return 1
+    if sequences.max_targets is not None:
+        return sequences.max_targets
+    return int(sequences.num_targets.max()) if sequences.num_targets.numel() else 0
 
 
 @functools.cache

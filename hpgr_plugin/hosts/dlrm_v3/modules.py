@@ -15,6 +15,7 @@ from torch import Tensor
 from hpgr_plugin.components.attention_hooks import Layout, MaskPosition
 from hpgr_plugin.components.sem import SessionContext, SessionEnhancementModule
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
+from hpgr_plugin.hosts.dlrm_v3.fused import FusedLayers
 from hpgr_plugin.hosts.dlrm_v3.positions import set_places
 from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
 from hpgr_plugin.hosts.seams import host_has_seam
@@ -141,6 +142,7 @@ class RowSequences(NamedTuple):
         max_length: The longest of them, or more: the n that the host's layers divide by.
         candidate_rows: `[C]`.
         one_target: Whether each ends in exactly one candidate.
+        max_targets: The most candidates of a sequence, or more; None: the device is asked.
     """
 
     parts: SequenceParts
@@ -149,6 +151,7 @@ class RowSequences(NamedTuple):
     max_length: int
     candidate_rows: Tensor
     one_target: bool
+    max_targets: int | None = None
 
 
 class PreferenceTransducer(HSTUTransducer):
@@ -161,9 +164,11 @@ class PreferenceTransducer(HSTUTransducer):
 
     Attributes:
         contextual_seq_len: Tokens in front of every history.
+        layers: Runs the layers where it can; None: the host's own do.
     """
 
     contextual_seq_len: int = 0
+    layers: FusedLayers | None = None
     _request: Request | None = None
 
     @contextlib.contextmanager
@@ -205,6 +210,9 @@ class PreferenceTransducer(HSTUTransducer):
         Returns:
             `[C, D]`, the candidates in their order.
         """
+        fused = None if self.layers is None else self.layers.run(x, sequences, step)
+        if fused is not None:
+            return fused
         arguments: dict[str, Any] = {
             "x": x,
             "x_lengths": sequences.lengths,
@@ -247,6 +255,7 @@ class PreferenceTransducer(HSTUTransducer):
             max_seq_len,
             request.candidate_rows,
             one_target=request.layout == "per_candidate",
+            max_targets=request.max_targets,
         )
         weights, plan = None, request.plan
         if request.by_user and plan is not None:
