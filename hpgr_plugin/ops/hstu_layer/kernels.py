@@ -192,3 +192,51 @@ def gate_backward_kernel(Grad, Attention, Gate, Weight, Bias, Moments, DAttentio
         tl.store(DGate + rows[:, None] * stride_d + places[None, :],
                  dg.to(DGate.dtype.element_ty), mask=inside)  # fmt: skip
     _store_partial(Partial, d_weight, d_bias, places, places < SIZE, SIZE)
+
+
+@triton.jit
+def _own(Q, K, V, rows, total, stride, alpha, D: tl.constexpr, DV: tl.constexpr):
+    """q, k and v of a tile of candidates, their scores with themselves, and which are there."""
+    inside = (rows < total)[:, None]
+    at_k = rows[:, None] * stride + tl.arange(0, D)[None, :]
+    at_v = rows[:, None] * stride + tl.arange(0, DV)[None, :]
+    q = tl.load(Q + at_k, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(K + at_k, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(V + at_v, mask=inside, other=0.0).to(tl.float32)
+    return q, k, v, tl.sum(q * k, axis=1) * alpha, inside
+
+
+@triton.jit
+def own_forward_kernel(Q, K, V, Attended, total, stride, stride_a, alpha, inverse_norm,
+                       D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    _, _, v, score, inside = _own(
+        Q + head * D, K + head * D, V + head * DV, rows, total, stride, alpha, D, DV
+    )
+    weight = score * tl.sigmoid(score) * inverse_norm
+    where = Attended + rows[:, None] * stride_a + head * DV + tl.arange(0, DV)[None, :]
+    attended = tl.load(where, mask=inside, other=0.0).to(tl.float32) + weight[:, None] * v
+    tl.store(where, attended.to(Attended.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def own_backward_kernel(Grad, Q, K, V, DQ, DK, DV_, total, stride, stride_g, stride_d, alpha,
+                        inverse_norm, D: tl.constexpr, DV: tl.constexpr,
+                        ROWS: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    q, k, v, score, inside = _own(
+        Q + head * D, K + head * D, V + head * DV, rows, total, stride, alpha, D, DV
+    )
+    at_v = head * DV + tl.arange(0, DV)[None, :]
+    grad = tl.load(Grad + rows[:, None] * stride_g + at_v, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(score)
+    slope = sigmoid * (1.0 + score * (1.0 - sigmoid))
+    d_score = (tl.sum(grad * v, axis=1) * slope * (alpha * inverse_norm))[:, None]
+    dv = grad * (score * sigmoid * inverse_norm)[:, None]
+    to_k = rows[:, None] * stride_d + head * D + tl.arange(0, D)[None, :]
+    dq = tl.load(DQ + to_k, mask=inside, other=0.0).to(tl.float32) + d_score * k
+    tl.store(DQ + to_k, dq.to(DQ.dtype.element_ty), mask=inside)
+    tl.store(DK + to_k, (d_score * q).to(DK.dtype.element_ty), mask=inside)
+    tl.store(DV_ + rows[:, None] * stride_d + at_v, dv.to(DV_.dtype.element_ty), mask=inside)

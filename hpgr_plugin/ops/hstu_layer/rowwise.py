@@ -11,6 +11,8 @@ from hpgr_plugin.ops.hstu_layer.kernels import (
     gate_forward_kernel,
     norm_backward_kernel,
     norm_forward_kernel,
+    own_backward_kernel,
+    own_forward_kernel,
     scale_rows_kernel,
 )
 from hpgr_plugin.ops.hstu_layer.layer import Dropout
@@ -92,6 +94,56 @@ def scale_rows(x: Tensor, weights: Tensor, out: Tensor) -> None:
         scale_rows_kernel[programs](
             x, weights, out, len(x), x.stride(0), out.stride(0), **constants
         )
+
+
+def own_forward(
+    q: Tensor, k: Tensor, v: Tensor, attended: Tensor, heads: int, alpha: float, norm: float
+) -> None:
+    """Add to `attended` `[C, H dv]` what every candidate reads of itself.
+
+    Args:
+        q, k, v: `[C, H d]` and `[C, H dv]`, slices of one tensor.
+        attended: contiguous.
+        heads: H.
+        alpha: factor of `q . k`.
+        norm: n of the `1 / n`.
+    """
+    if len(q):
+        grid, constants = _own_grid(q, v, heads)
+        own_forward_kernel[grid](
+            q, k, v, attended, len(q), q.stride(0), attended.stride(0), alpha, 1.0 / norm,
+            **constants,
+        )  # fmt: skip
+
+
+def own_backward(
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    slopes: tuple[Tensor, Tensor, Tensor],
+    heads: int,
+    alpha: float,
+    norm: float,
+) -> None:
+    """The gradients of `own_forward`: dq is added to, dk and dv are written.
+
+    Args:
+        grad: of `attended`, contiguous.
+        inputs: q, k and v.
+        slopes: dq, dk and dv, slices of one tensor.
+        heads, alpha, norm: as in the forward.
+    """
+    q, _, v = inputs
+    if len(q):
+        grid, constants = _own_grid(q, v, heads)
+        own_backward_kernel[grid](
+            grad, *inputs, *slopes, len(q), q.stride(0), grad.stride(0), slopes[0].stride(0),
+            alpha, 1.0 / norm, **constants,
+        )  # fmt: skip
+
+
+def _own_grid(q: Tensor, v: Tensor, heads: int) -> tuple[tuple[int, int], dict[str, int]]:
+    constants = {"D": q.shape[1] // heads, "DV": v.shape[1] // heads, "ROWS": 16, "num_warps": 4}
+    return (triton.cdiv(len(q), constants["ROWS"]), heads), constants
 
 
 def _seed(dropout: Dropout | None, absent: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ it decides itself what it keeps for the backward, and what it computes again.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hpgr_plugin.ops.hstu_attention.spec import AttentionSpec
@@ -24,6 +23,8 @@ from hpgr_plugin.ops.hstu_layer.rowwise import (
     gate_forward,
     norm_backward,
     norm_forward,
+    own_backward,
+    own_forward,
     scale_rows,
 )
 
@@ -309,10 +310,8 @@ def _candidate_rows(
     attended = x.new_empty(u.shape)
     zero_spare_rows(attended, form.spec, of_queries=True)
     _attend(q, *columns, attended, form)
-    q, own_k, own_v = (part.float() for part in _heads(form, q, own_k, own_v))
-    score = (q * own_k).sum(-1, keepdim=True) * form.spec.alpha
-    of_itself = F.silu(score) / form.spec.norm_length * own_v
-    attended = (_heads(form, attended)[0].float() + of_itself).flatten(1).to(x.dtype)
+    spec = form.spec
+    own_forward(q, own_k, own_v, attended, form.num_heads, spec.alpha, spec.norm_length)
     gated, gate_moments = _gate(attended, u, weights, form)
     return _Rows(x, moments, attended, gate_moments, normed, projected, gated)
 
@@ -344,15 +343,10 @@ def _candidate_slope(
     du, d_own_v, dq, d_own_k = _split(d_projected, rows.attended.shape[1])
     d_attended, of_gate = _gate_slope(grad, rows, (u, du), weights, form)
     _attend_slope((d_attended, q, k, v, dq, dk, dv), form, accumulate=accumulate)
-    q, own_k, own_v, d_attended = (x.float() for x in _heads(form, q, own_k, own_v, d_attended))
-    score = (q * own_k).sum(-1, keepdim=True) * spec.alpha
-    sigmoid = torch.sigmoid(score)
-    of_itself = score * sigmoid / spec.norm_length
-    slope = sigmoid * (1.0 + score * (1.0 - sigmoid)) * (spec.alpha / spec.norm_length)
-    d_score = (d_attended * own_v).sum(-1, keepdim=True) * slope
-    d_own_v.copy_((d_attended * of_itself).flatten(1))
-    d_own_k.copy_((d_score * q).flatten(1))
-    dq.add_((d_score * own_k).flatten(1).to(dq.dtype))
+    own_backward(
+        d_attended, (q, own_k, own_v), (dq, d_own_k, d_own_v), form.num_heads, spec.alpha,
+        spec.norm_length,
+    )  # fmt: skip
     return d_projected, of_gate
 
 
