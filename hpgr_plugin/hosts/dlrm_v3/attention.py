@@ -42,11 +42,6 @@ class CandidateRows:
     max_candidates: int | None = None
     _spec: AttentionSpec | None = field(default=None, repr=False)
 
-    @functools.cached_property
-    def rows(self) -> Tensor:
-        """Rows of the candidates in the sequences, `[C]`."""
-        return self.parts.candidate_rows()
-
     def attention_spec(self, max_seq_len: int, alpha: float) -> AttentionSpec:
         """The attention of the candidates over whole sequences, the same for all layers of a step.
 
@@ -171,7 +166,7 @@ class PreferenceSTULayer(STULayer):
         ).view(-1, self._num_heads, self._hidden_dim)
         candidates = self.step.candidates
         if candidates is not None:
-            index = candidates.rows
+            index = candidates.parts.candidate_rows()
             spec = candidates.attention_spec(max_seq_len, self._attn_alpha)
             own = hstu_attention(q.index_select(0, index), k, v, spec)
             attention = attention.index_copy(0, index, own.to(attention.dtype))
@@ -265,5 +260,22 @@ class PreferenceSTULayer(STULayer):
 
 
 def _scaled(rows: Tensor, scale: Tensor | None) -> Tensor:
-    """Rows `[L, H, d]` times a factor `[L]`, rounded once."""
-    return rows if scale is None else (rows * scale.view(-1, 1, 1)).to(rows.dtype)
+    """Rows `[L, H, d]` times a factor `[L]` without gradient, rounded once."""
+    if scale is None:
+        return rows
+    scaled: Tensor = _ScaleRows.apply(rows, scale.view(-1, 1, 1))
+    return scaled
+
+
+class _ScaleRows(torch.autograd.Function):
+    """One kernel each way: no product in float32 is kept, or cast, in between."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return torch.mul(rows, scale, out=torch.empty_like(rows))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return torch.mul(grad, scale, out=torch.empty_like(grad)), None

@@ -45,7 +45,7 @@ from hpgr_plugin.hosts.dlrm_v3.selection import (
 from hpgr_plugin.hosts.seams import bound_value, host_has_seam, is_bound, replaced
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.compact.parts import SequenceParts, joined_parts
-from hpgr_plugin.ops.jagged import check_sorted, complete_cumsum, segment_ids, segment_positions
+from hpgr_plugin.ops.jagged import check_sorted, complete_cumsum, segment_ids
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 from hpgr_plugin.transfer.handoff import load_sem_state
 from hpgr_plugin.transfer.learning_rates import check_lr_ratio, mark_inherited
@@ -361,6 +361,7 @@ class DlrmHSTU(host.DlrmHSTU):
             contextual_len=self._contextual_seq_len(),
             num_history=len(kept.rows),
             num_candidates=len(query_times),
+            one_candidate_each=one_each,
         )
         request = replace(
             request,
@@ -390,16 +391,14 @@ class DlrmHSTU(host.DlrmHSTU):
             return None
         offsets = batch.history_offsets.long()
         times, query_times = self._times(batch.payload_features)
-        places = segment_positions(offsets, len(times))
-        if kept is not None:
-            places = places[kept.rows]
+        rows = torch.arange(len(times), device=times.device) if kept is None else kept.rows
         if not is_time_aware:
-            return FullPlaces(parts, places, offsets)
+            return FullPlaces(parts, rows, offsets)
         needed = batch.max_uih_len + 1
         if needed > encoder.encoder.max_positions or batch.max_num_candidates > 1:
             encoder.encoder.check_lengths(offsets, batch.candidate_offsets)
         earlier = count_earlier(times, offsets, query_times, batch.candidate_offsets)
-        return FullPlaces(parts, places, offsets, earlier)
+        return FullPlaces(parts, rows, offsets, earlier)
 
     def _session_context(self, batch: RankingBatch, kept: KeptHistory) -> SessionContext | None:
         """SEM's, of the full histories, for the kept rows."""

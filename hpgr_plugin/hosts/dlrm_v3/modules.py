@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -126,11 +125,6 @@ class Request:
     places: FullPlaces | None = None
     context: SessionContext | None = None
 
-    @cached_property
-    def candidate_rows(self) -> Tensor:
-        """Rows of the candidates in the sequences, `[C]`."""
-        return self.parts.candidate_rows()
-
 
 class RowSequences(NamedTuple):
     """The sequences that the layers run on, `[contextual | history | candidates]` each.
@@ -140,7 +134,6 @@ class RowSequences(NamedTuple):
         lengths: `[S]`.
         num_targets: `[S]` candidates at the end of each.
         max_length: The longest of them, or more: the n that the host's layers divide by.
-        candidate_rows: `[C]`.
         one_target: Whether each ends in exactly one candidate.
         max_targets: The most candidates of a sequence, or more; None: the device is asked.
     """
@@ -149,7 +142,6 @@ class RowSequences(NamedTuple):
     lengths: Tensor
     num_targets: Tensor
     max_length: int
-    candidate_rows: Tensor
     one_target: bool
     max_targets: int | None = None
 
@@ -229,7 +221,7 @@ class PreferenceTransducer(HSTUTransducer):
         else:
             with self.attending(step):
                 encoded = self._stu_module(**arguments)
-        return encoded.index_select(0, sequences.candidate_rows)
+        return encoded.index_select(0, sequences.parts.candidate_rows())
 
     def _hstu_compute(
         self,
@@ -253,7 +245,6 @@ class PreferenceTransducer(HSTUTransducer):
             seq_lengths,
             num_targets,
             max_seq_len,
-            request.candidate_rows,
             one_target=request.layout == "per_candidate",
             max_targets=request.max_targets,
         )
@@ -288,13 +279,13 @@ class PreferenceTransducer(HSTUTransducer):
             contextual_len=request.parts.contextual_len,
             num_history=plan.index.numel(),
             num_candidates=request.parts.num_candidates,
+            one_candidate_each=True,
         )
         sequences = RowSequences(
             parts,
             rows.lengths,
             rows.num_targets,
             rows.max_len,
-            parts.seq_offsets[1:] - 1,
             one_target=True,
         )
         step = StepAttention(
@@ -313,7 +304,7 @@ class PreferenceTransducer(HSTUTransducer):
         parts = request.parts
         if plan is None and request.hide_future:
             plan = visible_plan(
-                timestamps[parts.history_rows()], timestamps[request.candidate_rows], parts
+                timestamps[parts.history_rows()], timestamps[parts.candidate_rows()], parts
             )
         if plan is None:
             return None
@@ -337,7 +328,7 @@ class PreferenceTransducer(HSTUTransducer):
             )
         return None, self._output_postprocessor(
             seq_embeddings=seq_embeddings,
-            seq_timestamps=seq_timestamps.index_select(0, self._request.candidate_rows),
+            seq_timestamps=seq_timestamps.index_select(0, self._request.parts.candidate_rows()),
             seq_payloads=seq_payloads,
         )
 

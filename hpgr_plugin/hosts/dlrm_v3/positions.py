@@ -12,7 +12,6 @@ from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, count_e
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
 from hpgr_plugin.ops.compact.parts import sequence_parts
-from hpgr_plugin.ops.jagged import segment_positions
 
 _SECONDS_PER_STEP = 60.0  # of the square root that the host's time buckets count in
 
@@ -60,10 +59,9 @@ class PlacedHSTUPositionalEncoder(HSTUPositionalEncoder):
             places.parts.contextual_len,
             len(self._position_embeddings_weight) - 1,
         )
-        history = places.places_from_end + contextual_len
-        contextual = torch.arange(contextual_len, device=history.device)
+        history = places.from_end + contextual_len
         return places.of_every_row(
-            contextual.repeat(len(places.full_offsets) - 1),
+            torch.arange(contextual_len, device=history.device),
             history.clamp(max=last),
             history.new_full((), min(contextual_len, last)),
         )
@@ -140,16 +138,12 @@ class TimeAwareHSTUPositionalEncoder(HammerModule):
                 num_targets = torch.zeros_like(seq_lengths)
             places = self._places(seq_offsets, num_targets, seq_timestamps)
         assert places.earlier is not None
-        contextual = torch.arange(contextual_len, device=seq_offsets.device)
+        history = self.encoder.history_rows(
+            places.from_start, places.users, places.earlier, places.parts.candidate_offsets
+        )
         rows = places.of_every_row(
-            contextual.repeat(len(places.full_offsets) - 1),
-            contextual_len
-            + self.encoder.history_rows(
-                places.history_places,
-                places.history_users,
-                places.earlier,
-                places.parts.candidate_offsets,
-            ),
+            torch.arange(contextual_len, device=seq_offsets.device),
+            contextual_len + history,
             contextual_len + places.earlier,
         )
         table = self.encoder.table.weight
@@ -172,8 +166,8 @@ class TimeAwareHSTUPositionalEncoder(HammerModule):
             timestamps[parts.candidate_rows()],
             parts.candidate_offsets,
         )
-        history_places = segment_positions(parts.history_offsets, parts.num_history)
-        return FullPlaces(parts, history_places, parts.history_offsets, earlier)
+        rows = torch.arange(parts.num_history, device=timestamps.device)
+        return FullPlaces(parts, rows, parts.history_offsets, earlier)
 
 
 def set_places(encoder: Any, places: FullPlaces | None) -> None:

@@ -150,32 +150,43 @@ class FullPlaces:
 
     Attributes:
         parts: of the sequences, shortened or not.
-        history_places: int64 `[P]`, the place of each history row in its full history, from 0.
+        rows: int64 `[P]`, the row of each history token in the flat full histories.
         full_offsets: int64 `[B + 1]` of the full histories.
         earlier: int64 `[C]`, how many items of the full history lie before each candidate.
     """
 
     parts: SequenceParts
-    history_places: Tensor
+    rows: Tensor
     full_offsets: Tensor
     earlier: Tensor | None = None
 
     @cached_property
-    def history_users(self) -> Tensor:
-        """The user of each history row, int64 `[P]`."""
+    def users(self) -> Tensor:
+        """The user of each history token, int64 `[P]`."""
         return segment_ids(self.parts.history_offsets, self.parts.num_history)
 
-    @cached_property
-    def places_from_end(self) -> Tensor:
-        """Distance of each history row to the end of its full history, int64 `[P]`, from 1."""
-        return self.full_offsets.diff()[self.history_users] - self.history_places
+    @property
+    def from_start(self) -> Tensor:
+        """The place of each history token in its full history, int64 `[P]`, from 0."""
+        return self.rows - self.full_offsets[self.users]
+
+    @property
+    def from_end(self) -> Tensor:
+        """The same counted from the end, where the last item is 1."""
+        return self.full_offsets[1:][self.users] - self.rows
 
     def of_every_row(self, contextual: Tensor, history: Tensor, candidates: Tensor) -> Tensor:
-        """Integers of the three kinds of rows in the order of the sequences, `[L]`."""
+        """Integers of the three kinds of rows in the order of the sequences, `[L]`.
+
+        Args:
+            contextual: `[contextual_len]`, the same for every sequence.
+            history: `[P]`.
+            candidates: `[C]`, or one for all.
+        """
         parts = self.parts
         values = history.new_empty(parts.total_rows)
         values[parts.history_rows()] = history
         values[parts.candidate_rows()] = candidates
         if parts.contextual_len:
-            values[parts.contextual_rows()] = contextual
+            values[parts.contextual_rows()] = contextual.repeat(parts.seq_offsets.numel() - 1)
         return values

@@ -4,6 +4,8 @@ There is one sequence per user, and the contextual prefix is equally long in all
 functions speak in rows of the flat tensor that holds these sequences one after the other.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,8 @@ from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 
 
-class SequenceParts(NamedTuple):
+@dataclass(frozen=True)
+class SequenceParts:
     """Where the parts of B sequences `[contextual | history | candidates]` lie.
 
     Attributes:
@@ -22,6 +25,7 @@ class SequenceParts(NamedTuple):
         candidate_offsets: `[B + 1]` of the candidates only.
         contextual_len: tokens in front of every history.
         num_history, num_candidates: totals T and C.
+        one_candidate_each: every sequence is known to end in exactly one candidate.
     """
 
     seq_offsets: Tensor
@@ -30,15 +34,26 @@ class SequenceParts(NamedTuple):
     contextual_len: int
     num_history: int
     num_candidates: int
+    one_candidate_each: bool = False
 
     def history_rows(self) -> Tensor:
         """Sequence row of every history token, `[T]` int64."""
+        return self._history_rows
+
+    def candidate_rows(self) -> Tensor:
+        """Sequence row of every candidate, `[C]` int64."""
+        return self._candidate_rows
+
+    @cached_property
+    def _history_rows(self) -> Tensor:
         return _shifted(
             self.seq_offsets[:-1] + self.contextual_len, self.history_offsets, self.num_history
         )
 
-    def candidate_rows(self) -> Tensor:
-        """Sequence row of every candidate, `[C]` int64."""
+    @cached_property
+    def _candidate_rows(self) -> Tensor:
+        if self.one_candidate_each:
+            return self.seq_offsets[1:].long() - 1
         return _shifted(self._candidate_starts(), self.candidate_offsets, self.num_candidates)
 
     def contextual_rows(self) -> Tensor:
@@ -79,6 +94,7 @@ def joined_parts(
     contextual_len: int,
     num_history: int,
     num_candidates: int,
+    one_candidate_each: bool = False,
 ) -> SequenceParts:
     """The parts of sequences that hold these histories `[B + 1]` and candidates `[B + 1]`."""
     history_offsets, candidate_offsets = history_offsets.long(), candidate_offsets.long()
@@ -87,7 +103,13 @@ def joined_parts(
         users = torch.arange(seq_offsets.numel(), device=seq_offsets.device)
         seq_offsets = seq_offsets + contextual_len * users
     return SequenceParts(
-        seq_offsets, history_offsets, candidate_offsets, contextual_len, num_history, num_candidates
+        seq_offsets,
+        history_offsets,
+        candidate_offsets,
+        contextual_len,
+        num_history,
+        num_candidates,
+        one_candidate_each,
     )
 
 
