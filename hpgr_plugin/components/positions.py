@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hpgr_plugin.components.checks import check_at_least, check_jagged
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.jagged import check_sorted, ranges, segment_ids, segment_positions
+from hpgr_plugin.ops.preference_plan import count_earlier
 
 
 def time_aware_index(
@@ -219,31 +220,6 @@ class VisibilityCheck:
         if blind > self.max_blind_share * candidates:
             raise HpgrError(f"{message}. For a log without times of requests, set {self.binding}")
         warnings.warn(message, stacklevel=2)
-
-
-def count_earlier(
-    history_timestamps: Tensor,
-    history_offsets: Tensor,
-    candidate_timestamps: Tensor,
-    candidate_offsets: Tensor,
-) -> Tensor:
-    """How many items of its user's history lie before each candidate, `[C]` int64.
-
-    The count of Eq. 4, `sum_i [t_i < t_C]`; arguments as in `time_aware_index`, unchecked.
-    """
-    users = segment_ids(candidate_offsets, len(candidate_timestamps))
-    start = history_offsets[:-1].long()[users]
-    low, high = start, history_offsets[1:].long()[users]
-    # A binary search in all rows at once. One step too many changes nothing, so the number of
-    # steps comes from the total length, which is known without waiting for the device.
-    last = max(0, len(history_timestamps) - 1)
-    for _ in range(len(history_timestamps).bit_length()):
-        middle = (low + high) // 2
-        before = history_timestamps[middle.clamp(max=last)] < candidate_timestamps
-        open_ = low < high
-        low = torch.where(open_ & before, middle + 1, low)
-        high = torch.where(open_ & ~before, middle, high)
-    return low - start
 
 
 def _moved_up(places: Tensor, users: Tensor, earlier: Tensor, candidate_offsets: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from triton.runtime.autotuner import Autotuner
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, fused
 
 pytestmark = [
@@ -165,6 +166,71 @@ def test_empty_slots_are_the_host_to_the_last_bit() -> None:
             assert relative_error(ours, first.cpu()) < 10 * spread, name
     # Those behind the attention's backward do not: 21 of 73 do on an H200.
     assert repeated > 0
+
+
+def recorded_passes(
+    monkeypatch: pytest.MonkeyPatch, kind: str, *, layers: str | None = None, **changes: Any
+) -> list[Any]:
+    """Arguments and results of the fused layers in one step of a model."""
+    passes: list[Any] = []
+    original = fused.FusedLayers.run
+
+    def record(of: Any, x: Tensor, sequences: Any, what: Any) -> Any:
+        output = original(of, x, sequences, what)
+        passes.append(((of, x.detach().requires_grad_(), sequences, what), output))
+        return output
+
+    monkeypatch.setattr(fused.FusedLayers, "run", record)
+    model = build(
+        DlrmHSTU,
+        config=small_config(**{**vars(config()), **changes}),
+        device="cuda",
+        kernel=HammerKernel.TRITON,
+        bf16_training=True,
+        layers=layers,
+        **slots(kind),
+    )
+    step(model, batch(LENGTHS, CANDIDATES, later=False, device="cuda"))
+    monkeypatch.setattr(fused.FusedLayers, "run", original)
+    return passes
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("per_candidate", 40), ("shared_history", 60), ("stochastic", 60)]
+)
+def test_fused_layers_do_not_wait_for_the_device_and_launch_few_kernels(
+    kind: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (((layers, x, sequences, what), output),) = recorded_passes(monkeypatch, kind)
+    assert output is not None
+    parameters = list(layers._stack.parameters())
+
+    def one_pass() -> None:
+        candidates = layers.run(x, sequences, what)
+        torch.autograd.grad(candidates, [x, *parameters], torch.ones_like(candidates))
+
+    one_pass()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one_pass()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        one_pass()
+        torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    print(f"{kind}: {len(on_device)} launches")
+    assert len(on_device) <= most * len(layers._stack._stu_layers)
+
+
+def test_by_default_the_hosts_layers_run_what_the_kernels_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ((_, output),) = recorded_passes(monkeypatch, "per_candidate", hstu_group_norm=True)
+    assert output is None
+    with pytest.raises(HpgrError, match=r"hpgr\.DlrmHSTU\.layers.*head size"):
+        recorded_passes(monkeypatch, "none", hstu_attn_qk_dim=24, layers="fused")
 
 
 def test_cached_inference_agrees_on_the_device() -> None:

@@ -65,7 +65,7 @@ class FusedLayers:
         self._binding = binding
         self._unsupported = unsupported_option(stack)
         if choice == "fused" and self._unsupported is not None:
-            raise self._error(self._unsupported)
+            raise self._error(f"does not support {self._unsupported}")
 
     def run(self, x: Tensor, sequences: RowSequences, step: StepAttention) -> Tensor | None:
         """The candidates `[C, D]` in their order, or None: the host's own layers have to run.
@@ -89,7 +89,7 @@ class FusedLayers:
                     _say("the STU layers run on this package's kernels, with the host's weights")
                     return job.candidates()
         if self._choice == "fused":
-            raise self._error(reason)
+            raise self._error(f"cannot run this step: {reason}")
         _say(f"the STU layers run on the host's kernels: {reason}")
         return None
 
@@ -104,8 +104,8 @@ class FusedLayers:
 
     def _error(self, reason: str) -> HpgrError:
         return HpgrError(
-            f'{self._binding} = "fused" does not support {reason}: bind {self._binding} = "host", '
-            "or None for the host's layers where they are needed"
+            f'{self._binding} = "fused" {reason}; bind {self._binding} = "host", or None for the '
+            "host's layers where they are needed"
         )
 
 
@@ -201,7 +201,7 @@ class _Sequences(NamedTuple):
             self.spec,
             self.form,
             candidate_offsets=self.sequences.parts.candidate_offsets,
-            candidate_rows=self.sequences.candidate_rows,
+            candidate_rows=self.sequences.parts.candidate_rows(),
             max_candidates=self.max_candidates,
         )
 
@@ -286,7 +286,7 @@ def _histories(
         mask_position=mask.mask_position,
     )
     history = x.index_select(0, rows)
-    candidates = x.index_select(0, sequences.candidate_rows)
+    candidates = x.index_select(0, sequences.parts.candidate_rows())
     return _Histories(history, candidates, layers, form, (spec, reading))
 
 

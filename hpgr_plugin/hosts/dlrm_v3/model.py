@@ -15,11 +15,7 @@ from hpgr_plugin.components.attention_hooks import (
     PreferenceGuidedSparseAttention,
 )
 from hpgr_plugin.components.checks import check_choice
-from hpgr_plugin.components.positions import (
-    TimeAwarePositionalEncoder,
-    VisibilityCheck,
-    count_earlier,
-)
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, VisibilityCheck
 from hpgr_plugin.components.sem import SessionContext, SessionEnhancementModule
 from hpgr_plugin.components.sessions import check_time_unit
 from hpgr_plugin.errors import HpgrError
@@ -46,7 +42,7 @@ from hpgr_plugin.hosts.seams import bound_value, host_has_seam, is_bound, replac
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.compact.parts import SequenceParts, joined_parts
 from hpgr_plugin.ops.jagged import check_sorted, complete_cumsum, segment_ids
-from hpgr_plugin.ops.preference_plan import PreferencePlan
+from hpgr_plugin.ops.preference_plan import PreferencePlan, count_earlier
 from hpgr_plugin.transfer.handoff import load_sem_state
 from hpgr_plugin.transfer.learning_rates import check_lr_ratio, mark_inherited
 
@@ -397,7 +393,14 @@ class DlrmHSTU(host.DlrmHSTU):
         needed = batch.max_uih_len + 1
         if needed > encoder.encoder.max_positions or batch.max_num_candidates > 1:
             encoder.encoder.check_lengths(offsets, batch.candidate_offsets)
-        earlier = count_earlier(times, offsets, query_times, batch.candidate_offsets)
+        earlier = count_earlier(
+            times,
+            offsets,
+            query_times,
+            batch.candidate_offsets,
+            max_history=batch.max_uih_len,
+            max_candidates=batch.max_num_candidates,
+        )
         return FullPlaces(parts, rows, offsets, earlier)
 
     def _session_context(self, batch: RankingBatch, kept: KeptHistory) -> SessionContext | None:

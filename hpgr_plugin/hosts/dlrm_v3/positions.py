@@ -8,10 +8,11 @@ from generative_recommenders.common import HammerKernel, HammerModule
 from generative_recommenders.modules.positional_encoder import HSTUPositionalEncoder
 from torch import Tensor
 
-from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, count_earlier
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
 from hpgr_plugin.ops.compact.parts import sequence_parts
+from hpgr_plugin.ops.preference_plan import count_earlier
 
 _SECONDS_PER_STEP = 60.0  # of the square root that the host's time buckets count in
 

@@ -16,6 +16,7 @@ __all__ = [
     "PlanSettings",
     "PreferencePlan",
     "Selection",
+    "count_earlier",
     "most_kept",
     "plan_preferences",
 ]
@@ -86,3 +87,40 @@ def plan_preferences(
     ).check()
     plan: PreferencePlan = _OPERATOR.run("plan_preferences", inputs, settings, backend=backend)
     return plan
+
+
+@no_grad()
+def count_earlier(
+    history_timestamps: Tensor,
+    history_offsets: Tensor,
+    candidate_timestamps: Tensor,
+    candidate_offsets: Tensor,
+    *,
+    max_history: int | None = None,
+    max_candidates: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """How many items of its user's history lie before each candidate, `[C]` int64.
+
+    The count of Eq. 4, `sum_i [t_i < t_C]`.
+
+    Args:
+        history_timestamps: `[T]`, ascending in each history.
+        history_offsets: `[B + 1]`.
+        candidate_timestamps: `[C]`, in the same unit.
+        candidate_offsets: `[B + 1]`.
+        max_history: upper bound of the items of a user; None: T.
+        max_candidates: upper bound of the candidates of a user; None: C.
+        backend: as in `plan_preferences`.
+    """
+    earlier: Tensor = _OPERATOR.run(
+        "count_earlier",
+        history_timestamps,
+        history_offsets,
+        candidate_timestamps,
+        candidate_offsets,
+        max_history=len(history_timestamps) if max_history is None else max_history,
+        max_candidates=len(candidate_timestamps) if max_candidates is None else max_candidates,
+        backend=backend,
+    )
+    return earlier
