@@ -224,6 +224,41 @@ def test_fused_layers_do_not_wait_for_the_device_and_launch_few_kernels(
     assert len(on_device) <= most * len(layers._stack._stu_layers)
 
 
+def test_captured_steps_are_the_steps() -> None:
+    """Batches of other sizes, evaluation in between, and gradients of two steps added up."""
+    plain, captured = (
+        build_on_gpu(DlrmHSTU, bf16_training=True, layers="fused", capture=capture, **slots("none"))
+        for capture in (False, True)
+    )
+    for model in (plain, captured):
+        hook = PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, recent=8)
+        model._fill_attention_hook(hook)
+    captured.load_state_dict(plain.state_dict())
+    for lengths, candidates in (
+        (LENGTHS, CANDIDATES),
+        (LENGTHS, CANDIDATES),
+        ([40, 7, 64], [2, 2, 1]),
+        (LENGTHS[:-1], CANDIDATES[:-1]),
+    ):
+        data = batch(lengths, candidates, seed=len(lengths), later=False, device="cuda")
+        for model in (plain, captured):
+            model.zero_grad(set_to_none=True)
+            for _ in range(2):
+                sum(model(*data)[2].values()).backward()
+        mine, theirs = (
+            {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            for model in (captured, plain)
+        )
+        assert mine.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            if gradient.abs().max() > 1e-9:
+                assert relative_error(mine[name], gradient.cpu()) < 5e-2, name
+        with torch.no_grad():
+            error = relative_error(captured(*data)[3], plain(*data)[3].cpu())
+        assert error < 2.5e-2
+    assert captured._hstu_transducer.layers._captured._graphs
+
+
 def test_by_default_the_hosts_layers_run_what_the_kernels_cannot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

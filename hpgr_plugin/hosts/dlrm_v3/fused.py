@@ -16,11 +16,12 @@ from generative_recommenders.common import HammerKernel
 from generative_recommenders.modules.stu import STULayer, STUStack
 from torch import Tensor, nn
 
+from hpgr_plugin.components.captured_stack import CapturedStack, Inputs
 from hpgr_plugin.components.hstu_stack import read_histories, read_sequences
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
 from hpgr_plugin.ops.compact.parts import row_weights
-from hpgr_plugin.ops.dispatch import operators
+from hpgr_plugin.ops.dispatch import backend_choices, operators
 from hpgr_plugin.ops.hstu_attention import AttentionSpec
 from hpgr_plugin.ops.hstu_layer import Dropout, LayerForm, LayerWeights
 from hpgr_plugin.ops.jagged import segment_ids
@@ -54,13 +55,19 @@ class FusedLayers:
         choice: "fused", "host", or None: fused where the Triton kernels can run the step, else the
             host's layers; the log says once which it is.
         binding: The name of the choice in an error.
+        capture: Whether small passes over one sequence per candidate run as CUDA graphs, from the
+            second on.
 
     Raises:
         HpgrError: "fused" with an option of the host that is not supported.
     """
 
-    def __init__(self, stack: nn.Module, choice: Layers | None, *, binding: str) -> None:
+    def __init__(
+        self, stack: nn.Module, choice: Layers | None, *, binding: str, capture: bool = False
+    ) -> None:
         self._stack: Any = stack
+        self._captured = CapturedStack() if capture else None
+        self._has_run = False
         self._choice = choice
         self._binding = binding
         self._unsupported = unsupported_option(stack)
@@ -83,15 +90,39 @@ class FusedLayers:
         reason = None if self._choice == "fused" else self._unsupported or self._slower(x)
         if reason is None:
             with torch.autocast(x.device.type, enabled=False):
+                replayed = self._replay(x, sequences, step)
+                if replayed is not None:
+                    return replayed
                 job = _job(self._stack, x.contiguous(), sequences, step)
                 reason = job.why_not() if x.is_cuda else None
                 if reason is None:
                     _say("the STU layers run on this package's kernels, with the host's weights")
+                    self._has_run = True
                     return job.candidates()
         if self._choice == "fused":
             raise self._error(f"cannot run this step: {reason}")
         _say(f"the STU layers run on the host's kernels: {reason}")
         return None
+
+    def _replay(self, x: Tensor, sequences: RowSequences, step: StepAttention) -> Tensor | None:
+        """The pass from a graph, or None."""
+        captured, weights = self._captured, step.column_weights
+        if captured is None or weights is None or not (self._has_run and x.is_cuda):
+            return None
+        if step.mask_position != "post" or not sequences.one_target:
+            return None
+        if backend_choices().get("hstu_layer", "triton") != "triton":
+            return None
+        inputs = Inputs(
+            x,
+            weights,
+            sequences.parts.seq_offsets,
+            sequences.max_length,
+            sequences.max_length / step.norm_ratio,
+        )
+        layers = self._stack._stu_layers
+        parameters = [p for layer in layers for p in _parameters(layer)]
+        return captured.run(inputs, parameters, _form(self._stack, x), layers[0]._attn_alpha)
 
     def _slower(self, x: Tensor) -> str | None:
         """Why the host's layers are the faster ones for these rows, or None."""
@@ -127,21 +158,27 @@ def unsupported_option(stack: Any) -> str | None:
 
 def layer_weights(stack: Any, dtype: torch.dtype) -> list[LayerWeights]:
     """The parameters of the host's layers; matrices and their biases in `dtype`."""
-    layers = list(stack._stu_layers)
-    matrices = [(one._uvqk_weight, one._uvqk_beta, one._output_weight) for one in layers]
-    flat = in_dtype([weight for three in matrices for weight in three], dtype)
+    layers = [_parameters(layer) for layer in stack._stu_layers]
+    names = ("projection_weight", "projection_bias", "output_weight")
+    flat = in_dtype([getattr(layer, name) for layer in layers for name in names], dtype)
+    count = len(names)
     return [
-        LayerWeights(
-            norm_weight=layer._input_norm_weight,
-            norm_bias=layer._input_norm_bias,
-            projection_weight=flat[3 * i],
-            projection_bias=flat[3 * i + 1],
-            output_norm_weight=layer._output_norm_weight,
-            output_norm_bias=layer._output_norm_bias,
-            output_weight=flat[3 * i + 2],
-        )
+        layer._replace(**dict(zip(names, flat[count * i : count * (i + 1)], strict=True)))
         for i, layer in enumerate(layers)
     ]
+
+
+def _parameters(layer: Any) -> LayerWeights:
+    """The parameters of one of the host's layers as they are."""
+    return LayerWeights(
+        norm_weight=layer._input_norm_weight,
+        norm_bias=layer._input_norm_bias,
+        projection_weight=layer._uvqk_weight,
+        projection_bias=layer._uvqk_beta,
+        output_norm_weight=layer._output_norm_weight,
+        output_norm_bias=layer._output_norm_bias,
+        output_weight=layer._output_weight,
+    )
 
 
 def in_dtype(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

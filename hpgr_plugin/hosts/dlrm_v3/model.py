@@ -84,6 +84,8 @@ class DlrmHSTU(host.DlrmHSTU):
             host's kernels, or "fused", those of this package, which compute only the candidates in
             the last layer. None: "fused" where its Triton kernels can run the step and a slot
             changes the attention or the positions, else "host"; the log says once which.
+        capture: Whether fused layers over short sequences, one per candidate, run as CUDA graphs
+            from the second step on. It saves launches, and takes memory for every size of a batch.
         model_config: Fields of the host's `DlrmHSTUConfig` to set, by name.
         table_config: Fields of an embedding table's `EmbeddingConfig` to set, by table and name.
             As with `model_config`, the objects handed in are changed, because the host's data
@@ -112,6 +114,7 @@ class DlrmHSTU(host.DlrmHSTU):
         time_unit: Literal["s", "ms"] | None = None,
         max_blind_share: float = 0.5,
         layers: Layers | None = None,
+        capture: bool = False,
         model_config: Mapping[str, Any] | None = None,
         table_config: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
@@ -149,7 +152,10 @@ class DlrmHSTU(host.DlrmHSTU):
         if isinstance(self._hstu_transducer, PreferenceTransducer):
             self._hstu_transducer.contextual_seq_len = self._contextual_seq_len()
             self._hstu_transducer.layers = FusedLayers(
-                self._hstu_transducer._stu_module, layers, binding=f"{_NAME}.layers"
+                self._hstu_transducer._stu_module,
+                layers,
+                binding=f"{_NAME}.layers",
+                capture=capture,
             )
         self._fill_attention_hook(attention_hook)
         if positional_encoder is not None:
