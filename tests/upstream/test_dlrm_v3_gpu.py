@@ -227,12 +227,11 @@ def test_fused_layers_do_not_wait_for_the_device_and_launch_few_kernels(
 def test_captured_steps_are_the_steps() -> None:
     """Batches of other sizes, evaluation in between, and gradients of two steps added up."""
     plain, captured = (
-        build_on_gpu(DlrmHSTU, bf16_training=True, layers="fused", capture=capture, **slots("none"))
+        build_on_gpu(
+            DlrmHSTU, bf16_training=True, layers="fused", capture=capture, **slots("per_candidate")
+        )
         for capture in (False, True)
     )
-    for model in (plain, captured):
-        hook = PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, recent=8)
-        model._fill_attention_hook(hook)
     captured.load_state_dict(plain.state_dict())
     for lengths, candidates in (
         (LENGTHS, CANDIDATES),
