@@ -47,9 +47,12 @@ QUICK_SIZES = (SIZES[0], SIZES[1], SIZES[3], SIZES[4], SIZES[6])
 HOOKS: dict[str, Callable[[], nn.Module | None]] = {
     "slots empty": lambda: None,
     "PGSA K=32 sigma=2, per candidate": lambda: PreferenceGuidedSparseAttention(
-        top_k=32, sigma=2.0
+        top_k=32, sigma=2.0, layout="per_candidate"
     ),
     "PGSA K=8 sigma=1 recent=32, per candidate": lambda: PreferenceGuidedSparseAttention(
+        top_k=8, sigma=1.0, recent=32, layout="per_candidate"
+    ),
+    "PGSA K=8 sigma=1 recent=32, auto": lambda: PreferenceGuidedSparseAttention(
         top_k=8, sigma=1.0, recent=32
     ),
     "PGSA K=50 sigma=2, shared history": lambda: PreferenceGuidedSparseAttention(

@@ -70,7 +70,7 @@ def test_shared_history_gives_the_same_with_and_without_the_cache(mask_position:
     parts = sequence_parts(
         offsets_of(seq_lengths), NUM_TARGETS, contextual_len=CONTEXTUAL, total_rows=total
     )
-    with transducer.requested(Request(parts, plan, "shared_history", mask_position)):
+    with transducer.requested(Request(parts, plan, DELTA, "shared_history", mask_position)):
         full = transducer._hstu_compute(
             int(seq_lengths.max()),
             seq_lengths,
@@ -97,7 +97,8 @@ def test_shared_history_without_a_plan_is_an_error() -> None:
 
 
 def test_per_candidate_refuses_the_cache() -> None:
-    model = build(DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention()).eval()
+    hook = PreferenceGuidedSparseAttention(layout="per_candidate")
+    model = build(DlrmHSTU, attention_hook=hook).eval()
     stack = model._hstu_transducer._stu_module
     with pytest.raises(RuntimeError, match='layout "per_candidate"'):
         prefill(stack, torch.randn(int((LENGTHS + CONTEXTUAL).sum()), WIDTH))

@@ -70,11 +70,15 @@ def slots(kind: str) -> dict[str, Any]:
         sem.gate.fill_(0.3)
     encoder = TimeAwarePositionalEncoder(embedding_dim=WIDTH, max_positions=512)
     hooks = {
-        "per_candidate": lambda: PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, recent=8),
+        "per_candidate": lambda: PreferenceGuidedSparseAttention(
+            top_k=8, sigma=1.0, recent=8, layout="per_candidate"
+        ),
         "shared_history": lambda: PreferenceGuidedSparseAttention(
             top_k=8, sigma=1.0, recent=8, layout="shared_history"
         ),
-        "pre": lambda: PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, mask_position="pre"),
+        "pre": lambda: PreferenceGuidedSparseAttention(
+            top_k=8, sigma=1.0, mask_position="pre", layout="per_candidate"
+        ),
         "stochastic": lambda: StochasticLength(alpha=1.6),
         "none": lambda: None,
     }

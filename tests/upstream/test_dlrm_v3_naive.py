@@ -72,7 +72,9 @@ def computed(model: Any, case: Case) -> Tensor:
     parts = sequence_parts(
         case.offsets(), case.num_targets, contextual_len=CONTEXTUAL, total_rows=len(case.x)
     )
-    request = Request(parts, case.plan, hook.layout, hook.mask_position)
+    request = Request(
+        parts, case.plan, int(case.num_targets.max()), hook.layout, hook.mask_position
+    )
     transducer = model._hstu_transducer
     with transducer.requested(request):
         candidates: Tensor = transducer._hstu_compute(

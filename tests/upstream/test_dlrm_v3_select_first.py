@@ -49,7 +49,8 @@ class EncodeFirst(DlrmHSTU):
             num_history=len(times),
             num_candidates=len(query_times),
         )
-        request = Request(parts, plan, hook.layout, hook.mask_position, self._hide_future)
+        most = data.max_num_candidates
+        request = Request(parts, plan, most, hook.layout, hook.mask_position, self._hide_future)
         with self._hstu_transducer.requested(request):
             return HostDlrmHSTU.main_forward(self, **data._asdict())
 
@@ -74,7 +75,7 @@ def gather_per_user(
         num_history=len(request.plan.index),
     )
     short = dataclasses.replace(request, parts=parts)
-    sequences = RowSequences(parts, lengths, rows.num_targets, rows.max_len, one_target=False)
+    sequences = RowSequences(parts, lengths, rows.num_targets, rows.max_len, request.max_targets)
     step_attention = StepAttention(
         column_weights=rows.weights,
         norm_ratio=rows.max_len / max_seq_len,
@@ -83,9 +84,10 @@ def gather_per_user(
     return transducer.run_layers(seq_embeddings[rows.index], sequences, step_attention)
 
 
+FEW: dict[str, Any] = {"top_k": 2, "sigma": 1.0, "layout": "per_candidate"}
 HOOKS: dict[str, Callable[[], Any]] = {
-    "post": lambda: PreferenceGuidedSparseAttention(top_k=2, sigma=1.0, recent=1),
-    "pre": lambda: PreferenceGuidedSparseAttention(top_k=2, sigma=1.0, mask_position="pre"),
+    "post": lambda: PreferenceGuidedSparseAttention(**FEW, recent=1),
+    "pre": lambda: PreferenceGuidedSparseAttention(**FEW, mask_position="pre"),
     "stochastic": lambda: StochasticLength(alpha=1.2, max_history=20),
 }
 

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from generative_recommenders.modules.stu import STULayer
@@ -23,6 +23,7 @@ _OUTPUT_FLAGS: dict[str, Any] = (
     else {"concat_u": True, "concat_x": True, "mul_u_activation_type": "none"}
 )
 _NORM_EPS = 1e-6
+_KERNEL_SIZES = (16, 32, 64, 128, 256)  # of heads, for which this package has kernels
 
 
 @dataclass
@@ -63,6 +64,7 @@ class CandidateRows:
                 causal=False,
                 row_weights=row_weights(self.parts, self.plan, max_seq_len),
                 mask_position=self.mask_position,
+                exact=True,
             )
         return self._spec
 
@@ -103,6 +105,29 @@ class StepAttention:
     def scales_values_only(self) -> bool:
         """Whether nothing but a factor on the value rows is needed."""
         return self.key_scale is None and self.candidates is None
+
+
+class RowSequences(NamedTuple):
+    """The sequences that the layers run on, `[contextual | history | candidates]` each.
+
+    Attributes:
+        parts: Where the rows lie.
+        lengths: `[S]`.
+        num_targets: `[S]` candidates at the end of each.
+        max_length: The longest of them, or more: the n that the host's layers divide by.
+        max_targets: The most candidates of a sequence, or more.
+    """
+
+    parts: SequenceParts
+    lengths: Tensor
+    num_targets: Tensor
+    max_length: int
+    max_targets: int
+
+    @property
+    def one_target(self) -> bool:
+        """Whether each sequence ends in exactly one candidate."""
+        return self.parts.one_candidate_each
 
 
 class PreferenceSTULayer(STULayer):
@@ -171,6 +196,41 @@ class PreferenceSTULayer(STULayer):
             own = hstu_attention(q.index_select(0, index), k, v, spec)
             attention = attention.index_copy(0, index, own.to(attention.dtype))
         return self._output(attention, u, x)
+
+    def can_read_candidates(self, x: Tensor) -> bool:
+        """Whether `read_candidates` knows this layer's attention, and is fast at it."""
+        plain = self._causal and self._target_aware
+        plain = plain and not self._max_attn_len and not self._contextual_seq_len
+        sizes = self._attention_dim, self._hidden_dim
+        return plain and not (x.is_cuda and any(size not in _KERNEL_SIZES for size in sizes))
+
+    def read_candidates(self, x: Tensor, sequences: RowSequences, step: StepAttention) -> Tensor:
+        """As `forward`, the candidates' rows alone: `[L, D]` -> `[C, D]`."""
+        rows = sequences.parts.candidate_rows()
+        u, q, k, v = self._project(x)
+        if step.candidates is None:
+            spec = self._reading_spec(sequences, step)
+        else:
+            k, v = _scaled(k, step.key_scale), _scaled(v, step.value_scale)
+            spec = step.candidates.attention_spec(sequences.max_length, self._attn_alpha)
+        attention = hstu_attention(q.index_select(0, rows), k, v, spec)
+        return self._output(attention, u.index_select(0, rows), x.index_select(0, rows))
+
+    def _reading_spec(self, sequences: RowSequences, step: StepAttention) -> AttentionSpec:
+        """Every candidate over its sequence, with the weights of its columns."""
+        parts = sequences.parts
+        return AttentionSpec(
+            offsets=parts.seq_offsets,
+            max_length=sequences.max_length,
+            alpha=self._attn_alpha,
+            norm_length=sequences.max_length / step.norm_ratio,
+            query_offsets=parts.candidate_offsets,
+            max_query_length=1 if sequences.one_target else sequences.max_targets,
+            num_targets=None if sequences.one_target else sequences.num_targets,
+            column_weights=step.column_weights,
+            mask_position=step.mask_position,
+            exact=True,
+        )
 
     def cached_forward(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from generative_recommenders.common import HammerKernel
@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from hpgr_plugin.components.captured_stack import CapturedStack, Inputs
 from hpgr_plugin.components.hstu_stack import read_histories, read_sequences
 from hpgr_plugin.errors import HpgrError
-from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
+from hpgr_plugin.hosts.dlrm_v3.attention import (
+    CandidateRows,
+    PreferenceSTULayer,
+    RowSequences,
+    StepAttention,
+)
 from hpgr_plugin.ops.compact.parts import row_weights
 from hpgr_plugin.ops.dispatch import backend_choices, operators
 from hpgr_plugin.ops.hstu_attention import AttentionSpec
 from hpgr_plugin.ops.hstu_layer import Dropout, LayerForm, LayerWeights
 from hpgr_plugin.ops.jagged import segment_ids
-
-if TYPE_CHECKING:
-    from hpgr_plugin.hosts.dlrm_v3.modules import RowSequences
 
 Layers = Literal["host", "fused"]
 
@@ -339,11 +341,7 @@ def _form(stack: Any, x: Tensor) -> LayerForm:
 
 def _most_candidates(sequences: RowSequences) -> int:
     """An upper bound of the candidates of a sequence."""
-    if sequences.one_target:
-        return 1
-    if sequences.max_targets is not None:
-        return sequences.max_targets
-    return int(sequences.num_targets.max()) if sequences.num_targets.numel() else 0
+    return 1 if sequences.one_target else sequences.max_targets
 
 
 @functools.cache

@@ -341,8 +341,8 @@ class DlrmHSTU(host.DlrmHSTU):
                 num_candidates=len(query_times),
             ),
             plan,
+            batch.max_num_candidates,
             hide_future=self._masks_future,
-            max_targets=batch.max_num_candidates,
         )
         if hook is not None:
             request = replace(request, layout=hook.layout, mask_position=hook.mask_position)
@@ -485,9 +485,23 @@ class DlrmHSTU(host.DlrmHSTU):
 
     def _fill_attention_hook(self, hook: AttentionHook | None) -> None:
         self.attention_hook = hook
+        if hook is None:
+            return
+        config = self._hstu_configs
+        hook.decide_layout(
+            max_history=config.max_seq_len,
+            max_candidates=config.max_num_candidates,
+            device_type="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        self.tell_layers_the_layout()
+        self.register_load_state_dict_post_hook(_after_loading)
+
+    def tell_layers_the_layout(self) -> None:
+        """The layers' cached inference depends on the hook's layout."""
+        assert self.attention_hook is not None
         for layer in self._hstu_transducer.modules():
-            if hook is not None and isinstance(layer, PreferenceSTULayer):
-                layer.layout = hook.layout
+            if isinstance(layer, PreferenceSTULayer):
+                layer.layout = self.attention_hook.layout
 
     def _fill_positional_encoder(
         self, encoder: TimeAwarePositionalEncoder, is_inference: bool
@@ -547,6 +561,11 @@ def _frozen(hook: AttentionHook | None) -> PreferenceGuidedSparseAttention | Non
     if isinstance(hook, PreferenceGuidedSparseAttention) and hook.table == "frozen":
         return hook
     return None
+
+
+def _after_loading(model: DlrmHSTU, _: Any) -> None:
+    """A checkpoint may bring another layout than the one chosen at first."""
+    model.tell_layers_the_layout()
 
 
 @contextlib.contextmanager

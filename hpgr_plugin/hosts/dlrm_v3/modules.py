@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,12 @@ from torch import Tensor
 
 from hpgr_plugin.components.attention_hooks import Layout, MaskPosition
 from hpgr_plugin.components.sem import SessionContext, SessionEnhancementModule
-from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
+from hpgr_plugin.hosts.dlrm_v3.attention import (
+    CandidateRows,
+    PreferenceSTULayer,
+    RowSequences,
+    StepAttention,
+)
 from hpgr_plugin.hosts.dlrm_v3.fused import FusedLayers
 from hpgr_plugin.hosts.dlrm_v3.positions import set_places
 from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
@@ -101,6 +106,7 @@ class Request:
         parts: Of the sequences `[contextual | history | candidates]` that its layers get.
         plan: By the histories of these sequences; its rows are candidates, or users; None keeps all
             history.
+        max_targets: The most candidates of a user, or more.
         layout: That of the plan.
         mask_position: "post" A' = SiLU(s) * M, "pre" A' = SiLU(M * s).
         hide_future: Whether, without a plan of candidates, history at or after a candidate's own
@@ -108,42 +114,21 @@ class Request:
         by_user: Whether row b of the plan keeps the whole history of sequence b, as it is here.
         full_length: The longest sequence before any was shortened; None: none was.
         longest_row: An upper bound of the items in a row of the plan; None: unknown.
-        max_targets: The most candidates of a user; None: unknown.
         places: Where the rows are in the full sequences; None: the sequences are whole.
         context: SEM's, of the full histories; None: SEM runs on the sequences as they come.
     """
 
     parts: SequenceParts
     plan: PreferencePlan | None
+    max_targets: int
     layout: Layout = "shared_history"
     mask_position: MaskPosition = "post"
     hide_future: bool = True
     by_user: bool = False
     full_length: int | None = None
     longest_row: int | None = None
-    max_targets: int | None = None
     places: FullPlaces | None = None
     context: SessionContext | None = None
-
-
-class RowSequences(NamedTuple):
-    """The sequences that the layers run on, `[contextual | history | candidates]` each.
-
-    Attributes:
-        parts: Where the rows lie.
-        lengths: `[S]`.
-        num_targets: `[S]` candidates at the end of each.
-        max_length: The longest of them, or more: the n that the host's layers divide by.
-        one_target: Whether each ends in exactly one candidate.
-        max_targets: The most candidates of a sequence, or more; None: the device is asked.
-    """
-
-    parts: SequenceParts
-    lengths: Tensor
-    num_targets: Tensor
-    max_length: int
-    one_target: bool
-    max_targets: int | None = None
 
 
 class PreferenceTransducer(HSTUTransducer):
@@ -205,6 +190,25 @@ class PreferenceTransducer(HSTUTransducer):
         fused = None if self.layers is None else self.layers.run(x, sequences, step)
         if fused is not None:
             return fused
+        layers = self._own_layers()
+        if layers is None or not layers[-1].can_read_candidates(x):
+            encoded = self._inner_layers(self._stu_module, x, sequences, step)
+            return encoded.index_select(0, sequences.parts.candidate_rows())
+        # The last layer's output is read at the candidates only.
+        for layer in layers[:-1]:
+            x = self._inner_layers(layer, x, sequences, step)
+        return layers[-1].read_candidates(x, sequences, step)
+
+    def _own_layers(self) -> list[PreferenceSTULayer] | None:
+        """The layers in their order, if they are this package's and nothing wraps them."""
+        layers = list(getattr(self._stu_module, "_stu_layers", ()))
+        own = layers and all(isinstance(layer, PreferenceSTULayer) for layer in layers)
+        return layers if own else None
+
+    def _inner_layers(
+        self, module: Any, x: Tensor, sequences: RowSequences, step: StepAttention
+    ) -> Tensor:
+        """All rows `[L, D]` through one of the host's layers, or all of them."""
         arguments: dict[str, Any] = {
             "x": x,
             "x_lengths": sequences.lengths,
@@ -212,16 +216,13 @@ class PreferenceTransducer(HSTUTransducer):
             "max_seq_len": sequences.max_length,
             "num_targets": sequences.num_targets,
         }
-        if (
-            host_has_seam("value_scale")
-            and step.scales_values_only
-            and step.value_scale is not None
-        ):
-            encoded = self._stu_module(**arguments, value_scale=step.value_scale)
-        else:
-            with self.attending(step):
-                encoded = self._stu_module(**arguments)
-        return encoded.index_select(0, sequences.parts.candidate_rows())
+        scale = step.value_scale if step.scales_values_only else None
+        if scale is not None and host_has_seam("value_scale"):
+            scaled: Tensor = module(**arguments, value_scale=scale)
+            return scaled
+        with self.attending(step):
+            whole: Tensor = module(**arguments)
+        return whole
 
     def _hstu_compute(
         self,
@@ -245,8 +246,7 @@ class PreferenceTransducer(HSTUTransducer):
             seq_lengths,
             num_targets,
             max_seq_len,
-            one_target=request.layout == "per_candidate",
-            max_targets=request.max_targets,
+            request.max_targets,
         )
         weights, plan = None, request.plan
         if request.by_user and plan is not None:
@@ -256,7 +256,7 @@ class PreferenceTransducer(HSTUTransducer):
             mask_position=request.mask_position,
             norm_ratio=max_seq_len / (request.full_length or max_seq_len),
             candidates=None
-            if sequences.one_target
+            if request.layout == "per_candidate"
             else self._candidate_mask(request, plan, seq_timestamps),
         )
         return self.run_layers(seq_embeddings, sequences, step)
@@ -286,7 +286,7 @@ class PreferenceTransducer(HSTUTransducer):
             rows.lengths,
             rows.num_targets,
             rows.max_len,
-            one_target=True,
+            1,
         )
         step = StepAttention(
             column_weights=rows.weights,
