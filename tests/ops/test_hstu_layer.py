@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from hpgr_plugin.components.hstu_stack import HSTUStack
+from hpgr_plugin.components.hstu_stack import HSTUStack, read_histories
 from hpgr_plugin.ops.compact import KeptRows, compact
 from hpgr_plugin.ops.hstu_attention import AttentionSpec
 from hpgr_plugin.ops.hstu_layer import Dropout, LayerForm, candidate_layer, hstu_layer
@@ -143,10 +143,12 @@ def test_norms_may_be_of_higher_precision(backend: str) -> None:
     assert error < 2e-2
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_a_shared_history_equals_one_long_masked_sequence(
-    backend: str, use_backends: UseBackends
+    backend: str, weighted: bool, use_backends: UseBackends
 ) -> None:
+    """Also where every column of the history has a weight of its own, for all of its readers."""
     use_backends(hstu_layer=backend)
     torch.manual_seed(0)
     stack = new_stack(num_layers=2)
@@ -156,9 +158,18 @@ def test_a_shared_history_equals_one_long_masked_sequence(
     candidates = torch.randn(6, WIDTH, device=DEVICE, requires_grad=True)
     matrix = torch.rand(6, 30, device=DEVICE)
 
-    ours = stack.shared_history(
-        history, candidates, history_offsets, candidate_offsets, matrix, max_candidates=3
-    )
+    if weighted:
+        column_weights = torch.rand(35, device=DEVICE)
+        own = stack._spec(history_offsets, column_weights, 30, True)
+        read = own.replace(
+            query_offsets=candidate_offsets, row_weights=matrix, max_query_length=3, causal=False
+        )
+        ours = read_histories(history, candidates, stack._weights(), (own, read), FORM)
+    else:
+        column_weights = torch.ones(35, device=DEVICE)
+        ours = stack.shared_history(
+            history, candidates, history_offsets, candidate_offsets, matrix, max_candidates=3
+        )
 
     order, offsets, masks = [], [0], []
     for b, (length, count) in enumerate(zip(history_lengths, candidate_counts, strict=True)):
@@ -171,7 +182,8 @@ def test_a_shared_history_equals_one_long_masked_sequence(
     spec = stack._spec(torch.tensor(offsets, device=DEVICE), None, 33, True)
     rows = torch.cat([history, candidates])[order]
     targets = torch.tensor(candidate_counts, device=DEVICE)
-    spec = spec.replace(row_weights=torch.cat(masks), num_targets=targets)
+    columns = torch.cat([column_weights, torch.ones(6, device=DEVICE)])[order]
+    spec = spec.replace(row_weights=torch.cat(masks), num_targets=targets, column_weights=columns)
     for layer in stack._weights():
         rows = naive_layer(rows, layer, spec, FORM, None)
     reference = rows[[place for place, row in enumerate(order) if row >= 35]]

@@ -58,7 +58,7 @@ def candidate_layer(
             own row, and itself.
         weights: of the layer.
         specs: of the history, and of the candidates over the history: not causal, with
-            `row_weights`.
+            `row_weights`, and with the column weights of the history if it has any.
         form: heads, eps, dropout and what is kept for the backward.
         last: only the candidates are wanted; the history is returned as it was.
         backend: as in `hstu_layer`.

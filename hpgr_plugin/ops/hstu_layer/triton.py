@@ -191,6 +191,7 @@ class _LastCandidateLayer(torch.autograd.Function):
         normed, moments = norm_forward(history, weights.norm_weight, weights.norm_bias, form.eps)
         columns = torch.addmm(column_bias, normed, column_weight)
         v, k = _halves(columns, hidden)
+        _scale(k, v, form.spec)
         own = _candidate_rows(candidates.contiguous(), (k, v), weights, form)
         ctx.save_for_backward(*own, history, normed, moments, columns, column_weight, *parameters)
         ctx.form = form
