@@ -161,6 +161,26 @@ def test_by_default_the_hosts_layers_run_where_the_kernels_cannot(
         assert torch.equal(second[1][name], gradient)
 
 
+def test_wrapped_layers_run_by_themselves() -> None:
+    """What is put in the place of a layer after construction, or on it, is not passed over."""
+    data = batch([7, 3, 11], [2, 1, 3])
+    seen: list[int] = []
+    hooked = model(None, "per_candidate-post")
+    layers = hooked._hstu_transducer._stu_module._stu_layers
+    layers[1].register_forward_hook(lambda _, __, output: seen.append(len(output)))
+    assert fused.unsupported_option(hooked._hstu_transducer._stu_module) == "hooks on a layer"
+    step(hooked, data)
+    assert len(seen) == 1
+
+    class Doubled(type(layers[0])):  # type: ignore[misc]
+        pass
+
+    explicit = model("fused", "per_candidate-post")
+    explicit._hstu_transducer._stu_module._stu_layers[1].__class__ = Doubled
+    with pytest.raises(HpgrError, match="layers of class Doubled"):
+        step(explicit, data)
+
+
 def test_layers_can_be_bound() -> None:
     import gin
 

@@ -179,9 +179,9 @@ def recorded_passes(
     passes: list[Any] = []
     original = fused.FusedLayers.run
 
-    def record(of: Any, x: Tensor, sequences: Any, what: Any) -> Any:
-        output = original(of, x, sequences, what)
-        passes.append(((of, x.detach().requires_grad_(), sequences, what), output))
+    def record(of: Any, stack: Any, x: Tensor, sequences: Any, what: Any) -> Any:
+        output = original(of, stack, x, sequences, what)
+        passes.append(((of, stack, x.detach().requires_grad_(), sequences, what), output))
         return output
 
     monkeypatch.setattr(fused.FusedLayers, "run", record)
@@ -205,12 +205,12 @@ def recorded_passes(
 def test_fused_layers_do_not_wait_for_the_device_and_launch_few_kernels(
     kind: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (((layers, x, sequences, what), output),) = recorded_passes(monkeypatch, kind)
+    (((layers, stack, x, sequences, what), output),) = recorded_passes(monkeypatch, kind)
     assert output is not None
-    parameters = list(layers._stack.parameters())
+    parameters = list(stack.parameters())
 
     def one_pass() -> None:
-        candidates = layers.run(x, sequences, what)
+        candidates = layers.run(stack, x, sequences, what)
         torch.autograd.grad(candidates, [x, *parameters], torch.ones_like(candidates))
 
     one_pass()
@@ -225,7 +225,7 @@ def test_fused_layers_do_not_wait_for_the_device_and_launch_few_kernels(
         torch.cuda.synchronize()
     on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     print(f"{kind}: {len(on_device)} launches")
-    assert len(on_device) <= most * len(layers._stack._stu_layers)
+    assert len(on_device) <= most * len(stack._stu_layers)
 
 
 def test_captured_steps_are_the_steps() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from generative_recommenders.common import HammerKernel
@@ -44,21 +44,21 @@ _OPTIONS: dict[str, tuple[object, str]] = {
     "_target_aware": (True, "candidates that see each other (target_aware=False)"),
 }
 _EQUAL = ("_num_heads", "_attention_dim", "_hidden_dim", "_attn_alpha", "_output_dropout_ratio")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _RECOMPUTE = ("_recompute_normed_x", "_recompute_uvqk", "_recompute_y")
 # Below so many rows what is kept for the backward is little, and launches are what costs.
 _MANY_ROWS = 1 << 14
 
 
 class FusedLayers:
-    """A stack of the host's layers, run as one.
+    """Runs a stack of the host's layers as one.
 
     Args:
-        stack: The host's, of the model that is being built.
+        stack: The host's, of the model that is being built; looked at, not kept.
         choice: "fused", "host", or None: fused where the Triton kernels can run the step, else the
             host's layers; the log says once which it is.
         binding: The name of the choice in an error.
-        capture: Whether small passes over one sequence per candidate run as CUDA graphs, from the
-            second on.
+        capture: Whether small passes over one sequence per candidate run as CUDA graphs.
 
     Raises:
         HpgrError: "fused" with an option of the host that is not supported.
@@ -67,19 +67,20 @@ class FusedLayers:
     def __init__(
         self, stack: nn.Module, choice: Layers | None, *, binding: str, capture: bool = False
     ) -> None:
-        self._stack: Any = stack
         self._captured = CapturedStack() if capture else None
-        self._has_run = False
         self._choice = choice
         self._binding = binding
-        self._unsupported = unsupported_option(stack)
-        if choice == "fused" and self._unsupported is not None:
-            raise self._error(f"does not support {self._unsupported}")
+        unsupported = unsupported_option(stack)
+        if choice == "fused" and unsupported is not None:
+            raise self._error(f"does not support {unsupported}")
 
-    def run(self, x: Tensor, sequences: RowSequences, step: StepAttention) -> Tensor | None:
+    def run(
+        self, stack: Any, x: Tensor, sequences: RowSequences, step: StepAttention
+    ) -> Tensor | None:
         """The candidates `[C, D]` in their order, or None: the host's own layers have to run.
 
         Args:
+            stack: The host's, of the model.
             x: `[L, D]`.
             sequences: That the rows belong to.
             step: What a plan changes in their attention.
@@ -89,57 +90,89 @@ class FusedLayers:
         """
         if self._choice == "host" or torch.jit.is_tracing():
             return None
-        reason = None if self._choice == "fused" else self._unsupported or self._slower(x)
+        reason = unsupported_option(stack)
+        if reason is None and self._choice is None:
+            reason = _why_slower(stack, x)
+        if reason is None and x.is_cuda:
+            reason = _why_not(stack, x, sequences, step)
         if reason is None:
+            _say("the STU layers run on this package's kernels, with the host's weights")
             with torch.autocast(x.device.type, enabled=False):
-                replayed = self._replay(x, sequences, step)
-                if replayed is not None:
-                    return replayed
-                job = _job(self._stack, x.contiguous(), sequences, step)
-                reason = job.why_not() if x.is_cuda else None
-                if reason is None:
-                    _say("the STU layers run on this package's kernels, with the host's weights")
-                    self._has_run = True
-                    return job.candidates()
+                return self._candidates(stack, x.contiguous(), sequences, step)
         if self._choice == "fused":
             raise self._error(f"cannot run this step: {reason}")
         _say(f"the STU layers run on the host's kernels: {reason}")
         return None
 
-    def _replay(self, x: Tensor, sequences: RowSequences, step: StepAttention) -> Tensor | None:
-        """The pass from a graph, or None."""
-        captured, weights = self._captured, step.column_weights
-        if captured is None or weights is None or not (self._has_run and x.is_cuda):
-            return None
-        if step.mask_position != "post" or not sequences.one_target:
-            return None
-        if backend_choices().get("hstu_layer", "triton") != "triton":
-            return None
-        inputs = Inputs(
+    def _candidates(
+        self, stack: Any, x: Tensor, sequences: RowSequences, step: StepAttention
+    ) -> Tensor:
+        spec, form = _spec(stack, sequences, step), _form(stack, x)
+        if self._can_capture(x, sequences, step):
+            replayed = self._replay(stack, x, spec, form)
+            if replayed is not None:
+                return replayed
+        layers = layer_weights(stack, x.dtype)
+        if step.candidates is not None:
+            return _over_histories(x, layers, form, spec, step.candidates)
+        return read_sequences(
             x,
-            weights,
-            sequences.parts.seq_offsets,
-            sequences.max_length,
-            sequences.max_length / step.norm_ratio,
+            layers,
+            spec,
+            form,
+            candidate_offsets=sequences.parts.candidate_offsets,
+            candidate_rows=sequences.parts.candidate_rows(),
+            max_candidates=_most_candidates(sequences),
         )
-        layers = self._stack._stu_layers
-        parameters = [p for layer in layers for p in _parameters(layer)]
-        return captured.run(inputs, parameters, _form(self._stack, x), layers[0]._attn_alpha)
 
-    def _slower(self, x: Tensor) -> str | None:
-        """Why the host's layers are the faster ones for these rows, or None."""
-        if not x.is_cuda:
-            return "the rows are not on a CUDA device"
-        kernel = self._stack.hammer_kernel()
-        if kernel != HammerKernel.TRITON:
-            return f"the host was told to use {kernel.value}"
-        return None
+    def _can_capture(self, x: Tensor, sequences: RowSequences, step: StepAttention) -> bool:
+        """Whether the pass is one that graphs are made for."""
+        weighted = step.column_weights is not None and step.mask_position == "post"
+        on_kernels = x.is_cuda and backend_choices().get("hstu_layer", "triton") == "triton"
+        return self._captured is not None and weighted and on_kernels and sequences.one_target
+
+    def _replay(self, stack: Any, x: Tensor, spec: AttentionSpec, form: LayerForm) -> Tensor | None:
+        assert self._captured is not None
+        assert spec.column_weights is not None
+        lengths = spec.max_length, spec.norm_length
+        inputs = Inputs(x, spec.column_weights, spec.offsets, *lengths)
+        parameters = [p for layer in stack._stu_layers for p in _parameters(layer)]
+        return self._captured.run(inputs, parameters, form, spec.alpha)
 
     def _error(self, reason: str) -> HpgrError:
         return HpgrError(
             f'{self._binding} = "fused" {reason}; bind {self._binding} = "host", or None for the '
             "host's layers where they are needed"
         )
+
+
+def _why_slower(stack: Any, x: Tensor) -> str | None:
+    """Why the host's layers are the faster ones for these rows, or None."""
+    if not x.is_cuda:
+        return "the rows are not on a CUDA device"
+    kernel = stack.hammer_kernel()
+    if kernel != HammerKernel.TRITON:
+        return f"the host was told to use {kernel.value}"
+    return None
+
+
+def _why_not(stack: Any, x: Tensor, sequences: RowSequences, step: StepAttention) -> str | None:
+    """Why the Triton kernels cannot run the step, or None."""
+    operator = operators()["hstu_layer"]
+    layer = stack._stu_layers[0]
+    spec, form, weights = (
+        _spec(stack, sequences, step),
+        LayerForm(layer._num_heads),
+        _parameters(layer),
+    )
+    if step.candidates is None:
+        return operator.why_not("triton", x, weights, spec, form, None)
+    reading = spec.replace(
+        causal=False, row_weights=x.new_empty(0, 0), mask_position=step.candidates.mask_position
+    )
+    return operator.why_not(
+        "triton", (x, x), weights, (spec, reading), form, function="candidate_layer", last=False
+    )
 
 
 def unsupported_option(stack: Any) -> str | None:
@@ -149,6 +182,8 @@ def unsupported_option(stack: Any) -> str | None:
     for layer in stack._stu_layers:
         if type(layer) not in (STULayer, PreferenceSTULayer):
             return f"layers of class {type(layer).__name__}"
+        if any(getattr(layer, name) for name in _HOOKS):
+            return "hooks on a layer"
         for name, (supported, otherwise) in _OPTIONS.items():
             if getattr(layer, name) != supported:
                 return otherwise
@@ -208,81 +243,10 @@ def _copies(tensors: tuple[Tensor, ...], dtypes: list[torch.dtype]) -> tuple[Ten
     return tuple(copies)
 
 
-class _Sequences(NamedTuple):
-    """Rows of sequences that end in their candidates, which see what the history sees.
-
-    Attributes:
-        x: `[L, D]`.
-        layers: of the stack.
-        form: of the layers.
-        spec: of the sequences.
-        sequences: that the rows belong to.
-        max_candidates: an upper bound of their candidates.
-    """
-
-    x: Tensor
-    layers: list[LayerWeights]
-    form: LayerForm
-    spec: AttentionSpec
-    sequences: RowSequences
-    max_candidates: int
-
-    def why_not(self) -> str | None:
-        """Why the kernels cannot run it, or None."""
-        operator = operators()["hstu_layer"]
-        return operator.why_not("triton", self.x, self.layers[0], self.spec, self.form, None)
-
-    def candidates(self) -> Tensor:
-        """`[C, D]`."""
-        return read_sequences(
-            self.x,
-            self.layers,
-            self.spec,
-            self.form,
-            candidate_offsets=self.sequences.parts.candidate_offsets,
-            candidate_rows=self.sequences.parts.candidate_rows(),
-            max_candidates=self.max_candidates,
-        )
-
-
-class _Histories(NamedTuple):
-    """Histories, and candidates that read them, each with its own weights.
-
-    Attributes:
-        history: `[T, D]`, contextual tokens too.
-        rows: `[C, D]`, the candidates.
-        layers: of the stack.
-        form: of the layers.
-        specs: of the histories, and of the candidates over them.
-    """
-
-    history: Tensor
-    rows: Tensor
-    layers: list[LayerWeights]
-    form: LayerForm
-    specs: tuple[AttentionSpec, AttentionSpec]
-
-    def why_not(self) -> str | None:
-        """Why the kernels cannot run it, or None."""
-        tokens = self.history, self.rows
-        return operators()["hstu_layer"].why_not(
-            "triton", tokens, self.layers[0], self.specs, self.form,
-            function="candidate_layer", last=False,
-        )  # fmt: skip
-
-    def candidates(self) -> Tensor:
-        """`[C, D]`."""
-        return read_histories(self.history, self.rows, self.layers, self.specs, self.form)
-
-
-def _job(
-    stack: Any, x: Tensor, sequences: RowSequences, step: StepAttention
-) -> _Sequences | _Histories:
-    """What one pass through the layers computes."""
-    layers, form = layer_weights(stack, x.dtype), _form(stack, x)
-    parts, mask = sequences.parts, step.candidates
-    spec = AttentionSpec(
-        offsets=parts.seq_offsets,
+def _spec(stack: Any, sequences: RowSequences, step: StepAttention) -> AttentionSpec:
+    """The attention of the sequences."""
+    return AttentionSpec(
+        offsets=sequences.parts.seq_offsets,
         max_length=sequences.max_length,
         alpha=stack._stu_layers[0]._attn_alpha,
         norm_length=sequences.max_length / step.norm_ratio,
@@ -292,20 +256,17 @@ def _job(
         mask_position=step.mask_position,
         exact=True,
     )
-    if mask is None:
-        return _Sequences(x, layers, form, spec, sequences, _most_candidates(sequences))
-    return _histories(x, layers, form, spec, sequences, mask)
 
 
-def _histories(
+def _over_histories(
     x: Tensor,
     layers: list[LayerWeights],
     form: LayerForm,
     spec: AttentionSpec,
-    sequences: RowSequences,
     mask: CandidateRows,
-) -> _Histories:
-    parts = sequences.parts
+) -> Tensor:
+    """Candidates `[C, D]` that read their histories each with its own weights."""
+    parts = mask.parts
     offsets = parts.seq_offsets - parts.candidate_offsets
     total = len(x) - parts.num_candidates
     # In front of the rows of a history lie the candidates of the users before.
@@ -325,11 +286,12 @@ def _histories(
         mask_position=mask.mask_position,
     )
     history = x.index_select(0, rows)
-    candidates = x.index_select(0, sequences.parts.candidate_rows())
-    return _Histories(history, candidates, layers, form, (spec, reading))
+    candidates = x.index_select(0, parts.candidate_rows())
+    return read_histories(history, candidates, layers, (spec, reading), form)
 
 
 def _form(stack: Any, x: Tensor) -> LayerForm:
+    """Dropout of this step, with a new seed, and what is computed again."""
     layer = stack._stu_layers[0]
     rate = layer._output_dropout_ratio if layer.training else 0.0
     dropout = None

@@ -187,9 +187,10 @@ class PreferenceTransducer(HSTUTransducer):
         Returns:
             `[C, D]`, the candidates in their order.
         """
-        fused = None if self.layers is None else self.layers.run(x, sequences, step)
-        if fused is not None:
-            return fused
+        if self.layers is not None:
+            candidates = self.layers.run(self._stu_module, x, sequences, step)
+            if candidates is not None:
+                return candidates
         layers = self._own_layers()
         if layers is None or not layers[-1].can_read_candidates(x):
             encoded = self._inner_layers(self._stu_module, x, sequences, step)
