@@ -10,7 +10,7 @@ left out.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,8 +45,8 @@ def auc(labels: Any, scores: Any) -> float:
         scores: [C] probabilities.
     """
     labels, scores = _checked(labels, scores)
-    each, _ = _auc_by_user(labels, scores, np.zeros(len(labels), dtype=np.int64))
-    return float(each[0]) if len(each) else math.nan
+    found = auc_by_group(labels, scores, np.zeros(len(labels), dtype=np.int64))
+    return float(found.auc[0]) if len(found.auc) else math.nan
 
 
 def gauc(labels: Any, scores: Any, users: Any, weighting: str = "impressions") -> float:
@@ -64,32 +64,45 @@ def gauc(labels: Any, scores: Any, users: Any, weighting: str = "impressions") -
     users = np.asarray(users)
     if users.shape != labels.shape:
         raise ValueError(f"users has shape {users.shape}, labels {labels.shape}")
-    each, counts = _auc_by_user(labels, scores, np.unique(users, return_inverse=True)[1])
-    if not len(each):
+    found = auc_by_group(labels, scores, np.unique(users, return_inverse=True)[1])
+    if not len(found.auc):
         return math.nan
-    return float(np.average(each, weights=counts if weighting == "impressions" else None))
+    weights = found.candidates if weighting == "impressions" else None
+    return float(np.average(found.auc, weights=weights))
 
 
-def _auc_by_user(
-    labels: np.ndarray, scores: np.ndarray, user: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """AUC and number of candidates, [G] each, of the users who have both labels.
+class GroupAUC(NamedTuple):
+    """AUC of the groups that have both labels.
+
+    Attributes:
+        group: int64 [G], which groups they are.
+        auc: float64 [G].
+        candidates: int64 [G], how many each has.
+    """
+
+    group: np.ndarray
+    auc: np.ndarray
+    candidates: np.ndarray
+
+
+def auc_by_group(labels: np.ndarray, scores: np.ndarray, group: np.ndarray) -> GroupAUC:
+    """AUC inside every group (a user, an impression) that has both labels.
 
     Mann and Whitney: AUC = (R - n (n + 1) / 2) / (n m), where R is the sum of the ranks of the n
-    positives among all n + m candidates of the user.
+    positives among all n + m candidates of the group.
 
     Args:
         labels: bool [C].
         scores: float64 [C].
-        user: int64 [C], 0..U-1.
+        group: int64 [C], 0..G-1.
     """
-    counts = np.bincount(user)
-    positives = np.bincount(user, weights=labels)
-    rank_sum = np.bincount(user, weights=labels * _ranks_within(user, scores))
-    both = (positives > 0) & (positives < counts)
+    counts = np.bincount(group)
+    positives = np.bincount(group, weights=labels)
+    rank_sum = np.bincount(group, weights=labels * _ranks_within(group, scores))
+    both = np.flatnonzero((positives > 0) & (positives < counts))
     counts, positives, rank_sum = counts[both], positives[both], rank_sum[both]
     pairs = positives * (counts - positives)
-    return (rank_sum - positives * (positives + 1) / 2) / pairs, counts
+    return GroupAUC(both, (rank_sum - positives * (positives + 1) / 2) / pairs, counts)
 
 
 def log_loss(labels: Any, scores: Any) -> float:

@@ -1,11 +1,13 @@
 """The host's own layers on its Triton kernels, with the weights of ours, where there is a host."""
 
+import functools
 import importlib
 import importlib.util
 import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,13 +151,55 @@ def autotuners() -> Iterator[tuple[str, Any]]:
                     yield f"{module_name}.{name}", value
 
 
-def prepare_tuning() -> None:
-    """Tune for every length by itself, and time each configuration for 5 ms instead of 100."""
+def prepare_tuning(journal: Path | None = None) -> None:
+    """Tune for every length by itself, and time each configuration for 5 ms instead of 100.
+
+    Args:
+        journal: gets a line for every configuration before it runs, so that the last line of a
+            process that died names the one at fault. Lines that start with "faulty" name
+            configurations to leave out.
+    """
     from generative_recommenders.common import set_use_runtime_max_seq_len
 
     set_use_runtime_max_seq_len(True)
-    for _, tuner in autotuners():
+    faulty = {line for line in _lines(journal) if line.startswith("faulty ")}
+    for name, tuner in autotuners():
         tuner._do_bench = _time_shortly
+        if journal is not None:
+            kept = [c for c in tuner.configs if f"faulty {name}: {c}" not in faulty]
+            tuner.configs = kept or tuner.configs
+            tuner._bench = functools.partial(_noted, tuner._bench, name, journal)
+
+
+def _noted(
+    bench: Callable[..., Any], name: str, journal: Path, *args: Any, config: Any, **meta: Any
+) -> Any:
+    torch.cuda.synchronize()  # what went wrong before is not this configuration's fault
+    with journal.open("a") as lines:
+        lines.write(f"{name}: {config}\n")
+    return bench(*args, config=config, **meta)
+
+
+def leave_out_last(journal: Path) -> str | None:
+    """Mark the configuration that ran when a process died; None if nothing was being tuned."""
+    tried = [line for line in _lines(journal) if not line.startswith("faulty ")]
+    if not tried:
+        return None
+    marked = [line for line in _lines(journal) if line.startswith("faulty ")]
+    journal.write_text("\n".join([*marked, f"faulty {tried[-1]}"]) + "\n")
+    return tried[-1]
+
+
+def _lines(journal: Path | None) -> list[str]:
+    return journal.read_text().splitlines() if journal is not None and journal.exists() else []
+
+
+def keep_best(count: int) -> None:
+    """From now on every kernel is tuned among the fastest of its last tuning only."""
+    for _, tuner in autotuners():
+        timings = getattr(tuner, "configs_timings", None)
+        if timings:
+            tuner.configs = sorted(timings, key=timings.__getitem__)[:count]
 
 
 def forget_attention(keep: int | None = None) -> None:

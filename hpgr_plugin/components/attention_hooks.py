@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hpgr_plugin.components.checks import check_at_least, check_choice
 from hpgr_plugin.components.layout_cost import (
@@ -38,6 +39,7 @@ _CANDIDATE_LAYOUTS: tuple[ChosenLayout, ...] = ("per_candidate", "shared_history
 Layout = Literal["per_candidate", "shared_history", "per_user"]
 MaskPosition = Literal["post", "pre"]
 Table = Literal["live", "frozen"]
+Score = Literal["dot", "cosine"]
 Selection = Literal["weighted", "recent", "uniform"]
 
 
@@ -121,6 +123,9 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         mask_position: "post" or "pre", see `AttentionHook`.
         table: the embeddings that score: "live", those of the item table, or "frozen", a copy of
             it taken by `freeze`.
+        score: "dot", the paper's `e_C . e_i`, or "cosine", the same of embeddings of length 1. The
+            norms of a trained table range over a factor of ten, and a dot product chooses anchors
+            of large norm, which are popular items.
 
     Raises:
         ValueError: an argument out of its range.
@@ -136,18 +141,21 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         layout: Literal["auto", "per_candidate", "shared_history"] = "auto",
         mask_position: MaskPosition = "post",
         table: Table = "live",
+        score: Score = "dot",
     ) -> None:
         super().__init__()
         self.settings = PlanSettings(top_k, sigma, eps, recent).check()
         check_choice(("auto", *_CANDIDATE_LAYOUTS), layout=layout)
         check_choice(get_args(MaskPosition), mask_position=mask_position)
         check_choice(get_args(Table), table=table)
+        check_choice(get_args(Score), score=score)
         if top_k == 0 and recent == 0:
             raise HpgrError("top_k and recent are both 0: nothing of the history would be kept")
         self.layout = "per_candidate" if layout == "auto" else layout
         self._chooses_layout = layout == "auto"
         self.mask_position = mask_position
         self.table = table
+        self.score = score
         self.frozen_table: Tensor | None
         self.register_buffer("frozen_table", None)
         self.chosen_layout: Tensor | None  # an index into _CANDIDATE_LAYOUTS
@@ -222,6 +230,12 @@ class PreferenceGuidedSparseAttention(AttentionHook):
                 history_embeddings=self.frozen_table[inputs.history_ids],
                 candidate_embeddings=self.frozen_table[inputs.candidate_ids],
             )
+        if self.score == "cosine":
+            inputs = replace(
+                inputs,
+                history_embeddings=_unit(inputs.history_embeddings),
+                candidate_embeddings=_unit(inputs.candidate_embeddings),
+            )
         has_times = inputs.candidate_timestamps is not None
         return plan_preferences(
             inputs.history_embeddings,
@@ -243,7 +257,8 @@ class PreferenceGuidedSparseAttention(AttentionHook):
     def extra_repr(self) -> str:
         return (
             f"{', '.join(f'{name}={value}' for name, value in self.settings._asdict().items())}, "
-            f"layout={self.layout!r}, mask_position={self.mask_position!r}, table={self.table!r}"
+            f"layout={self.layout!r}, mask_position={self.mask_position!r}, table={self.table!r}, "
+            f"score={self.score!r}"
         )
 
     def _load_from_state_dict(
@@ -366,6 +381,12 @@ def _ratios(costs: dict[ChosenLayout, LayoutCosts], layout: ChosenLayout) -> tup
     (other,) = (cost for name, cost in costs.items() if name != layout)
     mine = costs[layout]
     return mine.nanoseconds / other.nanoseconds, mine.rows / other.rows
+
+
+def _unit(embeddings: Tensor) -> Tensor:
+    """Rows of length 1, in float32 at least: half precision would make ties of near scores."""
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    return F.normalize(embeddings.to(dtype), dim=1)
 
 
 def _recency_weights(offsets: Tensor, timestamps: Tensor) -> Tensor:

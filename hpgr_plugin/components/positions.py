@@ -1,14 +1,17 @@
 """Time-aware positions (Eq. 4): a candidate stands where its time puts it in the history."""
 
 import warnings
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.components.checks import check_at_least, check_jagged
+from hpgr_plugin.components.checks import check_at_least, check_choice, check_jagged
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.jagged import check_sorted, ranges, segment_ids, segment_positions
 from hpgr_plugin.ops.preference_plan import count_earlier
+
+Form = Literal["absolute", "relative"]
 
 
 def time_aware_index(
@@ -45,7 +48,12 @@ def time_aware_index(
 
 
 class TimeAwarePositionalEncoder(nn.Module):
-    """Adds a learned vector for the time-aware index (Eq. 4) to histories and candidates.
+    """Time-aware positions (Eq. 4), added to the tokens or left to a bias of the attention.
+
+    "absolute" adds a learned vector for the index. "relative" adds nothing: the host's attention
+    has a bias by `Index(C) - Index(j)` for a candidate and `i - j` inside the history. Only
+    distances count then, so a candidate later than all of the training, as under a split by time,
+    has no row that was never trained.
 
     All candidates of a user share one history. With `hide_future`, the items that a candidate may
     see (t_i < t_C) have the same numbers for every candidate, so sharing is exact; the host masks
@@ -54,19 +62,38 @@ class TimeAwarePositionalEncoder(nn.Module):
 
     Args:
         embedding_dim: D.
-        max_positions: largest index, at least the longest history plus one.
+        max_positions: largest index, at least the longest history plus one; the relative form does
+            not need it.
         hide_future: whether a candidate's future is masked from it.
+        form: "absolute" or "relative".
 
     Raises:
-        ValueError: a size below 1.
+        HpgrError: an argument out of its range, or no `max_positions` in the absolute form.
     """
 
-    def __init__(self, *, embedding_dim: int, max_positions: int, hide_future: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        max_positions: int | None = None,
+        hide_future: bool = True,
+        form: Form = "absolute",
+    ) -> None:
         super().__init__()
-        check_at_least(1, embedding_dim=embedding_dim, max_positions=max_positions)
+        check_choice(get_args(Form), form=form)
+        check_at_least(1, embedding_dim=embedding_dim)
         self.embedding_dim = embedding_dim
         self.max_positions = max_positions
         self.hide_future = hide_future
+        self.form = form
+        if form == "relative":
+            return
+        if max_positions is None:
+            raise HpgrError(
+                "hpgr.TimeAwarePositionalEncoder.max_positions must be bound for "
+                "form = 'absolute': it takes the longest history plus one"
+            )
+        check_at_least(1, max_positions=max_positions)
         self.table = nn.Embedding(max_positions, embedding_dim)  # index 1 is row 0
         nn.init.normal_(self.table.weight, std=0.02)
 
@@ -79,7 +106,7 @@ class TimeAwarePositionalEncoder(nn.Module):
         candidate_offsets: Tensor,
         candidate_timestamps: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Histories `[T, D]` and candidates `[C, D]` with their positions added.
+        """Histories `[T, D]` and candidates `[C, D]`, in the absolute form with positions added.
 
         Offsets and times are those of `time_aware_index`.
 
@@ -90,6 +117,8 @@ class TimeAwarePositionalEncoder(nn.Module):
         times = (history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
         _check_times(*times)
         self.check_lengths(history_offsets, candidate_offsets)
+        if self.form == "relative":
+            return history_embeddings, candidate_embeddings
         earlier = count_earlier(*times)
         # Row of the table = index - 1: a place in the history, or the number of earlier items.
         places = segment_positions(history_offsets, len(history_timestamps))
@@ -113,7 +142,7 @@ class TimeAwarePositionalEncoder(nn.Module):
         """
         if self.hide_future:
             return places
-        return places + _moved_up(places, users, earlier, candidate_offsets)
+        return places + moved_up(places, users, earlier, candidate_offsets)
 
     def check_lengths(self, history_offsets: Tensor, candidate_offsets: Tensor) -> None:
         """Check that the table has a row for every place; both offsets are `[B + 1]`.
@@ -125,7 +154,7 @@ class TimeAwarePositionalEncoder(nn.Module):
         candidates = candidate_offsets.diff().tolist()
         # A user without a candidate needs no index N + 1.
         needed = max((n + (c > 0) for n, c in zip(lengths, candidates, strict=True)), default=0)
-        if needed > self.max_positions:
+        if self.form == "absolute" and needed > (self.max_positions or 0):
             raise HpgrError(
                 f"max_positions is {self.max_positions}, but a history with its candidate "
                 f"needs positions up to {needed}"
@@ -222,8 +251,15 @@ class VisibilityCheck:
         warnings.warn(message, stacklevel=2)
 
 
-def _moved_up(places: Tensor, users: Tensor, earlier: Tensor, candidate_offsets: Tensor) -> Tensor:
-    """1 for items at or after their user's only candidate, else 0, `[P]` int64."""
+def moved_up(places: Tensor, users: Tensor, earlier: Tensor, candidate_offsets: Tensor) -> Tensor:
+    """1 for items at or after their user's only candidate, else 0, `[P]` int64.
+
+    Args:
+        places: `[P]`, the place of each item in its whole history, from 0.
+        users: `[P]`, the user of each item.
+        earlier: `[C]`, from `count_earlier`.
+        candidate_offsets: `[B + 1]`, one candidate per user at most.
+    """
     candidate_users = segment_ids(candidate_offsets, len(earlier))
     # A user without a candidate has nothing inserted: no item lies after it.
     nowhere = torch.iinfo(torch.int64).max

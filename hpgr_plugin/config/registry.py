@@ -44,15 +44,20 @@ class Entry(NamedTuple):
         return self.target.rpartition(":")[2]
 
 
-SEM, POSITIONS, HOOK, LAYER = SLOTS = ("sem", "positional_encoder", "attention_hook", "layer")
+SEM, POSITIONS, HOOK, LAYER, ENCODER, FEATURES, RARE = SLOTS = (
+    *("sem", "positional_encoder", "attention_hook"),
+    *("layer", "encoder", "token_features", "rare_items"),  # these take classes
+)
 
-_REQUESTS = ("prepared", "split", "settings", "seed", "rank", "world_size")
+_REQUESTS = ("prepared", "split", "settings", "statistics", "seed", "rank", "world_size")
 _SEQUENCES = ("prepared", "max_length", "users", "seed", "rank", "world_size")
 _MIM = ("num_items", "item_counts")
 _LAYER = ("embedding_dim", "num_heads", "dropout")
+_ENCODER = (*_LAYER, "max_history")
+_SIZES = ("sizes",)
 _RANKER = (
     *("num_items", "num_actions", "vocabulary_digest"),
-    *("user_feature_sizes", "item_feature_codes"),
+    *("user_feature_sizes", "item_feature_codes", "item_counts"),
 )
 
 GROUPS: dict[str, tuple[Entry, ...]] = {
@@ -76,14 +81,25 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.data:SequenceLoader", denylist=_SEQUENCES, root=True),
         Entry("hpgr_plugin.data:SyntheticReader"),
         Entry("hpgr_plugin.data:TableReader"),
+        Entry("hpgr_plugin.data:YambdaReader"),
         Entry("hpgr_plugin.data:label_column"),
         Entry("hpgr_plugin.data:prepare_data", root=True),
         Entry("hpgr_plugin.data:rating_at_least"),
     ),
     "embedded": (
+        Entry("hpgr_plugin.hosts.embedded.model.cross_features:CrossFeatures", FEATURES, _SIZES),
         Entry("hpgr_plugin.hosts.embedded.model.hstu:HSTULayer", LAYER, denylist=_LAYER),
         Entry("hpgr_plugin.hosts.embedded.model.mtgr:MTGRLayer", LAYER, denylist=_LAYER),
         Entry("hpgr_plugin.hosts.embedded.model.ranker:HSTURanker", denylist=_RANKER, root=True),
+        Entry("hpgr_plugin.hosts.embedded.model.rare_items:RareItems", RARE, _SIZES),
+        Entry("hpgr_plugin.hosts.embedded.model.rivals.bert4rec:BERT4Rec", ENCODER, _ENCODER),
+        Entry("hpgr_plugin.hosts.embedded.model.rivals.dnn:DNN", ENCODER, _ENCODER),
+        Entry("hpgr_plugin.hosts.embedded.model.rivals.gru4rec:GRU4Rec", ENCODER, _ENCODER),
+        Entry("hpgr_plugin.hosts.embedded.model.rivals.moe:MoE", ENCODER, _ENCODER),
+        Entry("hpgr_plugin.hosts.embedded.model.rivals.sasrec:SASRec", ENCODER, _ENCODER),
+        Entry("hpgr_plugin.hosts.embedded.model.rivals.wukong:Wukong", ENCODER, _ENCODER),
+        Entry("hpgr_plugin.hosts.embedded.model.token_features:CalendarFeatures", FEATURES, _SIZES),
+        Entry("hpgr_plugin.hosts.embedded.model.token_features:GapFeatures", FEATURES, _SIZES),
         Entry("hpgr_plugin.hosts.embedded.report.ablation:AblationRow", root=True),
         Entry("hpgr_plugin.hosts.embedded.run:run", root=True),
         Entry("hpgr_plugin.hosts.embedded.train.stages:FinetuneSettings", root=True),

@@ -16,6 +16,7 @@ from hpgr_plugin.data.readers.ebnerd import EBNeRDReader
 from hpgr_plugin.data.readers.kuairand import KuaiRandReader
 from hpgr_plugin.data.readers.movielens import MovieLensReader
 from hpgr_plugin.data.readers.table import TableReader
+from hpgr_plugin.data.readers.yambda import YambdaReader
 from hpgr_plugin.data.requests import Requests, RequestSettings, build_requests
 from hpgr_plugin.data.sequences import SequenceLoader
 from hpgr_plugin.data.split import GlobalTimeSplit, LastFractionSplit, LastNSplit
@@ -42,6 +43,7 @@ __all__ = [
     "SyntheticReader",
     "SyntheticTruth",
     "TableReader",
+    "YambdaReader",
     "build_requests",
     "check_sequences",
     "check_splits",

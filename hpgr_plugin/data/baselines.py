@@ -11,17 +11,19 @@ from hpgr_plugin.data.requests import RequestSettings, build_requests
 
 
 class Scored(NamedTuple):
-    """Scored candidates of a split, in the order of its requests: input of ranking_metrics.
+    """Scored candidates of a split, in the order of its requests.
 
     Attributes:
         labels: int8 [C].
         scores: float64 [C], probabilities.
         users: int32 [C].
+        rows: int64 [C], rows of the log.
     """
 
     labels: np.ndarray
     scores: np.ndarray
     users: np.ndarray
+    rows: np.ndarray
 
 
 def item_mean_scores(
@@ -50,4 +52,4 @@ def item_mean_scores(
     requests = build_requests(prepared, split, settings)
     rows = requests.all_candidate_rows()
     users = np.repeat(requests.users, requests.candidate_count)
-    return Scored(log.label[rows], item_mean[log.item[rows]], users)
+    return Scored(log.label[rows], item_mean[log.item[rows]], users, rows)

@@ -44,6 +44,8 @@ class Batch(_OnDevice):
         users: [B] int64, 0..num_users-1.
         user_features: name -> [B] int64 codes. Item features are looked up by item id
             in InteractionLog.item_features.
+        candidate_features: name -> [C] float32, what the loader was asked for: the fields of
+            CandidateStatistics, or nothing.
     """
 
     history_items: torch.Tensor
@@ -56,6 +58,7 @@ class Batch(_OnDevice):
     candidate_offsets: torch.Tensor
     users: torch.Tensor
     user_features: dict[str, torch.Tensor] = field(default_factory=dict)
+    candidate_features: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_requests(self) -> int:

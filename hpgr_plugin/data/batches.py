@@ -134,6 +134,7 @@ class RequestLoader(Loader[Batch]):
         split: "train" (shuffled by epoch) | "validation" | "test" (every request once over
             all ranks, those of similar length together).
         settings: how candidates are grouped into requests.
+        statistics: give the candidates their CandidateStatistics.
         batch_tokens: most tokens of a batch, history and candidates together.
         max_batch_requests: most requests of a batch. None: no limit.
         seed, rank, world_size, prefetch: see Loader.
@@ -145,6 +146,7 @@ class RequestLoader(Loader[Batch]):
         prepared: PreparedData,
         split: str,
         settings: RequestSettings,
+        statistics: bool = False,
         batch_tokens: int = 16384,
         max_batch_requests: int | None = None,
         seed: int = 0,
@@ -154,6 +156,7 @@ class RequestLoader(Loader[Batch]):
     ) -> None:
         self.prepared = prepared
         self.split = split
+        self.statistics = prepared.statistics._asdict() if statistics else {}
         self.requests = build_requests(prepared, split, settings)
         most = max_batch_requests
         require(most is None or most >= 1, "RequestLoader.max_batch_requests", "1 or more", most)
@@ -167,6 +170,11 @@ class RequestLoader(Loader[Batch]):
             world_size=world_size,
             prefetch=prefetch,
         )
+
+    def candidate_rows(self, epoch: int = 0) -> np.ndarray:
+        """Rows of the log that the epoch's batches rank, in their order: int64 [C]."""
+        places = [*self._plan(epoch), np.zeros(0, dtype=np.int64)]
+        return self.requests.take(np.concatenate(places)).all_candidate_rows()
 
     def gather(self, places: np.ndarray) -> Batch:
         """The batch of the requests at these places, in their order."""
@@ -188,5 +196,9 @@ class RequestLoader(Loader[Batch]):
             user_features={
                 name: tensor(feature.codes[requests.users])
                 for name, feature in log.user_features.items()
+            },
+            candidate_features={
+                name: tensor(column[candidates], np.float32)
+                for name, column in self.statistics.items()
             },
         )

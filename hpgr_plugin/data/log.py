@@ -6,9 +6,12 @@ import hashlib
 import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from hpgr_plugin.data.statistics import CandidateStatistics
 
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = 0, 1, 2
@@ -108,6 +111,13 @@ class PreparedData:
     def history_offsets(self) -> np.ndarray:
         """User u owns history_rows[history_offsets[u]:history_offsets[u + 1]]; int64 [U + 1]."""
         return offsets_of(self.is_history)[self.log.user_offsets]
+
+    @cached_property
+    def statistics(self) -> CandidateStatistics:
+        """What the training events before each event say about its item and its user."""
+        from hpgr_plugin.data.statistics import candidate_statistics
+
+        return candidate_statistics(self)
 
     def digest(self) -> str:
         """CRC-32 of everything a training reads: equal digests mean equal data."""

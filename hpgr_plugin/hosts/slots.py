@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.config.registry import GROUPS
 from hpgr_plugin.errors import HpgrError
 
@@ -30,6 +31,19 @@ def check_slot(owner: str, name: str, value: Any, kind: type) -> None:
     if isinstance(value, type):
         got = f"the class {value.__name__} (write @hpgr.{value.__name__}() with parentheses)"
     raise SlotError(f"{owner}.{name} takes {takes} or None, got {got}")
+
+
+def check_absolute(owner: str, encoder: TimeAwarePositionalEncoder) -> None:
+    """Check the form of time-aware positions on a host whose attention has no bias for them.
+
+    Raises:
+        SlotError: The relative form.
+    """
+    if encoder.form == "relative":
+        raise SlotError(
+            f"{owner}.positional_encoder takes hpgr.TimeAwarePositionalEncoder.form = 'absolute': "
+            "the host's attention has no bias that could carry 'relative'"
+        )
 
 
 def check_width(owner: str, name: str, width: int, *, expected: int, of: str) -> None:

@@ -85,6 +85,38 @@ class TestPreferenceGuidedSparseAttention:
         with pytest.raises(ValueError, match="needs history_ids and candidate_ids"):
             hook.plan(replace(inputs, history_ids=None))
 
+    @pytest.mark.parametrize("table_kind", ["live", "frozen"])
+    def test_a_cosine_score_ignores_norms(self, inputs, table, table_kind):
+        """Scaling the rows of the table changes the dot product's anchors, not the cosine's."""
+        scale = torch.logspace(-1, 1, len(table)).unsqueeze(1)
+        scaled = replace(
+            inputs,
+            history_embeddings=(table * scale)[inputs.history_ids],
+            candidate_embeddings=(table * scale)[inputs.candidate_ids],
+        )
+        plans = {}
+        for score in ("dot", "cosine"):
+            for name, given in (("plain", inputs), ("scaled", scaled)):
+                hook = PreferenceGuidedSparseAttention(
+                    top_k=2, sigma=0.6, score=score, table=table_kind
+                )
+                if table_kind == "frozen":
+                    hook.freeze(table * scale if name == "scaled" else table)
+                plans[score, name] = hook.plan(given)
+        assert_plans_equal(plans["cosine", "plain"], plans["cosine", "scaled"])
+        assert not torch.equal(plans["dot", "plain"].index, plans["dot", "scaled"].index)
+
+    def test_a_cosine_score_equals_the_dot_product_of_unit_rows(self, inputs):
+        want = PreferenceGuidedSparseAttention(top_k=2, sigma=0.6).plan(
+            replace(
+                inputs,
+                history_embeddings=torch.nn.functional.normalize(inputs.history_embeddings),
+                candidate_embeddings=torch.nn.functional.normalize(inputs.candidate_embeddings),
+            )
+        )
+        hook = PreferenceGuidedSparseAttention(top_k=2, sigma=0.6, score="cosine")
+        assert_plans_equal(hook.plan(inputs), want)
+
     def test_a_frozen_table_travels_in_the_state(self, table):
         hook = PreferenceGuidedSparseAttention(table="frozen")
         hook.freeze(table)
@@ -111,6 +143,7 @@ class TestPreferenceGuidedSparseAttention:
             ),
             ({"mask_position": "both"}, "mask_position must be one of post, pre, got 'both'"),
             ({"table": "cold"}, "table must be one of live, frozen, got 'cold'"),
+            ({"score": "norm"}, "score must be one of dot, cosine, got 'norm'"),
         ],
         ids=str,
     )

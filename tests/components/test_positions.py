@@ -102,6 +102,43 @@ def test_the_future_moves_up_where_it_is_not_hidden(make_times):
     assert torch.equal(got_candidates, encoder.table.weight[candidate_index - 1])
 
 
+def test_the_relative_form_leaves_the_tokens_to_the_bias(make_times):
+    times = make_times([6, 0, 9], [2, 1, 3])
+    encoder = TimeAwarePositionalEncoder(embedding_dim=4, form="relative")
+    history, candidates = torch.randn(15, 4), torch.randn(6, 4)
+    got_history, got_candidates = encode(encoder, times, history, candidates)
+    assert torch.equal(got_history, history)
+    assert torch.equal(got_candidates, candidates)
+    assert not list(encoder.parameters())
+
+
+def test_the_relative_form_checks_what_the_absolute_one_does(make_times):
+    times = make_times([5], [2])
+    shown = TimeAwarePositionalEncoder(embedding_dim=2, form="relative", hide_future=False)
+    with pytest.raises(ValueError, match=r"hide_future=False .* for each user, got 2"):
+        encode(shown, times, torch.zeros(5, 2), torch.zeros(2, 2))
+    times["history_timestamps"] = torch.tensor([1, 2, 3, 9, 8])
+    with pytest.raises(ValueError, match=r"history_timestamps must ascend .* row 0"):
+        encode(
+            TimeAwarePositionalEncoder(embedding_dim=2, form="relative"),
+            times,
+            torch.zeros(5, 2),
+            torch.zeros(2, 2),
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"form": "rotary"}, "form must be one of absolute, relative, got 'rotary'"),
+        ({}, "TimeAwarePositionalEncoder.max_positions must be bound for form = 'absolute'"),
+    ],
+)
+def test_a_form_that_cannot_be_built_is_one_line(settings, message):
+    with pytest.raises(HpgrError, match=message):
+        TimeAwarePositionalEncoder(embedding_dim=2, **settings)
+
+
 def test_gradients_reach_table_and_embeddings(make_times):
     times = make_times([4, 2], [1, 2])
     encoder = TimeAwarePositionalEncoder(embedding_dim=3, max_positions=6)

@@ -1,12 +1,15 @@
 """What every component of the registry must do, whatever it is. Checked in a small ranker."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.config.registry import LAYER, Entry, load
+from hpgr_plugin.config.registry import ENCODER, FEATURES, LAYER, RARE, Entry, load
 from hpgr_plugin.data import Batch
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 
@@ -14,6 +17,12 @@ NUM_ITEMS, NUM_ACTIONS, MAX_HISTORY = 40, 5, 16
 HISTORIES, CANDIDATES = [5, 0, 1, 16, 9], [3, 2, 1, 4, 2]
 # Values of constructor arguments, by name; all others keep their defaults. A required argument of
 # another name needs a line here.
+# Other forms of a component that every check covers too.
+FORMS: Mapping[str, list[dict[str, object]]] = {
+    "PreferenceGuidedSparseAttention": [{"score": "cosine"}, {"layout": "shared_history"}],
+    "TimeAwarePositionalEncoder": [{"form": "relative"}],
+}
+CLASSES = (LAYER, ENCODER, FEATURES, RARE)  # slots that take a class, which the ranker builds
 ARGUMENTS = {
     "embedding_dim": 8,
     "num_heads": 2,
@@ -49,27 +58,53 @@ def make_batch(histories: list[int] = HISTORIES, candidates: list[int] = CANDIDA
     )
 
 
-def build_component(entry: Entry) -> nn.Module:
+class Variant(NamedTuple):
+    """A component with other arguments than its defaults."""
+
+    entry: Entry
+    arguments: Mapping[str, object] = MappingProxyType({})
+
+    @property
+    def slot(self) -> str | None:
+        return self.entry.slot
+
+    @property
+    def target(self) -> str:
+        return self.entry.target
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.entry.name, *map(str, self.arguments.values())])
+
+
+def variants_of(entry: Entry) -> list[Variant]:
+    """The component as it is by default, and its other forms."""
+    return [Variant(entry), *(Variant(entry, form) for form in FORMS.get(entry.name, ()))]
+
+
+def build_component(case: Variant) -> nn.Module:
     """An instance of the component with small sizes."""
-    component = load(entry.target)
+    component = load(case.target)
     known = inspect.signature(component).parameters
-    return component(**{name: value for name, value in ARGUMENTS.items() if name in known})
+    small = {name: value for name, value in ARGUMENTS.items() if name in known}
+    return component(**{**small, **case.arguments})
 
 
-def ranker_with(case: Entry) -> HSTURanker:
+def ranker_with(case: Variant) -> HSTURanker:
     """A small ranker in float64 with this component in its slot, or with this encoder layer."""
     torch.manual_seed(0)
-    component = load(case.target) if case.slot == LAYER else build_component(case)
+    component = load(case.target) if case.slot in CLASSES else build_component(case)
     model = HSTURanker(
         num_items=NUM_ITEMS,
         num_actions=NUM_ACTIONS,
         vocabulary_digest="",
+        item_counts=torch.arange(NUM_ITEMS),
         embedding_dim=8,
         num_layers=2,
         num_heads=2,
         max_history=MAX_HISTORY,
         dropout=0.0,
-        **{case.slot: component},
+        **{case.slot: [component] if case.slot == FEATURES else component},
     ).double()
     with torch.no_grad():  # small tables and closed gates would hide differences
         for name, parameter in model.named_parameters():
@@ -78,11 +113,22 @@ def ranker_with(case: Entry) -> HSTURanker:
     return model
 
 
-def component_of(model: HSTURanker, case: Entry) -> nn.Module:
+def component_of(model: HSTURanker, case: Variant) -> nn.Module:
     return model.encoder if case.slot == LAYER else getattr(model, case.slot)
 
 
-def check_gradients(case: Entry) -> None:
+def check_candidates_are_independent(case: Variant) -> None:
+    """Another candidate's item changes nothing for a candidate."""
+    model, batch = ranker_with(case).eval(), make_batch()
+    before = model(batch)
+    items = batch.candidate_items.clone()
+    items[0] = (items[0] + 1) % NUM_ITEMS
+    after = model(replace(batch, candidate_items=items))
+    assert after[0] != before[0]
+    torch.testing.assert_close(after[1:], before[1:], rtol=0, atol=1e-12)
+
+
+def check_gradients(case: Variant) -> None:
     """Every parameter of the component, and the item table, receives a finite gradient."""
     model = ranker_with(case).train()
     model(make_batch()).square().sum().backward()
@@ -94,7 +140,7 @@ def check_gradients(case: Entry) -> None:
     assert not named or any(parameter.grad.abs().sum() > 0 for parameter in named.values())
 
 
-def check_empty_history(case: Entry) -> None:
+def check_empty_history(case: Variant) -> None:
     """Users without history are ranked."""
     model = ranker_with(case).eval()
     logits = model(make_batch([0, 0], [2, 1]))
@@ -102,7 +148,7 @@ def check_empty_history(case: Entry) -> None:
     assert torch.isfinite(logits).all()
 
 
-def check_determinism(case: Entry) -> None:
+def check_determinism(case: Variant) -> None:
     """Two trainings with one seed begin with the same numbers."""
     results = []
     for _ in range(2):
@@ -112,7 +158,7 @@ def check_determinism(case: Entry) -> None:
         assert torch.equal(first, second)
 
 
-def check_future_is_hidden(case: Entry) -> None:
+def check_future_is_hidden(case: Variant) -> None:
     """Other items at or after a candidate's time change nothing for it, but do for later ones."""
     model, batch = ranker_with(case).eval(), make_batch()
     before = model(batch)
@@ -131,4 +177,10 @@ def check_future_is_hidden(case: Entry) -> None:
     assert not torch.equal(after[~earlier], before[~earlier])
 
 
-CHECKS = (check_gradients, check_empty_history, check_determinism, check_future_is_hidden)
+CHECKS = (
+    check_gradients,
+    check_empty_history,
+    check_determinism,
+    check_future_is_hidden,
+    check_candidates_are_independent,
+)

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import gin
 import pytest
-from component_cases import CHECKS, make_batch
+from component_cases import CHECKS, Variant, make_batch, variants_of
 
 from hpgr_plugin.config import registry
 from hpgr_plugin.config.registry import GROUPS, HOOK, Entry, configured, register_entry
 
 GUIDE = Path(__file__).parents[2] / "docs" / "add_a_component.md"
-CASES = [e for group in ("components", "embedded") for e in GROUPS[group] if e.slot is not None]
+ENTRIES = [e for group in ("components", "embedded") for e in GROUPS[group] if e.slot is not None]
+CASES = [variant for entry in ENTRIES for variant in variants_of(entry)]
 
 
 def name_of(case: object) -> str | None:
-    return case.name if isinstance(case, Entry) else None
+    return case.name if isinstance(case, Variant) else None
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def _clear_gin() -> Iterator[None]:
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_component(check: Callable[..., None], case: Entry) -> None:
+def test_component(check: Callable[..., None], case: Variant) -> None:
     check(case)
 
 
@@ -63,7 +64,7 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_component_of_the_guide(check: Callable[..., None], added: Entry) -> None:
-    check(added)
+    check(Variant(added))
 
 
 def test_the_guide_binds_its_component_in_gin(added: Entry) -> None:

@@ -5,7 +5,7 @@ import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from gin import config_parser
 
 from hpgr_plugin.cli import load_configs
 from hpgr_plugin.components.mim import MaskedItemModel
-from hpgr_plugin.config.registry import GROUPS, SLOTS, build, load, register
+from hpgr_plugin.config.registry import ENCODER, GROUPS, SLOTS, build, load, register
 from hpgr_plugin.config.scopes import check_scopes
 from hpgr_plugin.data import build_requests
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
@@ -25,10 +25,11 @@ from hpgr_plugin.hosts.embedded.train.stages import build_ranker
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-DATA, RUNS, UPSTREAM = (
+DATA, MODELS, RUNS, UPSTREAM = (
     sorted(str(path.relative_to(ROOT)) for path in (CONFIGS / folder).glob("*.gin"))
-    for folder in ("data", "runs", "upstream")
+    for folder in ("data", "models", "runs", "upstream")
 )
+RIVALS = "configs/models/rivals.gin"
 ENTRIES = {entry.name: entry for group in GROUPS.values() for entry in group}
 # The configured data, replaced by a small log that needs no files.
 SYNTHETIC = [
@@ -55,14 +56,10 @@ def bound(parameter: str) -> Any:
 
 
 def test_all_files_are_covered() -> None:
-    known = {
-        *DATA,
-        *RUNS,
-        *UPSTREAM,
-        "configs/models/hpgr_base.gin",
-        "configs/models/hpgr_rows.gin",
-    }
+    known = {*DATA, *MODELS, *RUNS, *UPSTREAM}
     assert {str(path.relative_to(ROOT)) for path in CONFIGS.rglob("*.gin")} == known
+    runs = "".join((ROOT / run).read_text() for run in RUNS)
+    assert all(f"include '{model}'" in runs for model in MODELS)
 
 
 @pytest.mark.parametrize("config", DATA)
@@ -81,9 +78,27 @@ def test_data_files_describe_data(config: str, tmp_path: Path) -> None:
             build("prepare_data")
 
 
+def titled_rows(config: str) -> list[str]:
+    """The scopes of a file that are rows of a table."""
+    return [line.scope for line in statements(config) if line.selector == "hpgr.AblationRow"]
+
+
+def test_the_rivals_are_rows_of_any_run() -> None:
+    rows = list(dict.fromkeys(titled_rows(RIVALS)))
+    assert {"dnn", "moe", "gru4rec", "bert4rec", "sasrec", "wukong"} <= set(rows)
+    bound_encoders = {line.value[1] for line in statements(RIVALS) if line.arg_name == ENCODER}
+    assert bound_encoders == {e.name for e in GROUPS["embedded"] if e.slot == ENCODER}
+    describe_models(["configs/runs/quickstart.gin", RIVALS], [f"hpgr.run.rows = {rows}"])
+
+
 @pytest.mark.parametrize("config", RUNS)
 def test_run_files_describe_models(config: str) -> None:
-    load_configs([config], SYNTHETIC)
+    describe_models([config])
+
+
+def describe_models(configs: list[str], bindings: Sequence[str] = ()) -> None:
+    """Every row of the configured run is built, and ranks a batch."""
+    load_configs(configs, [*SYNTHETIC, *bindings])
     check_scopes()
     task = Task(build("prepare_data"), build("RequestSettings"), Process(0, 1, torch.device("cpu")))
     batch = next(iter(task.loader("test").batches()))

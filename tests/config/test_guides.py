@@ -1,4 +1,4 @@
-"""The code blocks of docs/gin.md."""
+"""The code blocks of docs/gin.md and docs/figures.md."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ import pytest
 from hpgr_plugin.cli import load_configs
 from hpgr_plugin.config.scopes import check_scopes
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "gin.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+GUIDE = (DOCS / "gin.md").read_text() + (DOCS / "figures.md").read_text()
 
 
 def blocks(language: str) -> list[str]:

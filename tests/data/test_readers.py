@@ -13,8 +13,11 @@ from hpgr_plugin.data import (
     DataError,
     EBNeRDReader,
     KuaiRandReader,
+    LastNSplit,
     MovieLensReader,
     TableReader,
+    label_column,
+    prepare_data,
 )
 
 RATINGS = [(7, 30, 4.0, 1000), (7, 10, 2.5, 900), (3, 30, 5.0, 950)]
@@ -333,3 +336,33 @@ def test_ebnerd_bad_rows_carry_the_row_of_the_file(tmp_path: Path) -> None:
     assert caught.value.row == 3
     with pytest.raises(DataError, match="is_click"):
         ebnerd(tmp_path, [[1], [1], [3]]).read(["rating"])
+
+
+def test_kuairand_days_and_active_users(tmp_path: Path) -> None:
+    """The recipe of the extract: some days, then users with enough exposures in them."""
+    days = [20220424, 20220425, 20220425, 20220508, 20220509]
+    rows = pd.DataFrame(
+        {
+            "user_id": [4, 4, 4, 9, 9],
+            "video_id": [11, 12, 13, 11, 12],
+            "date": days,
+            "time_ms": [1_650_800_000_000 + 1000 * place for place in range(5)],
+            "is_click": [1, 0, 1, 1, 0],
+        }
+    )
+    rows.to_csv(tmp_path / "log_standard_1.csv", index=False)
+    reader = KuaiRandReader(path=str(tmp_path), first_day=20220425, last_day=20220508)
+    assert reader.read(["is_click"]).item.to_pylist() == [12, 13, 11]
+    until = KuaiRandReader(path=str(tmp_path), last_day=20220425).read(["is_click"])
+    assert until.item.to_pylist() == [11, 12, 13]
+    data = prepare_data(
+        reader=reader,
+        label=label_column(field="is_click"),
+        split=LastNSplit(test=0, validation=0),
+        min_user_events=2,
+        cache_dir=None,
+    )
+    assert data.log.user_ids.tolist() == [4]
+    assert data.log.num_events == 2
+    with pytest.raises(ValueError, match=r"first_day takes None or a day such as 20220425"):
+        KuaiRandReader(first_day=425)

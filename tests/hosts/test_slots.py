@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from hpgr_plugin.components.attention_hooks import AttentionHook, StochasticLength
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
-from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
+from hpgr_plugin.hosts.slots import SlotError, check_absolute, check_slot, check_width
 
 OWNER = "hpgr.DlrmHSTU"
 
@@ -46,3 +47,12 @@ def test_anything_else_is_one_line_that_names_the_slot(
 def test_another_width_names_both() -> None:
     with pytest.raises(SlotError, match="embedding_dim=16, got embedding_dim=8"):
         check_width(OWNER, "sem", 8, expected=16, of="the item table")
+
+
+def test_a_host_without_a_bias_refuses_relative_positions() -> None:
+    check_absolute(OWNER, TimeAwarePositionalEncoder(embedding_dim=8, max_positions=9))
+    with pytest.raises(SlotError) as raised:
+        check_absolute(OWNER, TimeAwarePositionalEncoder(embedding_dim=8, form="relative"))
+    assert str(raised.value).startswith(f"{OWNER}.positional_encoder takes ")
+    assert "form = 'absolute'" in str(raised.value)
+    assert "\n" not in str(raised.value)

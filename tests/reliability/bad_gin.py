@@ -84,6 +84,12 @@ hpgr.KuaiRandReader.path = '{folder}/kuairand'
 hpgr.prepare_data.reader = @hpgr.EBNeRDReader()
 hpgr.EBNeRDReader.path = '{folder}/ebnerd'
 """,
+    "YambdaReader": """
+hpgr.prepare_data.reader = @hpgr.YambdaReader()
+hpgr.YambdaReader.path = '{folder}/yambda'
+hpgr.prepare_data.label = @hpgr.rating_at_least()
+hpgr.rating_at_least.field = 'played_ratio_pct'
+""",
     "TableReader": """
 hpgr.prepare_data.reader = @hpgr.TableReader()
 hpgr.TableReader.path = '{folder}/table.csv'

@@ -10,13 +10,13 @@ USERS, EVENTS = 8, 16
 
 
 def write_sources(folder: Path) -> None:
-    """`table.csv`, and the folders `movielens`, `kuairand` and `ebnerd`."""
+    """`table.csv`, and the folders `movielens`, `kuairand`, `ebnerd` and `yambda`."""
     rows = [
         (user, (user + n) % 20, 10**9 + 60 * n, n % 2)
         for user in range(USERS)
         for n in range(EVENTS)
     ]
-    for name in ("movielens", "kuairand", "ebnerd"):
+    for name in ("movielens", "kuairand", "ebnerd", "yambda"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     _write(
         folder / "table.csv",
@@ -29,11 +29,24 @@ def write_sources(folder: Path) -> None:
     _write(
         folder / "kuairand" / "log_standard_1.csv",
         [
-            "user_id,video_id,time_ms,is_click,tab",
-            *(f"{user},{item},{1000 * time},{label},1" for user, item, time, label in rows),
+            "user_id,video_id,date,time_ms,is_click,tab",
+            *(
+                f"{user},{item},20220425,{1000 * time},{label},1"
+                for user, item, time, label in rows
+            ),
         ],
     )
     _write_ebnerd(folder / "ebnerd")
+    users, items, times, labels = zip(*rows, strict=True)
+    columns = {
+        "uid": users,
+        "item_id": items,
+        "timestamp": times,
+        "is_organic": [1] * len(rows),
+        "played_ratio_pct": [100 * label for label in labels],
+    }
+    for name in ("listens", "likes", "dislikes"):
+        pq.write_table(pa.table(columns), folder / "yambda" / f"{name}.parquet")
 
 
 def _write_ebnerd(folder: Path) -> None:

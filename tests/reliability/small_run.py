@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-COSTS = ("seconds_per_step", "examples_per_second", "handoff")
+COSTS = ("seconds_per_step", "inference_seconds_per_step", "examples_per_second", "handoff")
 ROOT = Path(__file__).parents[2]
 BINDINGS = (
     "include 'configs/data/synthetic.gin'",

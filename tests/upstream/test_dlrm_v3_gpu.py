@@ -4,7 +4,6 @@ The reference is the same model with the same weights on the CPU, PyTorch kernel
 """
 
 import copy
-import sys
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from generative_recommenders.common import HammerKernel
 from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostDlrmHSTU
 from small_ranker import TABLE_DIM, batch, build, in_dtype, small_config, step
 from torch import Tensor
-from triton.runtime.autotuner import Autotuner
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
@@ -25,32 +23,11 @@ pytestmark = [
     pytest.mark.upstream,
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.usefixtures("float64_operators"),
+    pytest.mark.usefixtures("float64_operators", "few_configurations"),
 ]
 
 WIDTH, HEADS, HEAD_DIM = 128, 2, 64
 LENGTHS, CANDIDATES = [190, 7, 0, 64, 131, 250, 33, 1], [4, 1, 2, 3, 4, 2, 1, 3]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _three_configurations_a_kernel() -> None:
-    """Every configuration must be right, the fastest is no matter here: trying all of the host's
-    takes minutes of compilation."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("generative_recommenders.ops.triton"):
-            for kernel in vars(module).values():
-                if isinstance(kernel, Autotuner) and len(kernel.configs) > 3:
-                    middle = len(kernel.configs) // 2
-                    kernel.configs = [kernel.configs[i] for i in (0, middle, -1)]
-
-
-@pytest.fixture(autouse=True)
-def _plain_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Hopper the host's fused layer takes tensor descriptors of slices of its projection as if
-    they were whole tensors, and reads memory of other tensors: NaN, or not, as chance has it."""
-    from generative_recommenders.ops.triton import triton_hstu_preprocess_and_attention as fused
-
-    monkeypatch.setattr(fused, "_should_enable_tma", lambda: False, raising=False)
 
 
 def config() -> Any:
@@ -147,6 +124,7 @@ def test_triton_kernels_agree_with_the_float64_reference(
         assert torch.isfinite(value).all()
 
 
+@pytest.mark.usefixtures("no_descriptors")
 def test_empty_slots_are_the_host_to_the_last_bit() -> None:
     data = batch(LENGTHS, CANDIDATES, device="cuda")
 

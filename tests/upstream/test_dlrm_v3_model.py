@@ -365,6 +365,10 @@ def test_slots_are_gin_parameters() -> None:
             {"positional_encoder": TimeAwarePositionalEncoder(embedding_dim=8, max_positions=9)},
             "positional_encoder .* embedding_dim=24",
         ),
+        (
+            {"positional_encoder": TimeAwarePositionalEncoder(embedding_dim=24, form="relative")},
+            "positional_encoder takes .*form = 'absolute'",
+        ),
         ({"model_config": {"layers": 3}}, "'layers'"),
         ({"table_config": {"movies": {}}}, "'movies'"),
         ({"attention_hook": everything(table="frozen")}, "needs pretrained"),

@@ -5,19 +5,22 @@ gathers the planned rows of the result.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from generative_recommenders.modules import stu
 from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostDlrmHSTU
+from generative_recommenders.ops import hstu_attention as stu_attention
 from small_ranker import CONTEXT, TABLE_DIM, WIDTH, batch, build, small_config, step
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.errors import HpgrError
-from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
+from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, attention
 from hpgr_plugin.hosts.dlrm_v3.attention import StepAttention
 from hpgr_plugin.hosts.dlrm_v3.modules import PreferenceTransducer, Request, RowSequences
 from hpgr_plugin.hosts.dlrm_v3.selection import RankingBatch
@@ -89,6 +92,7 @@ HOOKS: dict[str, Callable[[], Any]] = {
     "post": lambda: PreferenceGuidedSparseAttention(**FEW, recent=1),
     "pre": lambda: PreferenceGuidedSparseAttention(**FEW, mask_position="pre"),
     "stochastic": lambda: StochasticLength(alpha=1.2, max_history=20),
+    "shared": lambda: PreferenceGuidedSparseAttention(**{**FEW, "layout": "shared_history"}),
 }
 
 
@@ -148,7 +152,7 @@ def assert_equal(expected: Any, mine: Any) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("positions", ["host", "time-aware"])
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("hook", ["post", "pre", "stochastic"])
 def test_the_order_makes_no_difference(
     monkeypatch: pytest.MonkeyPatch, hook: str, positions: str, shape: Any
 ) -> None:
@@ -197,3 +201,45 @@ def test_an_encoder_that_numbers_whole_histories_is_an_error() -> None:
     model._hstu_transducer._positional_encoder = Own()
     with pytest.raises(HpgrError, match=r"class Own.*hpgr\.DlrmHSTU\.positional_encoder"):
         model(*batch([4], [1]))
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "per_candidate": {"attention_hook": "post"},
+    "shared_history": {"attention_hook": "shared"},
+    "positions": {},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_that_are_made_again_in_the_backward(
+    monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    data = batch([9, 4], [2, 1], later=False)
+    results = []
+    for least in (2**16, 0):
+        monkeypatch.setattr(attention, "_ROWS_TO_RECOMPUTE", least)
+        model = build(DlrmHSTU, dtype=torch.float64, **filled(layout))
+        results.append(step(model, data))
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_hosts_fused_layer_is_left_alone(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """On Hopper it reads wrong rows; a patched host's `value_scale` does not take it either."""
+    fused = stu.hstu_preprocess_and_attention
+
+    def only_scaled(*args: Any, **kwargs: Any) -> Any:
+        assert kwargs.get("value_scale") is not None
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(stu, "hstu_preprocess_and_attention", only_scaled)
+    step(build(DlrmHSTU, **filled(layout)), batch([9, 4], [2, 1], later=False))
+    # The attention by itself takes descriptors only where it is asked to.
+    assert inspect.signature(stu_attention.hstu_mha).parameters["enable_tma"].default is False
+
+
+def filled(layout: str) -> dict[str, Any]:
+    torch.manual_seed(1)
+    made = {name: HOOKS[hook]() for name, hook in LAYOUTS[layout].items()}
+    encoder = TimeAwarePositionalEncoder(embedding_dim=WIDTH, max_positions=64)
+    return {**made, "positional_encoder": encoder}

@@ -206,6 +206,12 @@ def test_unfit_slots_are_refused() -> None:
         ValueError, match=f"sem must have .* embedding_dim={DIM}, got embedding_dim=8"
     ):
         build()
+    slots(
+        sem=None,
+        positional_encoder=TimeAwarePositionalEncoder(embedding_dim=DIM, form="relative"),
+    )
+    with pytest.raises(ValueError, match=r"positional_encoder takes .*form = 'absolute'"):
+        build()
     slots(sem=None, positional_encoder=positional_encoder())
     interleaved = preprocessors.CombinedItemAndRatingInputFeaturesPreprocessor(
         max_sequence_len=WIDTH, item_embedding_dim=DIM, dropout_rate=0.0, num_ratings=6

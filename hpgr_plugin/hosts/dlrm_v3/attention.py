@@ -9,6 +9,7 @@ from generative_recommenders.modules.stu import STULayer
 from generative_recommenders.ops.hstu_attention import hstu_mha
 from generative_recommenders.ops.hstu_compute import hstu_compute_output, hstu_compute_uqvk
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hpgr_plugin.components.attention_hooks import Layout, MaskPosition
 from hpgr_plugin.hosts.contract import accepts
@@ -23,6 +24,7 @@ _OUTPUT_FLAGS: dict[str, Any] = (
     else {"concat_u": True, "concat_x": True, "mul_u_activation_type": "none"}
 )
 _NORM_EPS = 1e-6
+_ROWS_TO_RECOMPUTE = 2**16  # below, memory is no matter, and launches are
 _KERNEL_SIZES = (16, 32, 64, 128, 256)  # of heads, for which this package has kernels
 
 
@@ -170,9 +172,40 @@ class PreferenceSTULayer(STULayer):
                 **cache,
                 **scale,
             )
+        if kv_caching_lengths is not None:
+            _, _, k, v = self._project(x)
+            self.update_kv_cache(max_seq_len=max_seq_len, seq_offsets=x_offsets, k=k, v=v, **cache)
+        sequences: dict[str, Any] = {
+            "max_seq_len": max_seq_len,
+            "x_offsets": x_offsets,
+            "num_targets": num_targets,
+        }
+        if self._recompute_uvqk and len(x) >= _ROWS_TO_RECOMPUTE and torch.is_grad_enabled():
+            # As the host does: what the projection gives is made again in the backward.
+            u, attention = checkpoint(
+                self._attend,
+                x,
+                self.step,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                **sequences,
+            )
+        else:
+            u, attention = self._attend(x, self.step, **sequences)
+        return self._output(attention, u, x)
+
+    def _attend(
+        self,
+        x: Tensor,
+        step: StepAttention,
+        *,
+        max_seq_len: int,
+        x_offsets: Tensor,
+        num_targets: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """u `[L, H * dv]` and the attention `[L, H, dv]` of every row."""
         u, q, k, v = self._project(x)
-        self.update_kv_cache(max_seq_len=max_seq_len, seq_offsets=x_offsets, k=k, v=v, **cache)
-        k, v = _scaled(k, self.step.key_scale), _scaled(v, self.step.value_scale)
+        k, v = _scaled(k, step.key_scale), _scaled(v, step.value_scale)
         attention = hstu_mha(
             max_seq_len=max_seq_len,
             alpha=self._attn_alpha,
@@ -189,13 +222,13 @@ class PreferenceSTULayer(STULayer):
             sort_by_length=self._sort_by_length,
             kernel=self.hammer_kernel(),
         ).view(-1, self._num_heads, self._hidden_dim)
-        candidates = self.step.candidates
-        if candidates is not None:
-            index = candidates.parts.candidate_rows()
-            spec = candidates.attention_spec(max_seq_len, self._attn_alpha)
-            own = hstu_attention(q.index_select(0, index), k, v, spec)
-            attention = attention.index_copy(0, index, own.to(attention.dtype))
-        return self._output(attention, u, x)
+        candidates = step.candidates
+        if candidates is None:
+            return u, attention
+        index = candidates.parts.candidate_rows()
+        spec = candidates.attention_spec(max_seq_len, self._attn_alpha)
+        own = hstu_attention(q.index_select(0, index), k, v, spec)
+        return u, attention.index_copy(0, index, own.to(attention.dtype))
 
     def can_read_candidates(self, x: Tensor) -> bool:
         """Whether `read_candidates` knows this layer's attention, and is fast at it."""

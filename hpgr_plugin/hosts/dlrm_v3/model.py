@@ -39,7 +39,7 @@ from hpgr_plugin.hosts.dlrm_v3.selection import (
     shortened,
 )
 from hpgr_plugin.hosts.seams import bound_value, host_has_seam, is_bound, replaced
-from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
+from hpgr_plugin.hosts.slots import SlotError, check_absolute, check_slot, check_width
 from hpgr_plugin.ops.compact.parts import SequenceParts, joined_parts
 from hpgr_plugin.ops.jagged import check_sorted, complete_cumsum, segment_ids
 from hpgr_plugin.ops.preference_plan import PreferencePlan, count_earlier
@@ -396,9 +396,10 @@ class DlrmHSTU(host.DlrmHSTU):
         rows = torch.arange(len(times), device=times.device) if kept is None else kept.rows
         if not is_time_aware:
             return FullPlaces(parts, rows, offsets)
-        needed = batch.max_uih_len + 1
-        if needed > encoder.encoder.max_positions or batch.max_num_candidates > 1:
-            encoder.encoder.check_lengths(offsets, batch.candidate_offsets)
+        table = encoder.encoder
+        shared = batch.max_num_candidates > 1 and not table.hide_future
+        if shared or batch.max_uih_len + 1 > (table.max_positions or 0):
+            table.check_lengths(offsets, batch.candidate_offsets)
         earlier = count_earlier(
             times,
             offsets,
@@ -452,7 +453,14 @@ class DlrmHSTU(host.DlrmHSTU):
             check_time_unit(seconds, offsets, self.sem.gap_seconds, f"{_NAME}.time_unit")
         if first and self._masks_future:
             candidates = batch.candidate_offsets
-            visible = count_earlier(times, offsets, query_times, candidates)
+            visible = count_earlier(
+                times,
+                offsets,
+                query_times,
+                candidates,
+                max_history=batch.max_uih_len,
+                max_candidates=batch.max_num_candidates,
+            )
             users = segment_ids(candidates, len(query_times))
             self._visibility(visible, offsets.diff()[users])
 
@@ -507,7 +515,8 @@ class DlrmHSTU(host.DlrmHSTU):
         self, encoder: TimeAwarePositionalEncoder, is_inference: bool
     ) -> None:
         width = self._hstu_configs.hstu_transducer_embedding_dim
-        given = encoder.table.embedding_dim
+        check_absolute(_NAME, encoder)
+        given = encoder.embedding_dim
         check_width(_NAME, "positional_encoder", given, expected=width, of="the transducer")
         self._hstu_transducer._positional_encoder = TimeAwareHSTUPositionalEncoder(
             encoder,

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hpgr_plugin.config.bindings import bound_values, check_unused
 from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.config.scopes import check_scopes
 from hpgr_plugin.data.events import require
 from hpgr_plugin.hosts.embedded.report.ablation import run_ablation
-from hpgr_plugin.hosts.embedded.report.evaluation import Task
+from hpgr_plugin.hosts.embedded.report.evaluation import GaucBy, Task
 from hpgr_plugin.hosts.embedded.report.results import write_results
 from hpgr_plugin.hosts.embedded.train.distributed import Process, process_group
 from hpgr_plugin.hosts.embedded.train.run_directory import (
@@ -36,6 +36,7 @@ def run(
     rows: Sequence[str] = (),
     overwrite: bool = False,
     session_gap_seconds: int = 1800,
+    gauc_by: GaucBy = "user",
     allow_unused: Sequence[str] = (),
 ) -> None:
     """Run `mode` and write `output_dir/results.json`.
@@ -52,6 +53,7 @@ def run(
             is, and one that differs is an error.
         session_gap_seconds: longest pause inside a session, for the AUC of users with many
             sessions.
+        gauc_by: "user" or "impression": whose candidates GAUC compares.
         allow_unused: names whose bindings may stay unread, for files that several runs share.
 
     Raises:
@@ -65,6 +67,8 @@ def run(
     for seed in seeds:
         require(seed >= 0, "run.seeds", "numbers of 0 or more", seed)
     require(session_gap_seconds >= 0, "run.session_gap_seconds", "0 or more", session_gap_seconds)
+    fits = gauc_by in get_args(GaucBy)
+    require(fits, "run.gauc_by", "'user' or 'impression'", gauc_by)
     require(bool(output_dir), "run.output_dir", "a folder", output_dir)
     check_scopes()
     check_unused(allow_unused)
@@ -72,7 +76,7 @@ def run(
     with process_group() as process:
         data = build("prepare_data")
         LOG.info("%s", data.summary())
-        task = Task(data, build("RequestSettings"), process, session_gap_seconds)
+        task = Task(data, build("RequestSettings"), process, session_gap_seconds, gauc_by)
         bindings = bound_values() | {"hpgr.run.mode": "finetune" if mode == "evaluate" else mode}
         identity = RunIdentity(bindings, data.digest(), list(seeds), process.world_size)
         if mode == "evaluate":

@@ -10,7 +10,7 @@ from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.hosts.research.modules import HierarchicalInputPreprocessor
 from hpgr_plugin.hosts.research.pretrained import load_pretrained
-from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
+from hpgr_plugin.hosts.slots import SlotError, check_absolute, check_slot, check_width
 from hpgr_plugin.transfer.learning_rates import check_lr_ratio
 
 _NAME = "hpgr.SequentialEncoder"
@@ -87,5 +87,6 @@ class SequentialEncoder:
         if self.sem is not None:
             check_width(_NAME, "sem", self.sem.embedding_dim, expected=expected, of=of)
         if self.positional_encoder is not None:
-            width = self.positional_encoder.table.embedding_dim
+            check_absolute(_NAME, self.positional_encoder)
+            width = self.positional_encoder.embedding_dim
             check_width(_NAME, "positional_encoder", width, expected=expected, of=of)

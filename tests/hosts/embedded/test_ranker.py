@@ -12,13 +12,16 @@ from hpgr_plugin.components.attention_hooks import (
     PreferenceGuidedSparseAttention,
     StochasticLength,
 )
-from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
+from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, time_aware_index
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer
 from hpgr_plugin.hosts.embedded.model.mtgr import MTGRLayer
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
+from hpgr_plugin.hosts.embedded.model.rivals.dnn import DNN
+from hpgr_plugin.hosts.embedded.model.token_features import CalendarFeatures
+from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
 from hpgr_plugin.hosts.slots import SlotError
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 
@@ -273,3 +276,141 @@ def test_a_training_whose_candidates_see_no_history_stops() -> None:
     with pytest.raises(HpgrError, match=r"see none of it.*hide_future = False"):
         model(blind)
     make_model(max_blind_share=1.0).train()(blind)
+
+
+def relative() -> TimeAwarePositionalEncoder:
+    return TimeAwarePositionalEncoder(embedding_dim=8, form="relative")
+
+
+def test_the_relative_form_of_eq_4_has_no_table() -> None:
+    """What is left is the bias: without it the order of a history means nothing."""
+    model, batch = make_model(positional_encoder=relative()), make_batch([6], [1])
+    batch.history_timestamps[:] = 0
+    batch.candidate_timestamps[:] = 1
+    swapped = batch.history_items[[1, 0, 2, 3, 4, 5]], batch.history_actions[[1, 0, 2, 3, 4, 5]]
+    other = replace(batch, history_items=swapped[0], history_actions=swapped[1])
+    assert model(batch)[0] != model(other)[0]
+    with torch.no_grad():
+        model.encoder.bias.position_table.zero_()
+    model.encoder.layers = model.encoder.layers[-1:]  # causality is order too
+    torch.testing.assert_close(model(other), model(batch), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_the_bias_reads_the_time_aware_index(hook: str) -> None:
+    """`Index(C) - Index(j)` for a candidate, `i - j` in the history, also of what PGSA keeps."""
+    batch = make_batch(**BATCH)
+    model = make_model(attention_hook=HOOKS[hook](), positional_encoder=relative())
+    index = RequestIndex.of(batch, hide_future=True)
+    plan = model.plan(
+        batch, model.item_table(batch.history_items), model.item_table(batch.candidate_items)
+    )
+    sequence = build_sequence(
+        batch,
+        index,
+        history=torch.zeros(len(batch.history_items), 8),
+        candidates=torch.zeros(batch.num_candidates, 8),
+        context=None,
+        dynamic_mask=False,
+        plan=plan,
+        layout="shared_history" if plan is None else model.attention_hook.layout,
+    )
+    numbers, of_candidates = time_aware_index(
+        batch.history_timestamps,
+        batch.history_offsets,
+        batch.candidate_timestamps,
+        batch.candidate_offsets,
+    )
+    per_candidate = numbers.split(batch.history_offsets.diff()[index.candidate_users].tolist())
+    ends = sequence.offsets[1:].tolist()
+    counts = sequence.candidates_per_sequence.tolist()
+    candidate = 0
+    for end, count, start in zip(ends, counts, sequence.offsets.tolist(), strict=False):
+        positions = sequence.marks[start:end, 0]
+        for place in range(len(positions) - count, len(positions)):
+            assert positions[place] == of_candidates[candidate]
+            rows = sequence.marks[start : end - count]
+            seen = (
+                rows[:, 4]
+                .new_tensor(
+                    [int(t) < int(batch.candidate_timestamps[candidate]) for t in rows[:, 1]]
+                )
+                .bool()
+            )
+            own = per_candidate[candidate]
+            assert set(rows[seen][:, 0].tolist()) <= set(own.tolist())
+            assert (rows[seen][:, 0] < of_candidates[candidate]).all()
+            candidate += 1
+    assert candidate == batch.num_candidates
+
+
+def test_a_shown_future_is_numbered_after_the_candidate() -> None:
+    batch = make_batch([6], [1])
+    batch.candidate_timestamps[:] = batch.history_timestamps[2]
+    index = RequestIndex.of(batch, hide_future=False)
+    numbers, of_candidates = time_aware_index(
+        batch.history_timestamps,
+        batch.history_offsets,
+        batch.candidate_timestamps,
+        batch.candidate_offsets,
+    )
+    assert torch.equal(index.history_positions, numbers)
+    assert torch.equal(index.earlier + 1, of_candidates)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_the_relative_form_is_shift_invariant(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same requests 1000 places and a year later score the same."""
+    model = make_model(attention_hook=HOOKS[hook](), positional_encoder=relative())
+    batch = make_batch(**BATCH)
+    before = model(batch)
+    of = RequestIndex.of
+
+    def further(*args: object, **kwargs: object) -> RequestIndex:
+        index = of(*args, **kwargs)
+        return index._replace(
+            history_positions=index.history_positions + 1000, earlier=index.earlier + 1000
+        )
+
+    monkeypatch.setattr(RequestIndex, "of", further)
+    year = 365 * 24 * 3600
+    later = replace(
+        batch,
+        history_timestamps=batch.history_timestamps + year,
+        candidate_timestamps=batch.candidate_timestamps + year,
+    )
+    assert torch.equal(model(later), before)
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        (
+            {"positional_encoder": relative(), "relative_bias": False},
+            r"form = 'relative' needs hpgr.HSTURanker.relative_bias = True",
+        ),
+        (
+            {"encoder": DNN, "attention_hook": HOOKS["sequence"]()},
+            r"attention_hook must be None where hpgr.HSTURanker.encoder = @hpgr.DNN",
+        ),
+        (
+            {"encoder": DNN, "positional_encoder": relative()},
+            r"positional_encoder must be None where hpgr.HSTURanker.encoder = @hpgr.DNN",
+        ),
+        ({"encoder": HSTULayer}, r"hpgr.HSTURanker.encoder takes classes .*RivalEncoder"),
+        ({"token_features": [DNN]}, r"hpgr.HSTURanker.token_features takes classes"),
+        ({"token_features": [5]}, r"hpgr.HSTURanker.token_features takes classes .* got 5"),
+    ],
+)
+def test_slots_that_do_not_fit_each_other(slots: dict, message: str) -> None:
+    with pytest.raises(SlotError, match=message) as raised:
+        make_model(**slots)
+    assert "\n" not in str(raised.value)
+
+
+def test_several_token_features_are_read() -> None:
+    batch = make_batch(**BATCH)
+    model = make_model(token_features=[CalendarFeatures, CalendarFeatures])
+    assert len(model.token_features) == 2
+    later = replace(batch, candidate_timestamps=batch.candidate_timestamps + 3600)
+    assert not torch.allclose(model(later), model(batch))

@@ -12,6 +12,7 @@ from hpgr_plugin.config.registry import build
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.ablation import run_ablation
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
+from hpgr_plugin.hosts.embedded.report.predictions import load_predictions
 from hpgr_plugin.hosts.embedded.train.checkpoint import CheckpointError, load_checkpoint
 from hpgr_plugin.hosts.embedded.train.stages import (
     build_ranker,
@@ -21,11 +22,12 @@ from hpgr_plugin.hosts.embedded.train.stages import (
     pretrain,
 )
 from hpgr_plugin.hosts.embedded.train.trainer import Trainer, TrainingRun
+from hpgr_plugin.metrics import ranking_metrics
 from hpgr_plugin.transfer.handoff import HandoffError
 
 Configure = Callable[..., Task]
 Training = Callable[..., TrainingRun]
-COSTS = ("seconds_per_step", "examples_per_second")
+COSTS = ("seconds_per_step", "inference_seconds_per_step", "examples_per_second")
 
 
 def without_costs(metrics: dict) -> dict:
@@ -160,9 +162,9 @@ def test_an_ablation_writes_table_plot_and_warnings(
     configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = configure("hpgr.FinetuneSettings.epochs = 1", "hpgr.PretrainSettings.epochs = 1")
-    results = run_ablation(task, ["base", "pgsa", "full"], seeds=[0, 1], output_dir=tmp_path)
+    results = run_ablation(task, ["hstu", "base", "full"], seeds=[0, 1], output_dir=tmp_path)
     table = (tmp_path / "table.md").read_text()
-    assert [row["scope"] for row in results["rows"]] == ["item_mean", "base", "pgsa", "full"]
+    assert [row["scope"] for row in results["rows"]] == ["item_mean", "hstu", "base", "full"]
     assert all(len(row["seeds"]) == 2 for row in results["rows"][1:])
     assert {scope: len(runs) for scope, runs in results["stage1"].items()} == {
         "mim": 2,
@@ -177,5 +179,21 @@ def test_an_ablation_writes_table_plot_and_warnings(
         assert (f"WARNING: {row['title']} did NOT beat" in printed) == (not beaten)
     assert (tmp_path / "ablation.png").stat().st_size > 0
     assert list((tmp_path / "full_seed1" / "tb").iterdir())
+    assert results["best_rival"] == "hstu"
+    assert "from the best rival, HSTU" in table
+    for row in results["rows"]:
+        aucs = [seed["auc"] for seed in row["seeds"]]
+        assert row["summary"]["auc"]["mean"] == pytest.approx(sum(aucs) / len(aucs))
+        if row["scope"] == "hstu":
+            assert "difference" not in row
+            continue
+        rival = results["rows"][1]["summary"]["auc"]["mean"]
+        found = row["difference"]["auc"]
+        assert found["value"] == pytest.approx(row["summary"]["auc"]["mean"] - rival, abs=1e-6)
+        assert found["low"] <= found["value"] <= found["high"]
+        assert f"[{found['low']:+.4f}, {found['high']:+.4f}]" in table
+    stored = load_predictions(tmp_path / "full_seed1" / "predictions.npz")
+    again = ranking_metrics(stored.label, stored.score, stored.user)
+    assert again["auc"] == pytest.approx(results["rows"][3]["seeds"][1]["auc"], abs=1e-6)
     assert not list(tmp_path.rglob("*.tmp"))
     json.dumps(results)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 
-def _embedding(num_values: int, embedding_dim: int) -> nn.Embedding:
+def embedding(num_values: int, embedding_dim: int) -> nn.Embedding:
+    """A table on the scale of the item table."""
     table = nn.Embedding(num_values, embedding_dim)
     nn.init.normal_(table.weight, std=0.02)
     return table
@@ -25,7 +26,7 @@ class UserFeatureTokens(nn.Module):
     def __init__(self, num_values: Mapping[str, int], embedding_dim: int) -> None:
         super().__init__()
         self.tables = nn.ModuleDict(
-            {name: _embedding(size, embedding_dim) for name, size in sorted(num_values.items())}
+            {name: embedding(size, embedding_dim) for name, size in sorted(num_values.items())}
         )
 
     @property
@@ -39,6 +40,40 @@ class UserFeatureTokens(nn.Module):
             raise ValueError(f"user_features lacks {missing}; the batch has {sorted(features)}")
         columns = [table(features[name]) for name, table in self.tables.items()]
         return torch.stack(columns, dim=1).flatten(0, 1)
+
+
+class StatisticsFeatures(nn.Module):
+    """An embedding of the counts and likes of a candidate's item and user before its time.
+
+    Likes are read as log odds, pulled towards even odds by `prior_events` imaginary events, so
+    that a single like says less than a hundred.
+
+    Args:
+        embedding_dim: ``D``.
+        prior_events: weight of even odds, in events.
+    """
+
+    owners = ("item", "user")
+
+    def __init__(self, embedding_dim: int, *, prior_events: float = 5.0) -> None:
+        super().__init__()
+        self.prior_events = prior_events
+        self.layers = nn.Sequential(
+            nn.Linear(2 * len(self.owners), embedding_dim),
+            nn.SiLU(),
+            nn.Linear(embedding_dim, embedding_dim),
+        )
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """The columns of `CandidateStatistics`, ``[C]`` each -> ``[C, D]``."""
+        columns = []
+        for owner in self.owners:
+            count, likes = features[f"{owner}_count"], features[f"{owner}_likes"]
+            half = self.prior_events / 2
+            columns += [torch.log1p(count) / 4, ((likes + half) / (count - likes + half)).log()]
+        parameter = next(self.parameters())
+        embedded: Tensor = self.layers(torch.stack(columns, dim=1).to(parameter.dtype))
+        return embedded
 
 
 class ItemFeatures(nn.Module):
@@ -55,7 +90,7 @@ class ItemFeatures(nn.Module):
         self.tables = nn.ModuleDict()
         for name in self.names:
             values = codes[name].long()
-            self.tables[name] = _embedding(int(values.max()) + 1, embedding_dim)
+            self.tables[name] = embedding(int(values.max()) + 1, embedding_dim)
             self.register_buffer(f"codes_{name}", values, persistent=False)
 
     def forward(self, items: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,16 @@ from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, Visibil
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
-from hpgr_plugin.hosts.embedded.model.features import ItemFeatures, UserFeatureTokens
+from hpgr_plugin.hosts.embedded.model.features import (
+    ItemFeatures,
+    StatisticsFeatures,
+    UserFeatureTokens,
+)
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
+from hpgr_plugin.hosts.embedded.model.rare_items import RareItems
+from hpgr_plugin.hosts.embedded.model.rivals.interface import RivalEncoder, RivalTokens
+from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes, TokenFeatures
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.preference_plan import PreferencePlan
@@ -41,14 +48,22 @@ class HSTURanker(nn.Module):
         vocabulary_digest: digest of the item vocabulary, compared with that of `pretrained`.
         user_feature_sizes: user feature name -> number of codes.
         item_feature_codes: item feature name -> `[V]` codes.
+        item_counts: `[V]`, training events of every item, for `rare_items`.
         embedding_dim: `D`.
         num_layers: encoder depth.
         num_heads: attention heads.
         layer: the encoder's layer class, `HSTULayer` or `MTGRLayer`.
+        encoder: a `RivalEncoder` class in place of the layers, with its own depth and positions;
+            None for layers.
         max_history: longest history; also the `n` of the attention's `1 / n`.
         dropout: on the tokens, and inside the encoder.
         relative_bias: bias the attention by relative position and time.
         use_actions: mark history tokens with their actions.
+        statistics: let candidates know the counts and likes of their item and user before their
+            time, from the training events (see `CandidateStatistics`).
+        item_bias: add a learned number per item to the logits.
+        rare_items: the class `RareItems`, or None: every item has its row of the table.
+        token_features: classes of what is added to the tokens besides.
         sem: slot, a `SessionEnhancementModule` or None.
         positional_encoder: slot, a `TimeAwarePositionalEncoder`; None for the host's own.
         attention_hook: slot, an `AttentionHook` (PGSA, stochastic length) or None.
@@ -70,14 +85,20 @@ class HSTURanker(nn.Module):
         vocabulary_digest: str,
         user_feature_sizes: Mapping[str, int] | None = None,
         item_feature_codes: Mapping[str, Tensor] | None = None,
+        item_counts: Tensor | None = None,
         embedding_dim: int = 64,
         num_layers: int = 4,
         num_heads: int = 2,
         layer: type[SequenceLayer] = HSTULayer,
+        encoder: type[RivalEncoder] | None = None,
         max_history: int = 400,
         dropout: float = 0.1,
         relative_bias: bool = True,
         use_actions: bool = True,
+        statistics: bool = False,
+        item_bias: bool = False,
+        rare_items: type[RareItems] | None = None,
+        token_features: Sequence[type[TokenFeatures]] = (),
         sem: SessionEnhancementModule | None = None,
         positional_encoder: TimeAwarePositionalEncoder | None = None,
         attention_hook: AttentionHook | None = None,
@@ -91,6 +112,9 @@ class HSTURanker(nn.Module):
                 f"{_NAME}.layer takes @hpgr.HSTULayer, @hpgr.MTGRLayer or another "
                 f"SequenceLayer, without brackets, got {layer!r}"
             )
+        _check_classes("token_features", token_features, TokenFeatures)
+        _check_classes("rare_items", () if rare_items is None else (rare_items,), RareItems)
+        _check_classes("encoder", () if encoder is None else (encoder,), RivalEncoder)
         check_slot(_NAME, "sem", sem, SessionEnhancementModule)
         check_slot(_NAME, "positional_encoder", positional_encoder, TimeAwarePositionalEncoder)
         check_slot(_NAME, "attention_hook", attention_hook, AttentionHook)
@@ -121,9 +145,20 @@ class HSTURanker(nn.Module):
         self.item_features = (
             ItemFeatures(item_feature_codes, embedding_dim) if item_feature_codes else None
         )
-        self.positional_encoder = positional_encoder or LearnedPositionalEncoder(
-            embedding_dim=embedding_dim, max_positions=max_history
+        sizes = FeatureSizes(
+            embedding_dim=embedding_dim,
+            num_actions=num_actions,
+            item_feature_codes=item_feature_codes or {},
+            item_counts=item_counts,
         )
+        self.rare_items = None if rare_items is None else rare_items(sizes=sizes)
+        self.token_features = nn.ModuleList(kind(sizes=sizes) for kind in token_features)
+        if positional_encoder is None and encoder is None:
+            self.positional_encoder: nn.Module | None = LearnedPositionalEncoder(
+                embedding_dim=embedding_dim, max_positions=max_history
+            )
+        else:
+            self.positional_encoder = positional_encoder
         self.hide_future = positional_encoder is None or positional_encoder.hide_future
         self._visibility = VisibilityCheck(
             times="candidate_timestamps",
@@ -134,21 +169,37 @@ class HSTURanker(nn.Module):
         self.input_dropout = nn.Dropout(dropout)
         self.sem = sem
         self.attention_hook = attention_hook
-        self.encoder = SequenceEncoder(
-            layer,
-            num_layers,
-            embedding_dim=embedding_dim,
-            num_heads=num_heads,
-            dropout=dropout,
-            norm_length=max_history,
-            relative_bias=relative_bias,
-        )
+        self.encoder: SequenceEncoder | RivalEncoder
+        if encoder is None:
+            _check_bias(positional_encoder, relative_bias)
+            self.encoder = SequenceEncoder(
+                layer,
+                num_layers,
+                embedding_dim=embedding_dim,
+                num_heads=num_heads,
+                dropout=dropout,
+                norm_length=max_history,
+                relative_bias=relative_bias,
+            )
+        else:
+            _check_rival(encoder, attention_hook, positional_encoder)
+            self.encoder = encoder(
+                embedding_dim=embedding_dim,
+                num_heads=num_heads,
+                dropout=dropout,
+                max_history=max_history,
+            )
         self.head = nn.Sequential(
             nn.LayerNorm(embedding_dim),
             nn.Linear(embedding_dim, embedding_dim),
             nn.SiLU(),
             nn.Linear(embedding_dim, 1),
         )
+        self.reads_statistics = statistics
+        self.statistics = StatisticsFeatures(embedding_dim) if statistics else None
+        self.item_bias = nn.Embedding(num_items, 1) if item_bias else None
+        if self.item_bias is not None:
+            nn.init.zeros_(self.item_bias.weight)
         self.inherited: tuple[str, ...] = ()
         if pretrained is not None:
             self._inherit(
@@ -177,20 +228,45 @@ class HSTURanker(nn.Module):
         index = RequestIndex.of(batch, hide_future=self.hide_future)
         if self.hide_future and self.training:
             self._visibility(index.visible, batch.history_offsets.diff()[index.candidate_users])
-        history = self.item_table(batch.history_items)
-        candidates = self.item_table(batch.candidate_items)
+        history = self.embed_items(batch.history_items)
+        candidates = self.embed_items(batch.candidate_items)
         plan = self.plan(batch, history, candidates)  # Eq. 5, on the raw item embeddings
-        history, candidates = self.positional_encoder(  # Eq. 4
-            history,
-            batch.history_offsets,
-            batch.history_timestamps,
-            candidates,
-            batch.candidate_offsets,
-            batch.candidate_timestamps,
-        )
+        if self.positional_encoder is not None:  # Eq. 4
+            history, candidates = self.positional_encoder(
+                history,
+                batch.history_offsets,
+                batch.history_timestamps,
+                candidates,
+                batch.candidate_offsets,
+                batch.candidate_timestamps,
+            )
         if self.sem is not None:  # Eq. 1 and 2
             history = self.sem(history, batch.history_offsets, batch.history_timestamps)
-        history, candidates, context = self._add_features(batch, history, candidates)
+        history, candidates, context = self._add_features(batch, index, history, candidates)
+        if isinstance(self.encoder, RivalEncoder):
+            if context is not None:
+                context = context.unflatten(0, (batch.num_requests, -1))
+            encoded = self.encoder(RivalTokens(batch, index, history, candidates, context))
+        else:
+            tokens = (history, candidates, context)
+            encoded = self._encode_sequences(self.encoder, batch, index, tokens, plan)
+        if self.statistics is not None:
+            encoded = encoded + self.statistics(batch.candidate_features)
+        logits: Tensor = self.head(encoded).squeeze(1)  # Eq. 6 takes their sigmoid
+        if self.item_bias is not None:
+            logits = logits + self.item_bias(batch.candidate_items).squeeze(1)
+        return logits
+
+    def _encode_sequences(
+        self,
+        encoder: SequenceEncoder,
+        batch: Batch,
+        index: RequestIndex,
+        tokens: tuple[Tensor, Tensor, Tensor | None],
+        plan: PreferencePlan | None,
+    ) -> Tensor:
+        """The candidates `[C, D]` after the layers; tokens: history, candidates, context."""
+        history, candidates, context = tokens
         hook = self.attention_hook
         sequence = build_sequence(
             batch,
@@ -202,11 +278,19 @@ class HSTURanker(nn.Module):
             plan=plan,
             layout="shared_history" if hook is None else hook.layout,
         )
-        encoded = self.encoder(
+        encoded: Tensor = encoder(
             sequence, mask_position="post" if hook is None else hook.mask_position
         )
-        logits: Tensor = self.head(encoded).squeeze(1)  # Eq. 6 takes their sigmoid
-        return logits
+        return encoded
+
+    def embed_items(self, items: Tensor) -> Tensor:
+        """The embeddings of items `[L]`, `[L, D]`: what PGSA scores, and the tokens begin with."""
+        rows: Tensor = self.item_table(items)
+        if self.rare_items is None:
+            return rows
+        features = None if self.item_features is None else self.item_features(items)
+        embedded: Tensor = self.rare_items(rows, items, features)
+        return embedded
 
     def plan(
         self, batch: Batch, history_rows: Tensor, candidate_rows: Tensor
@@ -232,7 +316,7 @@ class HSTURanker(nn.Module):
         return RequestIndex.of(batch, hide_future=self.hide_future).visible
 
     def _add_features(
-        self, batch: Batch, history: Tensor, candidates: Tensor
+        self, batch: Batch, index: RequestIndex, history: Tensor, candidates: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Actions and item features on their tokens, user features as context tokens.
 
@@ -241,9 +325,14 @@ class HSTURanker(nn.Module):
         """
         if self.action_table is not None:
             history = history + self.action_table(batch.history_actions)
-        if self.item_features is not None:
+        gated = self.rare_items is not None and self.rare_items.replaces_features
+        if self.item_features is not None and not gated:
             history = history + self.item_features(batch.history_items)
             candidates = candidates + self.item_features(batch.candidate_items)
+        for features in self.token_features:
+            added = features(batch, index)
+            history = history if added.history is None else history + added.history
+            candidates = candidates if added.candidates is None else candidates + added.candidates
         history, candidates = (
             self.input_dropout(tokens * self.input_scale) for tokens in (history, candidates)
         )
@@ -251,3 +340,51 @@ class HSTURanker(nn.Module):
             return history, candidates, None
         context = self.user_features(batch.user_features)
         return history, candidates, self.input_dropout(context * self.input_scale)
+
+
+def _check_classes(parameter: str, given: Sequence[object], kind: type) -> None:
+    """Every given thing is a subclass of `kind`, not an instance.
+
+    Raises:
+        SlotError: naming the parameter and what it takes.
+    """
+    for value in given:
+        if not (isinstance(value, type) and issubclass(value, kind)):
+            raise SlotError(
+                f"{_NAME}.{parameter} takes classes that are a {kind.__name__}, "
+                f"written @hpgr.Name without brackets, got {value!r}"
+            )
+
+
+def _check_bias(encoder: TimeAwarePositionalEncoder | None, relative_bias: bool) -> None:
+    """The relative form of Eq. 4 needs the bias that carries it.
+
+    Raises:
+        SlotError: there is none.
+    """
+    if encoder is not None and encoder.form == "relative" and not relative_bias:
+        raise SlotError(
+            "hpgr.TimeAwarePositionalEncoder.form = 'relative' needs "
+            f"{_NAME}.relative_bias = True: the bias carries the positions"
+        )
+
+
+def _check_rival(
+    encoder: type[RivalEncoder],
+    attention_hook: AttentionHook | None,
+    positional_encoder: TimeAwarePositionalEncoder | None,
+) -> None:
+    """A rival has no attention layers for a hook or a relative bias.
+
+    Raises:
+        SlotError: naming the slot that must be empty.
+    """
+    for slot, filled in (
+        ("attention_hook", attention_hook is not None),
+        ("positional_encoder", positional_encoder is not None),
+    ):
+        if filled:
+            raise SlotError(
+                f"{_NAME}.{slot} must be None where {_NAME}.encoder = @hpgr.{encoder.__name__}: "
+                "it works on layers (hpgr.HSTURanker.layer)"
+            )

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hpgr_plugin.components.positions import count_earlier
+from hpgr_plugin.components.positions import count_earlier, moved_up
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.ops.compact.parts import SequenceParts, short_sequences
 from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids, segment_positions
@@ -67,6 +67,7 @@ class RequestIndex(NamedTuple):
     Attributes:
         history_users: `[T]` the request of every history item.
         history_ranks: `[T]` its place in the history, from 0.
+        history_positions: `[T]` its index by Eq. 4, from 1.
         candidate_users: `[C]` the request of every candidate.
         earlier: `[C]` history items strictly before the candidate: Eq. 4's index less one.
         visible: `[C]` history items that the candidate may see; they are the first ones.
@@ -74,6 +75,7 @@ class RequestIndex(NamedTuple):
 
     history_users: Tensor
     history_ranks: Tensor
+    history_positions: Tensor
     candidate_users: Tensor
     earlier: Tensor
     visible: Tensor
@@ -88,9 +90,15 @@ class RequestIndex(NamedTuple):
             batch.candidate_timestamps,
             batch.candidate_offsets,
         )
+        ranks = segment_positions(batch.history_offsets, batch.history_items.numel())
+        users = segment_ids(batch.history_offsets, batch.history_items.numel())
+        positions = ranks + 1
+        if not hide_future:
+            positions += moved_up(ranks, users, earlier, batch.candidate_offsets)
         return cls(
-            history_users=segment_ids(batch.history_offsets, batch.history_items.numel()),
-            history_ranks=segment_positions(batch.history_offsets, batch.history_items.numel()),
+            history_users=users,
+            history_ranks=ranks,
+            history_positions=positions,
             candidate_users=owner,
             earlier=earlier,
             visible=earlier if hide_future else batch.history_offsets.diff()[owner],
@@ -210,7 +218,8 @@ def _history_marks(batch: Batch, index: RequestIndex, dynamic_mask: bool) -> Ten
         key = torch.where(static, -1, rank)
         query = torch.where(static, 0, rank)
         domains = torch.where(static, int(Domain.HISTORY), int(Domain.REALTIME))
-    return torch.stack(Marks(rank + 1, batch.history_timestamps, key, query, domains), 1)
+    positions = index.history_positions
+    return torch.stack(Marks(positions, batch.history_timestamps, key, query, domains), 1)
 
 
 def _candidate_marks(batch: Batch, index: RequestIndex) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,10 +18,16 @@ from hpgr_plugin.data.baselines import Scored
 from hpgr_plugin.data.log import sessions_per_user
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
+from hpgr_plugin.hosts.embedded.report.predictions import (
+    PREDICTIONS,
+    Predictions,
+    save_predictions,
+)
 from hpgr_plugin.hosts.embedded.train.distributed import Process, gather_arrays
 from hpgr_plugin.metrics import ranking_metrics
 
 MANY_SESSIONS = 5
+GaucBy = Literal["user", "impression"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,25 @@ class Task:
         process: this process among its peers.
         session_gap_seconds: longest pause inside a session, for the AUC of users with many
             sessions.
+        gauc_by: whose candidates GAUC compares: those of a user, or of an impression.
+        statistics: whether batches carry the candidates' statistics.
+
+    Raises:
+        HpgrError: GAUC by impression, and the log has none.
     """
 
     data: PreparedData
     requests: RequestSettings
     process: Process
     session_gap_seconds: int = 1800
+    gauc_by: GaucBy = "user"
+    statistics: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gauc_by == "impression" and self.data.log.group is None:
+            raise HpgrError(
+                "hpgr.run.gauc_by takes 'user' for a log without impressions, got 'impression'"
+            )
 
     def loader(self, split: str, *, seed: int = 0) -> RequestLoader:
         """This process's batches of a split; `seed` fixes their order in training."""
@@ -45,6 +67,7 @@ class Task:
             prepared=self.data,
             split=split,
             settings=self.requests,
+            statistics=self.statistics,
             seed=seed,
             rank=self.process.rank,
             world_size=self.process.world_size,
@@ -65,34 +88,67 @@ class Task:
                 "(hpgr.RequestSettings.history = 'candidate')",
             )
 
+    def groups(self, scored: Scored) -> np.ndarray:
+        """Whose AUC GAUC is the mean of, for every candidate: int64 [C]."""
+        group = self.data.log.group
+        if self.gauc_by == "user" or group is None:
+            return scored.users
+        # The same impression shown to two users is two groups.
+        code = np.unique(group[scored.rows], return_inverse=True)[1]
+        pairs = scored.users.astype(np.int64) * len(code) + code
+        return np.unique(pairs, return_inverse=True)[1]
+
     def metrics(self, scored: Scored) -> dict[str, float]:
         """Ranking metrics, and the AUC of users with `MANY_SESSIONS` sessions or more."""
-        metrics = ranking_metrics(scored.labels, scored.scores, scored.users)
-        log = self.data.log
+        log, groups = self.data.log, self.groups(scored)
+        metrics = ranking_metrics(scored.labels, scored.scores, groups)
         sessions = sessions_per_user(log.user_offsets, log.timestamp, self.session_gap_seconds)
         many = sessions[scored.users.astype(np.int64)] >= MANY_SESSIONS
         if many.any() and len(np.unique(scored.labels[many])) == 2:
-            chosen = ranking_metrics(*(column[many] for column in scored))
+            chosen = ranking_metrics(scored.labels[many], scored.scores[many], groups[many])
             metrics["auc_many_sessions"] = chosen["auc"]
         return metrics
+
+    def save_predictions(self, scored: Scored, directory: Path) -> None:
+        """Write the scores of the test split to `directory`, in the order of the log."""
+        if not self.process.is_main:
+            return
+        order = np.argsort(scored.rows)
+        columns = (scored.users, self.groups(scored), scored.labels, scored.scores)
+        kinds = (np.int32, np.int64, np.int8, np.float32)
+        arrays = [c[order].astype(k) for c, k in zip(columns, kinds, strict=True)]
+        save_predictions(directory / PREDICTIONS, Predictions(*arrays))
 
     @torch.no_grad()
     def score(self, model: nn.Module, loader: RequestLoader) -> Scored:
         """Probabilities for every candidate of `loader`, from all processes."""
-        labels, scores, users = [], [], []
+        log, parts = self.data.log, [np.zeros(0, dtype=np.float32)]
         for batch in loader.batches():
-            labels.append(batch.candidate_labels.numpy())
             logits = model(batch.to(self.process.device))
-            scores.append(logits.float().sigmoid().cpu().numpy())
-            users.append(np.repeat(batch.users.numpy(), batch.candidate_offsets.diff().numpy()))
-        parts = [np.concatenate(part) if part else np.zeros(0) for part in (labels, scores, users)]
-        scored = Scored(*gather_arrays(parts))
+            parts.append(logits.float().sigmoid().cpu().numpy())
+        rows, scores = gather_arrays([loader.candidate_rows(), np.concatenate(parts)])
+        users = np.searchsorted(log.user_offsets, rows, side="right") - 1
+        scored = Scored(log.label[rows], scores, users.astype(np.int32), rows)
         if not np.isfinite(scored.scores).all():
             raise HpgrError(
                 "the scores are not numbers: the training diverged; try a smaller "
                 "hpgr.FinetuneSettings.learning_rate or weight_decay"
             )
         return scored
+
+
+@torch.no_grad()
+def inference_seconds(
+    model: nn.Module, loader: RequestLoader, process: Process, *, max_batches: int = 20
+) -> float:
+    """Seconds per batch of scoring, with loading, over the first batches of `loader`."""
+    count, start = 0, time.perf_counter()
+    for batch in loader.batches():
+        model(batch.to(process.device)).float().sigmoid().cpu()
+        count += 1
+        if count == max_batches:
+            break
+    return (time.perf_counter() - start) / max(1, count)
 
 
 @torch.no_grad()
@@ -113,7 +169,7 @@ def kept_tokens(
             break
         moved = batch.to(process.device)
         plan = model.plan(
-            moved, model.item_table(moved.history_items), model.item_table(moved.candidate_items)
+            moved, model.embed_items(moved.history_items), model.embed_items(moved.candidate_items)
         )
         if plan is None:
             return 1.0

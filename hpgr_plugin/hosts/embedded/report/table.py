@@ -18,7 +18,9 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "kept tokens": ("kept_tokens", 2),
     "examples/s": ("examples_per_second", 0),
     "s/step": ("seconds_per_step", 4),
+    "s/step, inference": ("inference_seconds_per_step", 4),
 }
+DIFFERENCES = {"AUC - best rival [95%]": "auc", "GAUC - best rival [95%]": "gauc"}
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -36,21 +38,43 @@ def _cell(row: Row, key: str, digits: int) -> str:
     return f"{text} ± {spread:.{digits}f}" if len(values) > 1 and digits > 1 else text
 
 
+def _difference(row: Row, key: str) -> str:
+    found = row.get("difference")
+    if found is None:
+        return "-"
+    return "{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**found[key])
+
+
+def comparison_note(rows: Sequence[Row]) -> list[str]:
+    """The lines below the table that say what its differences are; none without differences."""
+    rivals = {row["difference"]["from"] for row in rows if row.get("difference")}
+    titles = [row["title"] for row in rows if row["scope"] in rivals] if rivals else []
+    if not titles:
+        return []
+    return [
+        "",
+        f"Differences are from the best rival, {titles[0]}: metrics averaged over the seeds, 95% "
+        "interval of a paired bootstrap over users.",
+    ]
+
+
 def markdown_table(rows: Sequence[Row]) -> str:
     """A markdown table; columns that no row has a value for are left out.
 
     Args:
-        rows: dicts with `title` and `seeds`, the metrics of each seed.
+        rows: dicts with `title` and `seeds`, the metrics of each seed; where they have one,
+            `difference`, see `comparison.differences`.
     """
     columns = {
         title: (key, digits)
         for title, (key, digits) in COLUMNS.items()
         if any(metrics.get(key) is not None for row in rows for metrics in row["seeds"])
     }
-    lines = [["model", *columns]]
+    compared = DIFFERENCES if any(row.get("difference") for row in rows) else {}
+    lines = [["model", *columns, *compared]]
     for row in rows:
-        cells = (_cell(row, key, digits) for key, digits in columns.values())
-        lines.append([row["title"], *cells])
+        cells = [_cell(row, key, digits) for key, digits in columns.values()]
+        lines.append([row["title"], *cells, *(_difference(row, key) for key in compared.values())])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
         "| "

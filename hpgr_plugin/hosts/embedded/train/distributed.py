@@ -48,6 +48,9 @@ def process_group() -> Iterator[Process]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
+        # gloo's threads outlive the group where DDP was used. One that still releases tensors of
+        # the last collective when the interpreter ends aborts the process: let it finish first.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

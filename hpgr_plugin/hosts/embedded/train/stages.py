@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from hpgr_plugin.data import (
     check_splits,
     item_mean_scores,
 )
+from hpgr_plugin.data.events import require
+from hpgr_plugin.data.log import TRAIN
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
-from hpgr_plugin.hosts.embedded.report.evaluation import Task, kept_tokens
+from hpgr_plugin.hosts.embedded.report.evaluation import Task, inference_seconds, kept_tokens
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, load_weights
 from hpgr_plugin.hosts.embedded.train.distributed import barrier, seed_everything
+from hpgr_plugin.hosts.embedded.train.losses import listwise_loss, pairwise_loss
 from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT
 from hpgr_plugin.hosts.embedded.train.trainer import (
     Trainer,
@@ -43,7 +47,21 @@ class PretrainSettings(TrainSettings):
 
 @dataclass(frozen=True)
 class FinetuneSettings(TrainSettings):
-    """`TrainSettings` of stage 2."""
+    """`TrainSettings` of stage 2, and losses that compare the candidates of a request.
+
+    Attributes:
+        pairwise_weight: of the logistic loss on pairs of a positive and a negative.
+        listwise_weight: of the softmax over a request's candidates.
+    """
+
+    pairwise_weight: float = 0.0
+    listwise_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pairwise_weight", "listwise_weight"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"FinetuneSettings.{name}", "0 or more", value)
 
 
 @dataclass(frozen=True)
@@ -149,14 +167,20 @@ def finetune(
     check_splits(task.data, task.requests)
     seed_everything(run.seed)
     model = build_ranker(task, pretrained=pretrained)
+    task = replace(task, statistics=model.reads_statistics)
     train = task.loader("train", seed=run.seed)
     validation = task.loader("validation")
 
     def loss(forward: nn.Module, batch: Batch, step: int) -> tuple[Tensor, int]:
-        logits = forward(batch)
-        total = F.binary_cross_entropy_with_logits(
-            logits.float(), batch.candidate_labels, reduction="sum"
-        )
+        logits = forward(batch).float()
+        labels = batch.candidate_labels
+        total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        for weight, in_request in (
+            (settings.pairwise_weight, pairwise_loss),
+            (settings.listwise_weight, listwise_loss),
+        ):
+            if weight:
+                total = total + weight * in_request(logits, labels, batch.candidate_offsets)
         return total, batch.num_candidates
 
     trainer = Trainer(
@@ -176,7 +200,8 @@ def finetune(
         run=run,
     )
     cost = trainer.fit()
-    return _test_metrics(model, task) | cost | {"history": trainer.progress.history}
+    metrics = _test_metrics(model, task, run.output_dir)
+    return metrics | cost | {"history": trainer.progress.history}
 
 
 def evaluate(task: Task, output_dir: Path) -> dict[str, Any]:
@@ -185,13 +210,22 @@ def evaluate(task: Task, output_dir: Path) -> dict[str, Any]:
     path = output_dir / CHECKPOINT
     state = load_checkpoint(path, task.process.device)
     model = build_ranker(task)
+    task = replace(task, statistics=model.reads_statistics)
     load_weights(path, model, state["best_model"])
     return _test_metrics(model, task)
 
 
-def item_mean(task: Task) -> dict[str, Any]:
-    """Test metrics of the smoothed mean label of each item: the baseline of every table."""
-    return task.metrics(item_mean_scores(task.data, "test", task.requests))
+def item_mean(task: Task, output_dir: Path | None = None) -> dict[str, Any]:
+    """Test metrics of the smoothed mean label of each item: the baseline of every table.
+
+    Args:
+        task: data, requests and metrics.
+        output_dir: folder for the predictions; None writes none.
+    """
+    scored = item_mean_scores(task.data, "test", task.requests)
+    if output_dir is not None:
+        task.save_predictions(scored, output_dir)
+    return task.metrics(scored)
 
 
 def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
@@ -211,6 +245,9 @@ def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
         item_feature_codes={
             n: torch.from_numpy(np.array(f.codes)) for n, f in log.item_features.items()
         },
+        item_counts=torch.from_numpy(
+            np.bincount(log.item[task.data.split == TRAIN], minlength=log.num_items)
+        ),
         **slot,
     )
     if task.requests.max_history > model.max_history:
@@ -228,11 +265,18 @@ def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
     return model.to(task.process.device)
 
 
-def _test_metrics(model: HSTURanker, task: Task) -> dict[str, Any]:
+def _test_metrics(model: HSTURanker, task: Task, output_dir: Path | None = None) -> dict[str, Any]:
+    """Metrics and cost on the test split; writes the predictions where a folder is given."""
     model.eval()
     test = task.loader("test")
-    metrics: dict[str, Any] = task.metrics(task.score(model, test))
-    return metrics | {"kept_tokens": kept_tokens(model, test, task.process)}
+    scored = task.score(model, test)
+    if output_dir is not None:
+        task.save_predictions(scored, output_dir)
+    metrics: dict[str, Any] = task.metrics(scored)
+    return metrics | {
+        "kept_tokens": kept_tokens(model, test, task.process),
+        "inference_seconds_per_step": inference_seconds(model, test, task.process),
+    }
 
 
 def _source_ids(log: InteractionLog) -> dict[str, Any]:

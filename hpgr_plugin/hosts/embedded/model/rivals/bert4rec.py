@@ -1,0 +1,103 @@
+"""BERT4Rec (arXiv 1904.06690): a bidirectional transformer, read at a [MASK] after the history."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpgr_plugin.components.transformer import JaggedEncoder
+from hpgr_plugin.hosts.embedded.model.rivals.interface import (
+    Match,
+    RivalEncoder,
+    RivalTokens,
+    token_table,
+)
+from hpgr_plugin.hosts.embedded.model.tokens import (
+    NEVER_SEEN,
+    Marks,
+    TokenSequence,
+    build_sequence,
+)
+from hpgr_plugin.ops.jagged import ranges
+from hpgr_plugin.ops.segments import Bucket, SegmentLayout, segment_layout
+
+
+class BERT4Rec(RivalEncoder):
+    """One [MASK] token per candidate, at the candidate's place; its output meets the candidate.
+
+    Items before the first candidate of a request see each other in both directions. An item
+    between two candidates is the future of the first: it is seen only by later items and later
+    [MASK] tokens, and sees only earlier items. With `hpgr.RequestSettings.history = 'request'`
+    there are no such items, and the encoder is bidirectional throughout.
+
+    Args:
+        embedding_dim, num_heads, dropout, max_history: see `RivalEncoder`.
+        num_layers: attention layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        num_heads: int,
+        dropout: float,
+        max_history: int,
+        num_layers: int = 2,
+    ) -> None:
+        super().__init__(
+            embedding_dim=embedding_dim,
+            num_heads=num_heads,
+            dropout=dropout,
+            max_history=max_history,
+        )
+        self.mask = token_table(1, embedding_dim)
+        self.positions = token_table(max_history + 2, embedding_dim)
+        self.transformer = JaggedEncoder(
+            embedding_dim=embedding_dim,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            dropout=dropout,
+            final_norm=True,
+        )
+        self.match = Match(embedding_dim, dropout)
+
+    def forward(self, tokens: RivalTokens) -> Tensor:
+        """See `RivalEncoder.forward`."""
+        sequence = build_sequence(
+            tokens.batch,
+            tokens.index,
+            history=tokens.history,
+            candidates=self.mask.weight.expand(len(tokens.candidates), -1),
+            context=None if tokens.context is None else tokens.context.flatten(0, 1),
+            dynamic_mask=True,
+        )
+        marks = Marks(*sequence.marks.unbind(1))
+        values = sequence.values + self.positions(marks.positions)
+        counts = sequence.candidates_per_sequence
+        masks = ranges(sequence.offsets[1:] - counts, counts)
+        states = self.transformer(values, visibility_layout(sequence), read=masks)
+        output: Tensor = self.match(states, tokens.candidates)
+        return output
+
+
+def visibility_layout(sequence: TokenSequence) -> SegmentLayout:
+    """The layout of softmax attention in which tokens see each other by their orders."""
+    layout = segment_layout(sequence.offsets)
+    marks = Marks(*sequence.marks.index_select(0, layout.order).unbind(1))
+    sizes = [bucket.num_tokens for bucket in layout.buckets]
+    orders = zip(marks.key_order.split(sizes), marks.query_order.split(sizes), strict=True)
+    buckets = [
+        bucket._replace(mask=_mask(bucket, keys, queries), is_causal=False)
+        for bucket, (keys, queries) in zip(layout.buckets, orders, strict=True)
+    ]
+    return layout._replace(buckets=tuple(buckets))
+
+
+def _mask(bucket: Bucket, key_order: Tensor, query_order: Tensor) -> Tensor:
+    """`[R, 1, width, width]`; padding sees itself, so that its softmax is defined."""
+    slots = torch.arange(bucket.width, device=key_order.device)
+    real = slots < bucket.offsets.diff().unsqueeze(1)
+    keys = key_order.new_full(real.shape, NEVER_SEEN).masked_scatter(real, key_order)
+    queries = query_order.new_full(real.shape, -1).masked_scatter(real, query_order)
+    seen = keys.unsqueeze(1) < queries.unsqueeze(2)
+    return (seen | (slots == slots.unsqueeze(1))).unsqueeze(1)

@@ -1,0 +1,59 @@
+"""GRU4Rec (arXiv 1511.06939): a recurrent network over the history."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hpgr_plugin.components.checks import check_at_least
+from hpgr_plugin.hosts.embedded.model.rivals.interface import (
+    Match,
+    RivalEncoder,
+    RivalTokens,
+    token_table,
+)
+from hpgr_plugin.ops.jagged import jagged_to_padded_dense
+
+
+class GRU4Rec(RivalEncoder):
+    """The GRU's state after the last visible item, matched with the candidate.
+
+    A learned start token (with the user's features) comes first, so an empty history has a state.
+
+    Args:
+        embedding_dim, num_heads, dropout, max_history: see `RivalEncoder`.
+        num_layers: recurrent layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        num_heads: int,
+        dropout: float,
+        max_history: int,
+        num_layers: int = 1,
+    ) -> None:
+        super().__init__(
+            embedding_dim=embedding_dim,
+            num_heads=num_heads,
+            dropout=dropout,
+            max_history=max_history,
+        )
+        check_at_least(1, num_layers=num_layers)
+        self.start = token_table(1, embedding_dim)
+        self.gru = nn.GRU(embedding_dim, embedding_dim, num_layers, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+        self.match = Match(embedding_dim, dropout)
+
+    def forward(self, tokens: RivalTokens) -> Tensor:
+        """See `RivalEncoder.forward`."""
+        values, offsets, _ = tokens.with_start(tokens.users() + self.start.weight)
+        width = int(offsets.diff().max()) if len(offsets) > 1 else 1
+        padded = jagged_to_padded_dense(values, offsets, width)
+        with torch.autocast(padded.device.type, enabled=False):  # hundreds of steps add up
+            states, _ = self.gru(padded.to(self.start.weight.dtype))
+        place = tokens.place_of_last_visible(width)
+        state = self.dropout(states.flatten(0, 1).index_select(0, place))
+        output: Tensor = self.match(state, tokens.candidates)
+        return output

@@ -1,0 +1,127 @@
+"""What a rival gets and returns, and the parts that several of them use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpgr_plugin.data.batch import Batch
+from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex
+from hpgr_plugin.ops.jagged import complete_cumsum, jagged_to_padded_dense
+
+
+@dataclass(frozen=True)
+class RivalTokens:
+    """The embedded tokens of B requests, T history items and C candidates.
+
+    Attributes:
+        batch: the requests.
+        index: whose they are, and how many items each candidate may see: the first
+            `index.visible` `[C]` of its user's history.
+        history: `[T, D]`, item, action and features.
+        candidates: `[C, D]`, item and features.
+        context: `[B, F, D]`, one for each user feature, or None.
+    """
+
+    batch: Batch
+    index: RequestIndex
+    history: Tensor
+    candidates: Tensor
+    context: Tensor | None
+
+    def padded_history(self) -> Tensor:
+        """`[B, N, D]`, zeros behind the end of each history."""
+        offsets = self.batch.history_offsets
+        return jagged_to_padded_dense(self.history, offsets, _longest(offsets))
+
+    def padded_candidates(self) -> Tensor:
+        """`[B, R, D]`, zeros behind the last candidate of each request."""
+        offsets = self.batch.candidate_offsets
+        return jagged_to_padded_dense(self.candidates, offsets, _longest(offsets))
+
+    def users(self) -> Tensor:
+        """The summed user features `[B, D]`, zeros where there are none."""
+        if self.context is None:
+            return self.history.new_zeros(self.batch.num_requests, self.history.shape[1])
+        return self.context.sum(1)
+
+    def visible_mean(self) -> Tensor:
+        """The mean of the history tokens that each candidate sees, `[C, D]`; of none, zero."""
+        sums = F.pad(self.padded_history().cumsum(1), (0, 0, 1, 0))
+        total = sums.flatten(0, 1).index_select(0, self.place_of_last_visible(sums.shape[1]))
+        return total / self.index.visible.clamp(min=1).unsqueeze(1)
+
+    def place_of_last_visible(self, width: int) -> Tensor:
+        """Where each candidate reads rows of `width` slots that begin with a start slot, `[C]`."""
+        return self.index.candidate_users * width + self.index.visible
+
+    def with_start(self, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Histories that begin with one more token, which stands for an empty history.
+
+        Args:
+            start: `[B, D]`.
+
+        Returns:
+            Tokens `[T + B, D]`, offsets `[B + 1]`, and for each candidate the row of the last
+            token that it sees, `[C]`.
+        """
+        offsets = complete_cumsum(self.batch.history_offsets.diff() + 1)
+        values = self.history.new_empty(len(self.history) + len(start), self.history.shape[1])
+        rows = torch.arange(len(self.history), device=offsets.device) + self.index.history_users + 1
+        values = values.index_copy(0, offsets[:-1], start.to(values.dtype))
+        values = values.index_copy(0, rows, self.history)
+        return values, offsets, offsets[:-1][self.index.candidate_users] + self.index.visible
+
+
+class RivalEncoder(nn.Module):
+    """The interface of `hpgr.HSTURanker.encoder`, which takes a subclass.
+
+    Args:
+        embedding_dim: D.
+        num_heads: attention heads, for those that have any.
+        dropout: inside the encoder.
+        max_history: longest history.
+    """
+
+    def __init__(
+        self, *, embedding_dim: int, num_heads: int, dropout: float, max_history: int
+    ) -> None:
+        super().__init__()
+
+    def forward(self, tokens: RivalTokens) -> Tensor:
+        """A representation of every candidate, `[C, D]`; the ranker's head makes its logit."""
+        raise NotImplementedError
+
+
+class Match(nn.Module):
+    """`MLP([state, item, state * item])`: how sequence models score a candidate."""
+
+    def __init__(self, embedding_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.mlp = perceptron(3 * embedding_dim, embedding_dim, embedding_dim, dropout)
+
+    def forward(self, state: Tensor, item: Tensor) -> Tensor:
+        """`[C, D]` and `[C, D]` to `[C, D]`."""
+        output: Tensor = self.mlp(torch.cat([state, item, state * item], dim=1))
+        return output
+
+
+def perceptron(inputs: int, hidden: int, outputs: int, dropout: float) -> nn.Sequential:
+    """Two linear layers with a ReLU between them."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, outputs)
+    )
+
+
+def token_table(num_rows: int, embedding_dim: int) -> nn.Embedding:
+    """A table of vectors on the scale of the tokens, which are item rows times sqrt(D)."""
+    table = nn.Embedding(num_rows, embedding_dim)
+    nn.init.normal_(table.weight, std=0.02 * embedding_dim**0.5)
+    return table
+
+
+def _longest(offsets: Tensor) -> int:
+    return int(offsets.diff().max()) if offsets.numel() > 1 else 0
