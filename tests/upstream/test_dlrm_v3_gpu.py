@@ -16,7 +16,8 @@ from torch import Tensor
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
-from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
+from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, fused
 
 pytestmark = [
     pytest.mark.upstream,
@@ -73,10 +74,11 @@ def build_on_gpu(model_class: type, **arguments: Any) -> Any:
     return build(model_class, config=config(), device="cuda", kernel=kernel, **arguments)
 
 
-def models(kind: str, bf16: bool) -> tuple[Any, Any]:
-    """On CUDA through Triton, and a float64 copy on the CPU."""
-    on_gpu = build_on_gpu(DlrmHSTU, bf16_training=bf16, **slots(kind))
+def models(kind: str, bf16: bool, layers: str) -> tuple[Any, Any]:
+    """On CUDA through Triton, and a float64 copy on the CPU with the host's layers."""
+    on_gpu = build_on_gpu(DlrmHSTU, bf16_training=bf16, layers=layers, **slots(kind))
     reference = copy.deepcopy(on_gpu).cpu().double()
+    reference._hstu_transducer.layers = None
     reference.set_hammer_kernel(HammerKernel.PYTORCH)
     reference.set_training_dtype(torch.float64)
     reference._bf16_training = False
@@ -91,10 +93,13 @@ def models(kind: str, bf16: bool) -> tuple[Any, Any]:
     ("bf16", "tolerance"), [(True, 2.5e-2), (False, 4e-3)], ids=["bf16", "fp32"]
 )
 @pytest.mark.parametrize("kind", ["per_candidate", "shared_history", "pre", "stochastic", "none"])
+@pytest.mark.parametrize("layers", ["host", "fused", "fused, recomputed"])
 def test_triton_kernels_agree_with_the_float64_reference(
-    kind: str, bf16: bool, tolerance: float
+    layers: str, kind: str, bf16: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_gpu, reference = models(kind, bf16)
+    if layers.endswith("recomputed"):
+        monkeypatch.setattr(fused, "_MANY_ROWS", 0)
+    on_gpu, reference = models(kind, bf16, layers.partition(",")[0])
     # Query times anywhere in the history: candidates of a user see different parts of it.
     outputs, gradients = step(on_gpu, batch(LENGTHS, CANDIDATES, later=False, device="cuda"))
     expected, expected_gradients = step(reference, batch(LENGTHS, CANDIDATES, later=False))
@@ -143,6 +148,105 @@ def test_empty_slots_are_the_host_to_the_last_bit() -> None:
             assert relative_error(ours, first.cpu()) < 10 * spread, name
     # Those behind the attention's backward do not: 21 of 73 do on an H200.
     assert repeated > 0
+
+
+def recorded_passes(
+    monkeypatch: pytest.MonkeyPatch, kind: str, *, layers: str | None = None, **changes: Any
+) -> list[Any]:
+    """Arguments and results of the fused layers in one step of a model."""
+    passes: list[Any] = []
+    original = fused.FusedLayers.run
+
+    def record(of: Any, stack: Any, x: Tensor, sequences: Any, what: Any) -> Any:
+        output = original(of, stack, x, sequences, what)
+        passes.append(((of, stack, x.detach().requires_grad_(), sequences, what), output))
+        return output
+
+    monkeypatch.setattr(fused.FusedLayers, "run", record)
+    model = build(
+        DlrmHSTU,
+        config=small_config(**{**vars(config()), **changes}),
+        device="cuda",
+        kernel=HammerKernel.TRITON,
+        bf16_training=True,
+        layers=layers,
+        **slots(kind),
+    )
+    step(model, batch(LENGTHS, CANDIDATES, later=False, device="cuda"))
+    monkeypatch.setattr(fused.FusedLayers, "run", original)
+    return passes
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("per_candidate", 40), ("shared_history", 60), ("stochastic", 60)]
+)
+def test_fused_layers_do_not_wait_for_the_device_and_launch_few_kernels(
+    kind: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (((layers, stack, x, sequences, what), output),) = recorded_passes(monkeypatch, kind)
+    assert output is not None
+    parameters = list(stack.parameters())
+
+    def one_pass() -> None:
+        candidates = layers.run(stack, x, sequences, what)
+        torch.autograd.grad(candidates, [x, *parameters], torch.ones_like(candidates))
+
+    one_pass()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one_pass()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        one_pass()
+        torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    print(f"{kind}: {len(on_device)} launches")
+    assert len(on_device) <= most * len(stack._stu_layers)
+
+
+def test_captured_steps_are_the_steps() -> None:
+    """Batches of other sizes, evaluation in between, and gradients of two steps added up."""
+    plain, captured = (
+        build_on_gpu(
+            DlrmHSTU, bf16_training=True, layers="fused", capture=capture, **slots("per_candidate")
+        )
+        for capture in (False, True)
+    )
+    captured.load_state_dict(plain.state_dict())
+    for lengths, candidates in (
+        (LENGTHS, CANDIDATES),
+        (LENGTHS, CANDIDATES),
+        ([40, 7, 64], [2, 2, 1]),
+        (LENGTHS[:-1], CANDIDATES[:-1]),
+    ):
+        data = batch(lengths, candidates, seed=len(lengths), later=False, device="cuda")
+        for model in (plain, captured):
+            model.zero_grad(set_to_none=True)
+            for _ in range(2):
+                sum(model(*data)[2].values()).backward()
+        mine, theirs = (
+            {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            for model in (captured, plain)
+        )
+        assert mine.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            if gradient.abs().max() > 1e-9:
+                assert relative_error(mine[name], gradient.cpu()) < 5e-2, name
+        with torch.no_grad():
+            error = relative_error(captured(*data)[3], plain(*data)[3].cpu())
+        assert error < 2.5e-2
+    assert captured._hstu_transducer.layers._captured._graphs
+
+
+def test_by_default_the_hosts_layers_run_what_the_kernels_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ((_, output),) = recorded_passes(monkeypatch, "per_candidate", hstu_group_norm=True)
+    assert output is None
+    with pytest.raises(HpgrError, match=r"hpgr\.DlrmHSTU\.layers.*head size"):
+        recorded_passes(monkeypatch, "none", hstu_attn_qk_dim=24, layers="fused")
 
 
 def test_cached_inference_agrees_on_the_device() -> None:

@@ -3,22 +3,24 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from generative_recommenders.modules import dlrm_hstu as host
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpgr_plugin.components.attention_hooks import (
     AttentionHook,
     HookInputs,
     PreferenceGuidedSparseAttention,
 )
+from hpgr_plugin.components.checks import check_choice
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, VisibilityCheck
 from hpgr_plugin.components.sem import SessionContext, SessionEnhancementModule
 from hpgr_plugin.components.sessions import check_time_unit
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
+from hpgr_plugin.hosts.dlrm_v3.fused import FusedLayers, Layers
 from hpgr_plugin.hosts.dlrm_v3.modules import (
     PreferenceTransducer,
     Request,
@@ -78,6 +80,12 @@ class DlrmHSTU(host.DlrmHSTU):
             the others.
         max_blind_share: Of the candidates that have a history, the share that may see nothing of it
             in the first batches because of `hide_future`.
+        layers: What runs the STU layers, with the host's parameters in either case: "host", the
+            host's kernels, or "fused", those of this package, which compute only the candidates in
+            the last layer. None: "fused" where its Triton kernels can run the step and a slot
+            changes the attention or the positions, else "host"; the log says once which.
+        capture: Whether fused layers over short sequences, one per candidate, run as CUDA graphs.
+            It saves launches, and takes memory for every size of a batch.
         model_config: Fields of the host's `DlrmHSTUConfig` to set, by name.
         table_config: Fields of an embedding table's `EmbeddingConfig` to set, by table and name.
             As with `model_config`, the objects handed in are changed, because the host's data
@@ -105,6 +113,8 @@ class DlrmHSTU(host.DlrmHSTU):
         hide_future: bool | None = None,
         time_unit: Literal["s", "ms"] | None = None,
         max_blind_share: float = 0.5,
+        layers: Layers | None = None,
+        capture: bool = False,
         model_config: Mapping[str, Any] | None = None,
         table_config: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
@@ -115,7 +125,10 @@ class DlrmHSTU(host.DlrmHSTU):
         check_slot(_NAME, "attention_hook", attention_hook, AttentionHook)
         check_slot(_NAME, "pretrained", pretrained, str)
         check_lr_ratio(inherited_lr_ratio)
-        with _classes_of_this_model(attention_hook, positional_encoder):
+        if layers is not None:
+            check_choice(get_args(Layers), **{f"{_NAME}.layers": layers})
+        hooked = attention_hook is not None or positional_encoder is not None
+        with _classes_of_this_model(hooked or layers == "fused"):
             super().__init__(
                 hstu_configs=hstu_configs,
                 embedding_tables=embedding_tables,
@@ -127,6 +140,7 @@ class DlrmHSTU(host.DlrmHSTU):
         if hide_future is None:
             hide_future = positional_encoder is None or positional_encoder.hide_future
         self._hide_future = hide_future
+        self._masks_future = hide_future and hooked
         self._ticks_per_second = {"s": 1, "ms": 1000}[time_unit or _unit_of_the_host_reader()]
         self._unchecked_batches = _CHECKED_BATCHES
         self._visibility = VisibilityCheck(
@@ -137,6 +151,12 @@ class DlrmHSTU(host.DlrmHSTU):
         )
         if isinstance(self._hstu_transducer, PreferenceTransducer):
             self._hstu_transducer.contextual_seq_len = self._contextual_seq_len()
+            self._hstu_transducer.layers = FusedLayers(
+                self._hstu_transducer._stu_module,
+                layers,
+                binding=f"{_NAME}.layers",
+                capture=capture,
+            )
         self._fill_attention_hook(attention_hook)
         if positional_encoder is not None:
             self._fill_positional_encoder(positional_encoder, is_inference)
@@ -322,7 +342,7 @@ class DlrmHSTU(host.DlrmHSTU):
             ),
             plan,
             batch.max_num_candidates,
-            hide_future=self._hide_future,
+            hide_future=self._masks_future,
         )
         if hook is not None:
             request = replace(request, layout=hook.layout, mask_position=hook.mask_position)
@@ -431,8 +451,7 @@ class DlrmHSTU(host.DlrmHSTU):
         if first == _CHECKED_BATCHES and self.sem is not None:
             seconds = times // self._ticks_per_second
             check_time_unit(seconds, offsets, self.sem.gap_seconds, f"{_NAME}.time_unit")
-        has_request = isinstance(self._hstu_transducer, PreferenceTransducer)
-        if first and self._hide_future and has_request:
+        if first and self._masks_future:
             candidates = batch.candidate_offsets
             visible = count_earlier(
                 times,
@@ -559,15 +578,13 @@ def _after_loading(model: DlrmHSTU, _: Any) -> None:
 
 
 @contextlib.contextmanager
-def _classes_of_this_model(
-    attention_hook: AttentionHook | None, positional_encoder: nn.Module | None
-) -> Iterator[None]:
+def _classes_of_this_model(needed: bool) -> Iterator[None]:
     """Inside, the host's constructor builds this package's layers and transducer if needed.
 
     A host with the patch series names its classes as attributes of the model; in others the
     constructor looks them up in its module.
     """
-    if attention_hook is None and positional_encoder is None:
+    if not needed:
         yield
         return
     if host_has_seam("dlrm_classes"):

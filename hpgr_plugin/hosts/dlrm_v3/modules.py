@@ -19,6 +19,7 @@ from hpgr_plugin.hosts.dlrm_v3.attention import (
     RowSequences,
     StepAttention,
 )
+from hpgr_plugin.hosts.dlrm_v3.fused import FusedLayers
 from hpgr_plugin.hosts.dlrm_v3.positions import set_places
 from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
 from hpgr_plugin.hosts.seams import host_has_seam
@@ -140,9 +141,11 @@ class PreferenceTransducer(HSTUTransducer):
 
     Attributes:
         contextual_seq_len: Tokens in front of every history.
+        layers: Runs the layers where it can; None: the host's own do.
     """
 
     contextual_seq_len: int = 0
+    layers: FusedLayers | None = None
     _request: Request | None = None
 
     @contextlib.contextmanager
@@ -184,6 +187,10 @@ class PreferenceTransducer(HSTUTransducer):
         Returns:
             `[C, D]`, the candidates in their order.
         """
+        if self.layers is not None:
+            candidates = self.layers.run(self._stu_module, x, sequences, step)
+            if candidates is not None:
+                return candidates
         layers = self._own_layers()
         if layers is None or not layers[-1].can_read_candidates(x):
             encoded = self._inner_layers(self._stu_module, x, sequences, step)
