@@ -101,6 +101,14 @@ def make_case(name: str) -> Case:
         ),
         "bias": lambda: Case(spec_of(LENGTHS, places=places), bias=bias),
         "bias-of-last-rows": lambda: Case(spec_of(LENGTHS, places=places, **some), len(rows), bias),
+        "bias-by-two-positions": lambda: Case(
+            spec_of(
+                LENGTHS,
+                places=places._replace(query_positions=places.positions.flip(0)),
+                visibility=order,
+            ),
+            bias=bias,
+        ),
         "visibility": lambda: Case(spec_of(LENGTHS, visibility=order)),
         "visibility-by-row-pre": lambda: Case(
             spec_of(
@@ -128,10 +136,17 @@ CASES = [
     "all-columns-by-row",
     "bias",
     "bias-of-last-rows",
+    "bias-by-two-positions",
     "visibility",
     "visibility-by-row-pre",
 ]
-TORCH_ONLY = {"bias", "bias-of-last-rows", "visibility", "visibility-by-row-pre"}
+TORCH_ONLY = {
+    "bias",
+    "bias-of-last-rows",
+    "bias-by-two-positions",
+    "visibility",
+    "visibility-by-row-pre",
+}
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def _attend(
     scores = spec.alpha * torch.einsum("hd,jhd->hj", q, k[seen])
     if bias is not None:
         assert spec.places is not None
-        apart = (spec.places.positions[own] - spec.places.positions[seen]).tolist()
+        apart = (spec.places.of_queries[own] - spec.places.positions[seen]).tolist()
         seconds = (spec.places.timestamps[own] - spec.places.timestamps[seen]).tolist()
         scores = scores + bias.position_table[[position_bucket(p, bias) for p in apart]]
         scores = scores + bias.time_table[[time_bucket(t, bias) for t in seconds]]

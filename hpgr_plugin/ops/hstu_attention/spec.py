@@ -29,10 +29,18 @@ class Places(NamedTuple):
     Attributes:
         positions: int64 `[T]`.
         timestamps: int64 `[T]` seconds.
+        query_positions: int64 `[T]`, where a token stands as a query, also of those that are no
+            query; None: at its position.
     """
 
     positions: Tensor
     timestamps: Tensor
+    query_positions: Tensor | None = None
+
+    @property
+    def of_queries(self) -> Tensor:
+        """Where the tokens stand as queries, int64 `[T]`."""
+        return self.positions if self.query_positions is None else self.query_positions
 
 
 class PositionTimeBias(NamedTuple):

@@ -38,8 +38,10 @@ def hstu_attention(
 def bias_buckets(spec: AttentionSpec, bias: PositionTimeBias) -> Tensor:
     """Joint bucket of every query and column, int32 `[B, R, N]`: position times S plus time."""
     assert spec.places is not None
-    positions, times = (_per_slot(spec, x, 0) for x in spec.places)
-    own_positions, own_times = (_of_queries(spec, x) for x in (positions, times))
+    places = spec.places
+    positions, times = (_per_slot(spec, x, 0) for x in (places.positions, places.timestamps))
+    own_positions = _of_queries(spec, _per_slot(spec, places.of_queries, 0))
+    own_times = _of_queries(spec, times)
     distance = own_positions.unsqueeze(2) - positions.unsqueeze(1)
     seconds = (own_times.unsqueeze(2) - times.unsqueeze(1)).abs()
     size = len(bias.time_table)
