@@ -61,7 +61,7 @@ def position_bucket(distance: int, bias: PositionTimeBias) -> int:
 
 def time_bucket(seconds: int, bias: PositionTimeBias) -> int:
     """The row of `time_table` for a difference of times."""
-    return min(int(math.log2(1 + abs(seconds))), len(bias.time_table) - 1)
+    return min((1 + abs(seconds)).bit_length() - 1, len(bias.time_table) - 1)
 
 
 def _spec(offsets: Tensor, fields: dict[str, Any]) -> AttentionSpec:
