@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpgr_plugin.ops.hstu_attention.buckets import buckets_by_distance, time_buckets
 from hpgr_plugin.ops.hstu_attention.spec import AttentionSpec, PositionTimeBias
-from hpgr_plugin.ops.jagged import dense_to_jagged, jagged_to_padded_dense
+from hpgr_plugin.ops.jagged import dense_to_jagged, jagged_to_padded_dense, ranges
 
 _SCORES_OF_PART = 2**17  # of one head, on a CPU
 
@@ -54,12 +54,18 @@ class Part(NamedTuple):
     inside: Tensor | None
     buckets: Tensor | None
 
-    def scores(self, q: Tensor, k: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
-        """What goes into the SiLU, `[b, R, N]`, from q `[b, R, d]` and k `[b, N, d]`."""
+    def scores(
+        self, q: Tensor, k: Tensor, bias: Tensor | None, alpha: float, *, last: bool
+    ) -> Tensor:
+        """What goes into the SiLU, `[b, R, N]`, from q `[b, R, d]` and k `[b, N, d]`.
+
+        Args:
+            last: b is not needed again, so it may be overwritten.
+        """
         if bias is None:
             scores = torch.bmm(q, k.mT).mul_(alpha)
         else:
-            scores = torch.baddbmm(bias, q, k.mT, alpha=alpha)
+            scores = torch.baddbmm(bias, q, k.mT, alpha=alpha, out=bias if last else None)
         return scores if self.inside is None else scores.mul_(self.inside.to(scores.dtype))
 
     def bias(self, joint: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -88,7 +94,8 @@ class _Attention(torch.autograd.Function):
                 bias = part.bias(joint, q.dtype)
                 qs, ks, vs, outs = (x[part.rows] for x in (q, k, v, output))
                 for h in range(q.shape[2]):
-                    scores = part.scores(qs[:, :, h], ks[:, :, h], bias, alpha)
+                    last = h == q.shape[2] - 1
+                    scores = part.scores(qs[:, :, h], ks[:, :, h], bias, alpha, last=last)
                     attention = _times(F.silu(scores, inplace=True), part.gain, v.dtype)
                     outs[:, :, h] = torch.bmm(attention, vs[:, :, h])
         return output
@@ -117,10 +124,11 @@ def _backward_of_part(
     """Write the gradients of q, k and v of these sequences, and return that of b `[b, R, N]`."""
     bias = part.bias(joint, tensors[0].dtype)
     d_bias = tensors[0].new_zeros(())
-    for h in range(tensors[0].shape[2]):
+    heads = tensors[0].shape[2]
+    for h in range(heads):
         q, k, v, grad = (x[part.rows, :, h] for x in tensors)
         dq, dk, dv = (x[part.rows, :, h] for x in gradients)
-        scores = part.scores(q, k, bias, alpha)
+        scores = part.scores(q, k, bias, alpha, last=h == heads - 1)
         attention = _times(F.silu(scores), part.gain, v.dtype)
         dv.copy_(torch.bmm(attention.mT, grad))
         d_attention = _times(torch.bmm(grad, v.mT), part.gain, scores.dtype)
@@ -204,11 +212,22 @@ def _weights(spec: AttentionSpec) -> Tensor | None:
         column = _pad(spec.column_weights.unsqueeze(1), spec.offsets, spec.max_length, spec.padded)
         parts.append(column.mT)
     if spec.row_weights is not None:
-        query_offsets = spec.offsets if spec.query_offsets is None else spec.query_offsets
-        parts.append(_pad(spec.row_weights, query_offsets, spec.query_length, spec.padded))
+        parts.append(_padded_row_weights(spec, spec.row_weights))
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else parts[0] * parts[1]
+
+
+def _padded_row_weights(spec: AttentionSpec, weights: Tensor) -> Tensor:
+    """M of every query `[B, R, N]`."""
+    queries = spec.offsets if spec.query_offsets is None else spec.query_offsets
+    if spec.weight_offsets is None:
+        return _pad(weights, queries, spec.query_length, spec.padded)
+    counts = spec.weight_offsets.diff()
+    padded = weights.new_ones(len(counts) * spec.query_length, spec.max_length)
+    starts = torch.arange(len(counts), device=counts.device) * spec.query_length
+    padded[ranges(starts + queries.diff() - counts, counts)] = weights
+    return padded.unflatten(0, (len(counts), spec.query_length))
 
 
 def _visible(spec: AttentionSpec, own: Tensor) -> Callable[[slice], Tensor]:
