@@ -147,9 +147,10 @@ class SequenceEncoder(nn.Module):
         lengths, counts = sequence.offsets.diff(), sequence.candidates_per_sequence
         longest, most = _longest(lengths, counts)
         marks = Marks(*sequence.marks_of_tokens().T.contiguous())
-        plan, parts = sequence.row_plan, sequence.parts
         candidate_offsets = complete_cumsum(counts)
-        of_candidates = plan is not None and parts is not None
+        weights = None
+        if sequence.row_plan is not None and sequence.parts is not None:
+            weights = row_weights(sequence.parts, sequence.row_plan, longest)
         spec = AttentionSpec(
             offsets=sequence.offsets,
             max_length=longest,
@@ -157,8 +158,8 @@ class SequenceEncoder(nn.Module):
             norm_length=self.norm_length,
             visibility=Visibility(marks.key_order, marks.query_order),
             column_weights=sequence.column_weights,
-            row_weights=row_weights(parts, plan, longest) if of_candidates else None,
-            weight_offsets=candidate_offsets if of_candidates else None,
+            row_weights=weights,
+            weight_offsets=None if weights is None else candidate_offsets,
             mask_position=mask_position,
             places=Places(marks.positions, marks.timestamps),
             exact=True,
