@@ -104,9 +104,11 @@ def _buckets(row_position, row_time, column_position, column_time, Distances, FA
     position = tl.load(Distances + distance + FAR)
     apart = row_time[:, None] - column_time[None, :]
     apart = tl.where(apart < 0, -apart, apart) + 1
+    if TIMES <= 32:  # no bucket beyond tells these apart
+        apart = tl.minimum(apart, 2**32 - 1).to(tl.uint32)
     # The exponent of the rounded float, less one where it was rounded up to a power of two.
     exponent = (apart.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-    exponent = tl.where((apart >> exponent.to(tl.int64)) == 0, exponent - 1, exponent)
+    exponent = tl.where((apart >> exponent.to(apart.dtype)) == 0, exponent - 1, exponent)
     return position, tl.minimum(exponent, TIMES - 1)
 
 
