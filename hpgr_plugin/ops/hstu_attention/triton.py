@@ -1,5 +1,7 @@
 """HSTU attention over jagged sequences in Triton: forward, and a backward that repeats exactly.
 
+A bias, a visibility and weights by row have kernels of their own, see `general.py`.
+
 Every block of an output has one program, so nothing is added atomically. Column weights never enter
 the loops: SiLU(s) M is V with its rows scaled by M, SiLU(M s) is K with its rows scaled, and their
 gradient is scaled as it is written. Scores scaled in registers measured 1.5 times slower, forward.
@@ -38,11 +40,12 @@ def hstu_attention(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, bias: PositionTimeBias | None = None
 ) -> Tensor:
     """The operator's Triton backend, see `hpgr_plugin.ops.hstu_attention`."""
+    output: Tensor
     if bias is None and why_not_plain(q, k, v, spec) is None:
-        output: Tensor = _Attention.apply(q, k, v, _with_float_weights(spec))
-        return output
-    tables = (None, None) if bias is None else bias[:2]
-    output = _GeneralAttention.apply(q, k, v, *tables, bias, spec)
+        output = _Attention.apply(q, k, v, _with_float_weights(spec))
+    else:
+        tables = (None, None) if bias is None else bias[:2]
+        output = _GeneralAttention.apply(q, k, v, *tables, bias, spec)
     return output
 
 
