@@ -117,7 +117,10 @@ def _arguments(
         return real if x is None else x.float().contiguous()
 
     matrix = floats(spec.row_weights)
-    with_places = bias is not None and places is not None
+    if bias is None or places is None:
+        position, query_position, timestamp = None, None, None
+    else:
+        position, query_position, timestamp = places.positions, places.of_queries, places.timestamps
     return (
         spec.offsets,
         integers(spec.query_offsets),
@@ -125,9 +128,9 @@ def _arguments(
         integers(spec.query_rows),
         integers(None if sight is None else sight.key_order),
         integers(None if sight is None else sight.query_order),
-        integers(places.positions if with_places else None),
-        integers(places.of_queries if with_places else None),
-        integers(places.timestamps if with_places else None),
+        integers(position),
+        integers(query_position),
+        integers(timestamp),
         whole if bias is None else buckets_by_distance(bias, q.device),
         floats(None if bias is None else bias.position_table),
         floats(None if bias is None else bias.time_table),
