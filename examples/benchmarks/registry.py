@@ -20,7 +20,19 @@ from typing import NamedTuple
 
 import torch
 
-NAMES = ("hosts", "kernels", "plan", "stack", "rivals", "candidates", "growth", "sem", "mim", "cpu")
+NAMES = (
+    "hosts",
+    "embedded",
+    "kernels",
+    "plan",
+    "stack",
+    "rivals",
+    "candidates",
+    "growth",
+    "sem",
+    "mim",
+    "cpu",
+)
 
 
 class Ceilings(NamedTuple):

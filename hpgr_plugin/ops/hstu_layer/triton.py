@@ -16,7 +16,7 @@ from hpgr_plugin.ops.hstu_attention.triton import (
     attention_forward,
     zero_spare_rows,
 )
-from hpgr_plugin.ops.hstu_attention.triton import why_not as why_not_attention
+from hpgr_plugin.ops.hstu_attention.triton import why_not_plain as why_not_attention
 from hpgr_plugin.ops.hstu_layer.layer import Dropout, LayerForm, LayerWeights, Specs, Tokens
 from hpgr_plugin.ops.hstu_layer.rowwise import (
     gate_backward,
