@@ -21,17 +21,8 @@ from typing import NamedTuple
 import torch
 
 NAMES = (
-    "hosts",
-    "embedded",
-    "kernels",
-    "plan",
-    "stack",
-    "rivals",
-    "candidates",
-    "growth",
-    "sem",
-    "mim",
-    "cpu",
+    *("hosts", "embedded", "serving", "kernels", "plan", "stack", "rivals", "candidates"),
+    *("growth", "sem", "mim", "cpu"),
 )
 
 
@@ -51,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", default=None, help=f"of {', '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
     options = parser.parse_args(arguments)
-    names = options.names or [name for name in NAMES if name == "cpu" or torch.cuda.is_available()]
+    names = options.names or [
+        n for n in NAMES if n in ("cpu", "serving") or torch.cuda.is_available()
+    ]
     for name in names:
         if name not in NAMES:
             parser.error(f"no benchmark {name!r}; there are {', '.join(NAMES)}")

@@ -91,6 +91,7 @@ DLRM_V3 = _table("""
     dlrm_v3.train.utils: streaming_train_eval_loop
         rank model metric_logger device optimizer hstu_config embedding_table_configs
     dlrm_v3.utils: MetricsLogger multitask_configs batch_size window_size device rank
+    dlrm_v3.utils: MetricsLogger.compute_and_log mode additional_logs
     dlrm_v3.checkpoint: load_dmp_checkpoint model optimizer metric_logger device
     dlrm_v3.checkpoint: load_dense_state_dict model state_dict
     dlrm_v3.checkpoint: is_sparse_key
