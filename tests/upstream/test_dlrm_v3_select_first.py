@@ -44,7 +44,7 @@ class EncodeFirst(DlrmHSTU):
         data = RankingBatch(*args, **kwargs)
         plan, hook = self._plan(data), self.attention_hook
         assert hook is not None
-        times, query_times = self._times(data.payload_features)
+        times, query_times = self._times(data)
         parts = joined_parts(
             data.history_offsets,
             data.candidate_offsets,
@@ -221,6 +221,29 @@ def test_rows_that_are_made_again_in_the_backward(
         model = build(DlrmHSTU, dtype=torch.float64, **filled(layout))
         results.append(step(model, data))
     assert_equal(*results)
+
+
+class Wrapped(torch.nn.Module):
+    """A stack inside another module, which this package does not look into."""
+
+    def __init__(self, stack: torch.nn.Module) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        return self.stack(**inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stack_in_a_wrapper_gives_the_same(layout: str) -> None:
+    data = batch([9, 4], [1, 1], later=False)
+    predictions = []
+    for wrap in (False, True):
+        model = build(DlrmHSTU, dtype=torch.float64, **filled(layout))
+        if wrap:
+            model._hstu_transducer._stu_module = Wrapped(model._hstu_transducer._stu_module)
+        predictions.append(model(*data)[3])
+    torch.testing.assert_close(predictions[0], predictions[1], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -111,6 +111,37 @@ def test_empty_slots_add_no_launch() -> None:
     assert launches(make(DlrmHSTU), data) == launches(make(HostDlrmHSTU), data)
 
 
+@pytest.mark.parametrize("count", [10, 64])
+def test_many_candidates_take_no_more_memory_than_the_host(count: int) -> None:
+    """Sizes at which the layers make their projections again in the backward."""
+    users, length = 96, 1024 - count
+    data = batch([length] * users, [count] * users, device="cuda")
+
+    def peak(model_class: type, **filled: Any) -> float:
+        config = small_config(
+            max_seq_len=1024,
+            max_num_candidates=count,
+            hstu_attn_linear_dim=64,
+            hstu_attn_qk_dim=64,
+            hstu_transducer_embedding_dim=128,
+        )
+        kernel = HammerKernel.TRITON
+        model = build(
+            model_class, config=config, device="cuda", kernel=kernel, bf16_training=True, **filled
+        )
+        step(model, data)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(model, data)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    host = peak(HostDlrmHSTU)
+    mine = peak(DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention(top_k=8, recent=32))
+    print(f"host {host:.0f} MiB, auto {mine:.0f} MiB")
+    assert mine < 1.05 * host
+
+
 def test_places_are_those_of_the_hosts_kernel() -> None:
     torch.manual_seed(0)
     encoder = PlacedHSTUPositionalEncoder(

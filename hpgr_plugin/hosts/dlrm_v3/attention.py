@@ -1,6 +1,7 @@
 """The host's STU layer with the weights of a preference plan in its attention."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -175,24 +176,26 @@ class PreferenceSTULayer(STULayer):
         if kv_caching_lengths is not None:
             _, _, k, v = self._project(x)
             self.update_kv_cache(max_seq_len=max_seq_len, seq_offsets=x_offsets, k=k, v=v, **cache)
-        sequences: dict[str, Any] = {
-            "max_seq_len": max_seq_len,
-            "x_offsets": x_offsets,
-            "num_targets": num_targets,
-        }
-        if self._recompute_uvqk and len(x) >= _ROWS_TO_RECOMPUTE and torch.is_grad_enabled():
-            # As the host does: what the projection gives is made again in the backward.
-            u, attention = checkpoint(
-                self._attend,
-                x,
-                self.step,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                **sequences,
-            )
-        else:
-            u, attention = self._attend(x, self.step, **sequences)
+        u, attention = self._saving_memory(
+            self._attend,
+            x,
+            self.step,
+            max_seq_len=max_seq_len,
+            x_offsets=x_offsets,
+            num_targets=num_targets,
+        )
         return self._output(attention, u, x)
+
+    def recomputes(self, x: Tensor) -> bool:
+        """Whether what the projection of these rows gives is made again in the backward."""
+        large = len(x) >= _ROWS_TO_RECOMPUTE and torch.is_grad_enabled()
+        return large and bool(self._recompute_uvqk)
+
+    def _saving_memory(self, function: Callable[..., Any], x: Tensor, *args: Any, **kw: Any) -> Any:
+        """Run `function(x, ...)`; of a large batch only x is kept for the backward."""
+        if not self.recomputes(x):
+            return function(x, *args, **kw)
+        return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=False, **kw)
 
     def _attend(
         self,
@@ -240,14 +243,20 @@ class PreferenceSTULayer(STULayer):
     def read_candidates(self, x: Tensor, sequences: RowSequences, step: StepAttention) -> Tensor:
         """As `forward`, the candidates' rows alone: `[L, D]` -> `[C, D]`."""
         rows = sequences.parts.candidate_rows()
+        u, attention = self._saving_memory(self._read, x, rows, sequences, step)
+        return self._output(attention, u, x.index_select(0, rows))
+
+    def _read(
+        self, x: Tensor, rows: Tensor, sequences: RowSequences, step: StepAttention
+    ) -> tuple[Tensor, Tensor]:
+        """u `[C, H * dv]` and the attention `[C, H, dv]` of the candidates."""
         u, q, k, v = self._project(x)
         if step.candidates is None:
             spec = self._reading_spec(sequences, step)
         else:
             k, v = _scaled(k, step.key_scale), _scaled(v, step.value_scale)
             spec = step.candidates.attention_spec(sequences.max_length, self._attn_alpha)
-        attention = hstu_attention(q.index_select(0, rows), k, v, spec)
-        return self._output(attention, u.index_select(0, rows), x.index_select(0, rows))
+        return u.index_select(0, rows), hstu_attention(q.index_select(0, rows), k, v, spec)
 
     def _reading_spec(self, sequences: RowSequences, step: StepAttention) -> AttentionSpec:
         """Every candidate over its sequence, with the weights of its columns."""

@@ -218,7 +218,8 @@ class PreferenceTransducer(HSTUTransducer):
             "num_targets": sequences.num_targets,
         }
         scale = step.value_scale if step.scales_values_only else None
-        if scale is not None and host_has_seam("value_scale"):
+        own = isinstance(module, PreferenceSTULayer)
+        if scale is not None and not own and host_has_seam("value_scale"):
             scaled: Tensor = module(**arguments, value_scale=scale)
             return scaled
         with self.attending(step):
