@@ -133,20 +133,26 @@ def test_empty_slots_are_the_host_to_the_last_bit() -> None:
         step(model, data)  # the first pass tries configurations, and kernels run many times
         return [step(model, data) for _ in range(count)]
 
-    host, (mine,) = steps(HostDlrmHSTU, 3), steps(DlrmHSTU, 1)
-    for theirs, ours in zip(host[0][0], mine[0], strict=True):
+    host, mine = steps(HostDlrmHSTU, 3), steps(DlrmHSTU, 3)
+    for theirs, ours in zip(host[0][0], mine[0][0], strict=True):
         assert torch.equal(theirs, ours)
-    assert mine[1].keys() == host[0][1].keys()
+    assert mine[0][1].keys() == host[0][1].keys()
     repeated = 0
-    for name, ours in mine[1].items():
-        first, *others = (gradients[name] for _, gradients in host)
-        spread = max(relative_error(other, first.cpu()) for other in others)
+    for name in mine[0][1]:
+        (first, *others), (ours, *ours_again) = (
+            [gradients[name] for _, gradients in run] for run in (host, mine)
+        )
+        # Atomics give other bits every time, but may agree by chance in a few passes.
+        spread = max(
+            *(relative_error(other, first.cpu()) for other in others),
+            *(relative_error(other, ours.cpu()) for other in ours_again),
+        )
         repeated += spread == 0.0
         if spread == 0.0:
             assert torch.equal(ours, first), name
-        else:  # atomics: the host itself gives other bits every time
+        else:
             assert relative_error(ours, first.cpu()) < 10 * spread, name
-    # Those behind the attention's backward do not: 21 of 73 do on an H200.
+    # Those behind the attention's backward do not repeat: 21 of 73 do on an H200.
     assert repeated > 0
 
 

@@ -44,7 +44,7 @@ class EncodeFirst(DlrmHSTU):
         data = RankingBatch(*args, **kwargs)
         plan, hook = self._plan(data), self.attention_hook
         assert hook is not None
-        times, query_times = self._times(data.payload_features)
+        times, query_times = self._times(data)
         parts = joined_parts(
             data.history_offsets,
             data.candidate_offsets,

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -310,7 +309,7 @@ class DlrmHSTU(host.DlrmHSTU):
         if hook is None:
             return None
         history, candidates = self._item_features()
-        times, query_times = self._times(batch.payload_features)
+        times, query_times = self._times(batch)
         # Times hide the future from candidates; a plan of users may weigh items by age with them.
         has_times = self._hide_future or hook.layout == "per_user"
         return hook.plan(
@@ -331,57 +330,68 @@ class DlrmHSTU(host.DlrmHSTU):
     def _follow_plan(self, batch: RankingBatch) -> tuple[Request, RankingBatch]:
         """What the transducer should do, and the batch that the host should see."""
         plan, hook = self._plan(batch), self.attention_hook
-        times, query_times = self._times(batch.payload_features)
+        if plan is not None and hook is not None and hook.layout != "shared_history":
+            return self._shorten(batch, plan, hook)
+        parts = self._parts(batch, batch.history_offsets, len(self._times(batch)[0]))
         request = Request(
-            joined_parts(
-                batch.history_offsets,
-                batch.candidate_offsets,
-                contextual_len=self._contextual_seq_len(),
-                num_history=len(times),
-                num_candidates=len(query_times),
-            ),
+            parts,
             plan,
             batch.max_num_candidates,
+            mask_position="post" if hook is None else hook.mask_position,
             hide_future=self._masks_future,
+            places=self._places(batch, parts, None),
         )
-        if hook is not None:
-            request = replace(request, layout=hook.layout, mask_position=hook.mask_position)
-        if plan is None or hook is None or request.layout == "shared_history":
-            return replace(request, places=self._places(batch, request.parts, None)), batch
-        one_each = batch.max_num_candidates == 1 and len(query_times) == len(batch.num_candidates)
+        return request, batch
+
+    def _shorten(
+        self, batch: RankingBatch, plan: PreferencePlan, hook: AttentionHook
+    ) -> tuple[Request, RankingBatch]:
+        """The same for a plan that leaves history items out."""
+        longest_row = hook.longest_row(plan, batch.max_uih_len)
         kept = keep(
             plan,
             batch.history_offsets,
-            num_history=len(times),
+            num_history=len(self._times(batch)[0]),
             max_history=batch.max_uih_len,
-            longest_row=hook.longest_row(plan, batch.max_uih_len),
-            by_user=request.layout == "per_user" or one_each,
+            longest_row=longest_row,
+            by_user=hook.layout == "per_user" or self._one_candidate_each(batch),
         )
-        parts = joined_parts(
-            kept.offsets,
-            batch.candidate_offsets,
-            contextual_len=self._contextual_seq_len(),
-            num_history=len(kept.rows),
-            num_candidates=len(query_times),
-            one_candidate_each=one_each,
-        )
-        request = replace(
-            request,
-            parts=parts,
-            plan=kept.plan,
+        parts = self._parts(batch, kept.offsets, len(kept.rows))
+        request = Request(
+            parts,
+            kept.plan,
+            batch.max_num_candidates,
+            hook.layout,
+            hook.mask_position,
+            self._hide_future,
             by_user=kept.by_user,
-            longest_row=hook.longest_row(plan, batch.max_uih_len),
             full_length=batch.max_uih_len + batch.max_num_candidates + parts.contextual_len,
+            longest_row=longest_row,
             places=self._places(batch, parts, kept),
             context=self._session_context(batch, kept),
         )
-        mapping = self._hstu_configs.merge_uih_candidate_feature_mapping
+        features = [name for name, _ in self._hstu_configs.merge_uih_candidate_feature_mapping]
         return request, shortened(
-            batch,
-            kept,
-            history_features=[name for name, _ in mapping],
-            min_lengths=self._min_lengths(),
+            batch, kept, history_features=features, min_lengths=self._min_lengths()
         )
+
+    def _parts(
+        self, batch: RankingBatch, history_offsets: Tensor, num_history: int
+    ) -> SequenceParts:
+        """Of the sequences with these histories and the batch's candidates."""
+        return joined_parts(
+            history_offsets,
+            batch.candidate_offsets,
+            contextual_len=self._contextual_seq_len(),
+            num_history=num_history,
+            num_candidates=len(self._times(batch)[1]),
+            one_candidate_each=self._one_candidate_each(batch),
+        )
+
+    def _one_candidate_each(self, batch: RankingBatch) -> bool:
+        """Whether every user has exactly one candidate, as far as is known without a wait."""
+        one_at_most = batch.max_num_candidates == 1
+        return one_at_most and len(self._times(batch)[1]) == len(batch.num_candidates)
 
     def _places(
         self, batch: RankingBatch, parts: SequenceParts, kept: KeptHistory | None
@@ -392,7 +402,7 @@ class DlrmHSTU(host.DlrmHSTU):
         if kept is None and not is_time_aware:
             return None
         offsets = batch.history_offsets.long()
-        times, query_times = self._times(batch.payload_features)
+        times, query_times = self._times(batch)
         rows = torch.arange(len(times), device=times.device) if kept is None else kept.rows
         if not is_time_aware:
             return FullPlaces(parts, rows, offsets)
@@ -416,7 +426,7 @@ class DlrmHSTU(host.DlrmHSTU):
             return None
         embeddings = batch.seq_embeddings[self._item_features()[0]].embedding
         half = self._bf16_training and not self.is_inference
-        times = self._times(batch.payload_features)[0]
+        times = self._times(batch)[0]
         # As the host hands embeddings to its transducer.
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
             context = self.sem.context(
@@ -444,7 +454,7 @@ class DlrmHSTU(host.DlrmHSTU):
         """
         first = self._unchecked_batches
         self._unchecked_batches = max(0, first - 1)
-        times, query_times = self._times(batch.payload_features)
+        times, query_times = self._times(batch)
         offsets = batch.history_offsets
         if first or not times.is_cuda:
             self._check_order(times, offsets)
@@ -479,12 +489,12 @@ class DlrmHSTU(host.DlrmHSTU):
                 "debug data set is random): sort every history, or leave these slots empty"
             ) from error
 
-    def _times(self, payload_features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _times(self, batch: RankingBatch) -> tuple[Tensor, Tensor]:
         """Times of the history items `[T]` and of the candidates `[C]`."""
         config = self._hstu_configs
         return (
-            payload_features[config.uih_action_time_feature_name],
-            payload_features[config.candidates_querytime_feature_name],
+            batch.payload_features[config.uih_action_time_feature_name],
+            batch.payload_features[config.candidates_querytime_feature_name],
         )
 
     def _contextual_seq_len(self) -> int:
