@@ -81,7 +81,7 @@ class AttentionHook(nn.Module):
         Args:
             max_history: items of the longest history.
             max_candidates: the most candidates of a user.
-            device_type: where the model will run, "cuda" or "cpu".
+            device_type: where the model will run, "cuda" or "cpu", for an estimate of the time.
         """
 
     def plan(self, inputs: HookInputs) -> PreferencePlan | None:
@@ -166,11 +166,11 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         if not self._chooses_layout or self.chosen_layout is not None:
             return
         sizes = LayoutSizes(max_history, max_candidates)
-        layout = choose_layout(sizes, self.settings, device_type)
         costs = layout_costs(sizes, self.settings, device_type)
+        layout = choose_layout(costs)
         _LOG.info(
             'hpgr.PreferenceGuidedSparseAttention.layout = "auto" is %r: for up to %d items and %d '
-            "candidates of a user its step costs %.2f of the other's, with %.2f of the rows",
+            "candidates of a user it should take %.2f of the other's time, with %.2f of the rows",
             layout,
             max_history,
             max_candidates,

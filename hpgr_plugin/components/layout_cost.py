@@ -26,7 +26,7 @@ class StepCost(NamedTuple):
 
 # The dense rows of `python -m examples.benchmarks.registry stack` (131072 tokens, n = 1024 and
 # 4096: 32.3 and 56.2 ms on an H100, 5 layers, D = 512) and of `... registry cpu` (one thread, 4
-# layers, D = 64), solved for the two numbers. Only their ratio matters.
+# layers, D = 64), solved for the two numbers.
 STEP_COSTS = {"cuda": StepCost(185.0, 0.119), "cpu": StepCost(20_000.0, 250.0)}
 
 
@@ -65,26 +65,23 @@ def layout_costs(
         device_type: "cuda" or "cpu"; others count as "cuda".
     """
     n, candidates = sizes
-    kept = most_kept(settings, n) + 1
+    length = most_kept(settings, n) + 1  # and the candidate
     cost = STEP_COSTS.get(device_type, STEP_COSTS["cuda"])
 
     def of(rows: int, pairs: float) -> LayoutCosts:
         return LayoutCosts(rows, rows * cost.per_row + pairs * cost.per_pair)
 
     return {
-        "per_candidate": of(candidates * kept, candidates * kept**2 / 2),
-        "shared_history": of(n + candidates, n**2 / 2 + candidates * n),
+        "per_candidate": of(candidates * length, candidates * length * (length + 1) / 2),
+        "shared_history": of(n + candidates, n * (n + 1) / 2 + candidates * (n + 1)),
     }
 
 
-def choose_layout(sizes: LayoutSizes, settings: PlanSettings, device_type: str) -> ChosenLayout:
-    """The layout that costs less; never one that needs more memory than the whole history does.
+def choose_layout(costs: dict[ChosenLayout, LayoutCosts]) -> ChosenLayout:
+    """Per candidate where that needs no more rows, and so no more memory, than the whole history.
 
-    Arguments as in `layout_costs`. The answer depends on bounds alone, so it is the same for every
-    batch of a run.
+    Then it needs less time too, on any device: as many rows in shorter sequences have fewer pairs.
+    Where it needs more rows it may still be faster for long histories: bind the layout then.
     """
-    costs = layout_costs(sizes, settings, device_type)
     shorter, shared = costs["per_candidate"], costs["shared_history"]
-    if shorter.rows <= shared.rows and shorter.nanoseconds <= shared.nanoseconds:
-        return "per_candidate"
-    return "shared_history"
+    return "per_candidate" if shorter.rows <= shared.rows else "shared_history"

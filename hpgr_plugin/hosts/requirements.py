@@ -45,6 +45,7 @@ DLRM_V3 = _table("""
         seq_embeddings payload_features max_uih_len uih_seq_lengths max_num_candidates
         num_candidates
     modules.dlrm_hstu: STULayer config is_inference
+    modules.dlrm_hstu: HSTUPositionalEncoder embedding_dim contextual_seq_len is_inference
     modules.dlrm_hstu: HSTUTransducer stu_module input_preprocessor positional_encoder is_inference
     modules.preprocessors: InputPreprocessor is_inference
     modules.preprocessors: InputPreprocessor.forward

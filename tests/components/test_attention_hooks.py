@@ -14,7 +14,8 @@ from hpgr_plugin.components.attention_hooks import (
     PreferenceGuidedSparseAttention,
     StochasticLength,
 )
-from hpgr_plugin.ops.preference_plan import plan_preferences
+from hpgr_plugin.components.layout_cost import LayoutSizes, layout_costs
+from hpgr_plugin.ops.preference_plan import PlanSettings, plan_preferences
 
 
 @pytest.fixture
@@ -300,6 +301,7 @@ class TestAutomaticLayout:
             (4096, 64, "shared_history"),
             (1024, 64, "shared_history"),
             (16384, 64, "per_candidate"),
+            (16384, 512, "shared_history"),
             (400, 16, "shared_history"),
         ],
     )
@@ -312,6 +314,17 @@ class TestAutomaticLayout:
         sizes = {"max_history": max_history, "max_candidates": max_candidates}
         hook.decide_layout(**sizes, device_type=device_type)
         assert hook.layout == layout
+
+    @pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+    def test_fewer_rows_never_take_longer(self, device_type: str) -> None:
+        for n in (0, 1, 50, 400, 5000):
+            for candidates in (1, 2, 10, 64, 1000):
+                for top_k, recent in ((1, 0), (8, 32), (50, 0)):
+                    settings = PlanSettings(top_k, 2.0, 1e-3, recent)
+                    costs = layout_costs(LayoutSizes(n, candidates), settings, device_type)
+                    shorter, shared = costs["per_candidate"], costs["shared_history"]
+                    if shorter.rows <= shared.rows:
+                        assert shorter.nanoseconds <= shared.nanoseconds
 
     def test_a_second_decision_changes_nothing(self) -> None:
         hook = PreferenceGuidedSparseAttention(**self.few_kept)
