@@ -19,7 +19,7 @@ from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.features import (
     ItemFeatures,
-    StatisticsFeatures,
+    ItemOdds,
     UserFeatureTokens,
 )
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
@@ -63,8 +63,8 @@ class HSTURanker(nn.Module):
         dropout: on the tokens, and inside the encoder.
         relative_bias: bias the attention by relative position and time.
         use_actions: mark history tokens with their actions.
-        statistics: let candidates know the counts and likes of their item and user before their
-            time, from the training events (see `CandidateStatistics`).
+        statistics: add to the logits how often the candidate's item was liked before its time, in
+            the training events (see `CandidateStatistics` and `ItemOdds`).
         item_bias: add a learned number per item to the logits.
         rare_items: the class `RareItems`, or None: every item has its row of the table.
         token_features: classes of what is added to the tokens besides.
@@ -202,7 +202,7 @@ class HSTURanker(nn.Module):
             nn.Linear(embedding_dim, 1),
         )
         self.reads_statistics = statistics
-        self.statistics = StatisticsFeatures(embedding_dim) if statistics else None
+        self.statistics = ItemOdds() if statistics else None
         self.item_bias = nn.Embedding(num_items, 1) if item_bias else None
         if self.item_bias is not None:
             nn.init.zeros_(self.item_bias.weight)
@@ -256,9 +256,9 @@ class HSTURanker(nn.Module):
         else:
             tokens = (history, candidates, context)
             encoded = self._encode_sequences(self.encoder, batch, index, tokens, plan)
-        if self.statistics is not None:
-            encoded = encoded + self.statistics(batch.candidate_features)
         logits: Tensor = self.head(encoded).squeeze(1)  # Eq. 6 takes their sigmoid
+        if self.statistics is not None:
+            logits = logits + self.statistics(batch.candidate_features)
         if self.item_bias is not None:
             logits = logits + self.item_bias(batch.candidate_items).squeeze(1)
         return logits
