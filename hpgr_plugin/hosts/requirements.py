@@ -57,9 +57,11 @@ DLRM_V3 = _table("""
         max_seq_len seq_lengths seq_offsets seq_timestamps seq_embeddings num_targets
     modules.hstu_transducer: HSTUTransducer._postprocess
         seq_embeddings seq_timestamps seq_payloads
+    modules.positional_encoder: HSTUPositionalEncoder
     modules.positional_encoder: HSTUPositionalEncoder.forward
         max_seq_len seq_lengths seq_offsets seq_timestamps seq_embeddings num_targets
     modules.stu: STULayer config is_inference
+    modules.stu: STUStack
     modules.stu: STULayer.forward
         x x_lengths x_offsets max_seq_len num_targets max_kv_caching_len kv_caching_lengths
     modules.stu: STULayer.cached_forward
