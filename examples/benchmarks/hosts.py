@@ -117,10 +117,16 @@ def measure_size(size: Size, journal: Path) -> None:
     base = _measure(HostModel, size, data, {})
     rows = [_row(size, "host", base, base)]
     host.keep_best(4)
-    for name, hook, bound in (*((name, name, {}) for name in HOOKS), *OTHER_LAYERS):
-        slots = {"attention_hook": HOOKS[hook](), **bound}
-        rows.append(_row(size, name, _measure(DlrmHSTU, size, data, slots), base))
-    print_table(rows)
+    try:
+        for name, hook, bound in (*((name, name, {}) for name in HOOKS), *OTHER_LAYERS):
+            slots = {"attention_hook": HOOKS[hook](), **bound}
+            try:
+                rows.append(_row(size, name, _measure(DlrmHSTU, size, data, slots), base))
+            except torch.OutOfMemoryError:
+                print(f"{name}: out of memory")
+                torch.cuda.empty_cache()
+    finally:  # a row that fails leaves those before it
+        print_table(rows)
 
 
 def make_batch(size: Size) -> tuple[Any, Any]:
