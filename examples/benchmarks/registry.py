@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 
 NAMES = (
-    *("hosts", "kernels", "plan", "stack", "rivals", "candidates", "growth", "sem", "mim", "cpu"),
-    "serving",
+    *("hosts", "embedded", "serving", "kernels", "plan", "stack", "rivals", "candidates"),
+    *("growth", "sem", "mim", "cpu"),
 )
 
 

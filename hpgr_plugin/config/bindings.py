@@ -181,8 +181,18 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, str):  # a string is a sequence of strings, but never meant as one
         members = [m for m in members if m in (str, Any) or get_origin(m) is Literal]
     if _holds_references(value):
-        return True
+        return isinstance(value, dict) or any(_items_fit(value, member) for member in members)
     return any(_is_of(value, member) for member in members)
+
+
+def _items_fit(values: Sequence[Any], hint: Any) -> bool:
+    """Whether a list with references in it has items that the hint takes."""
+    if hint is Any:
+        return True
+    origin = get_origin(hint)
+    if not (inspect.isclass(origin) and issubclass(origin, Sequence)):
+        return False
+    return all(_fits(_resolve_macro(value), get_args(hint)[0]) for value in values)
 
 
 def _broken_limit(value: Any) -> str | None:

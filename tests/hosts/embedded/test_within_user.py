@@ -34,6 +34,9 @@ def test_statistics_change_the_logits_of_their_candidate_only(configure: Configu
     task = replace(task, statistics=True)
     model = build_ranker(task).eval()
     batch = next(iter(task.loader("train").batches()))
+    assert model.statistics is not None
+    with torch.no_grad():  # it starts at zero
+        model.statistics.linear.weight.fill_(1.0)
     before = model(batch)
     batch.candidate_features["item_likes"][0] = batch.candidate_features["item_count"][0] = 50
     changed = model(batch) != before

@@ -19,13 +19,17 @@ from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.features import (
     ItemFeatures,
-    StatisticsFeatures,
+    ItemOdds,
     UserFeatureTokens,
 )
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
 from hpgr_plugin.hosts.embedded.model.rare_items import RareItems
-from hpgr_plugin.hosts.embedded.model.rivals.interface import RivalEncoder, RivalTokens
+from hpgr_plugin.hosts.embedded.model.rivals.interface import (
+    RivalEncoder,
+    RivalSizes,
+    RivalTokens,
+)
 from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes, TokenFeatures
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
@@ -59,8 +63,8 @@ class HSTURanker(nn.Module):
         dropout: on the tokens, and inside the encoder.
         relative_bias: bias the attention by relative position and time.
         use_actions: mark history tokens with their actions.
-        statistics: let candidates know the counts and likes of their item and user before their
-            time, from the training events (see `CandidateStatistics`).
+        statistics: add to the logits how often the candidate's item was liked before its time, in
+            the training events (see `CandidateStatistics` and `ItemOdds`).
         item_bias: add a learned number per item to the logits.
         rare_items: the class `RareItems`, or None: every item has its row of the table.
         token_features: classes of what is added to the tokens besides.
@@ -184,10 +188,12 @@ class HSTURanker(nn.Module):
         else:
             _check_rival(encoder, attention_hook, positional_encoder)
             self.encoder = encoder(
-                embedding_dim=embedding_dim,
-                num_heads=num_heads,
-                dropout=dropout,
-                max_history=max_history,
+                sizes=RivalSizes(
+                    embedding_dim=embedding_dim,
+                    num_heads=num_heads,
+                    dropout=dropout,
+                    max_history=max_history,
+                )
             )
         self.head = nn.Sequential(
             nn.LayerNorm(embedding_dim),
@@ -196,7 +202,7 @@ class HSTURanker(nn.Module):
             nn.Linear(embedding_dim, 1),
         )
         self.reads_statistics = statistics
-        self.statistics = StatisticsFeatures(embedding_dim) if statistics else None
+        self.statistics = ItemOdds() if statistics else None
         self.item_bias = nn.Embedding(num_items, 1) if item_bias else None
         if self.item_bias is not None:
             nn.init.zeros_(self.item_bias.weight)
@@ -250,9 +256,9 @@ class HSTURanker(nn.Module):
         else:
             tokens = (history, candidates, context)
             encoded = self._encode_sequences(self.encoder, batch, index, tokens, plan)
-        if self.statistics is not None:
-            encoded = encoded + self.statistics(batch.candidate_features)
         logits: Tensor = self.head(encoded).squeeze(1)  # Eq. 6 takes their sigmoid
+        if self.statistics is not None:
+            logits = logits + self.statistics(batch.candidate_features)
         if self.item_bias is not None:
             logits = logits + self.item_bias(batch.candidate_items).squeeze(1)
         return logits

@@ -243,6 +243,12 @@ def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
             f"hpgr.HSTURanker.max_history = {model.max_history}"
         )
     task.decide_causal(model.sem)
+    if model.attention_hook is not None:
+        model.attention_hook.decide_layout(
+            max_history=task.requests.max_history,
+            max_candidates=task.requests.max_candidates,
+            device_type=task.process.device.type,
+        )
     return model.to(task.process.device)
 
 
