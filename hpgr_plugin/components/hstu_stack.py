@@ -42,9 +42,9 @@ def read_sequences(
     """
     *inner, last = layers
     for i, weights in enumerate(inner):
-        rows = hstu_layer(rows, weights, spec, form.with_stream(2 * i))
+        rows = hstu_layer(rows, weights, spec, form.with_draw(2 * i))
     reading = spec.replace(query_offsets=candidate_offsets, max_query_length=max_candidates)
-    return hstu_layer(rows, last, reading, form.with_stream(2 * len(inner)), rows=candidate_rows)
+    return hstu_layer(rows, last, reading, form.with_draw(2 * len(inner)), rows=candidate_rows)
 
 
 def read_histories(
@@ -66,7 +66,7 @@ def read_histories(
     tokens = history, candidates
     for i, weights in enumerate(layers):
         last = i == len(layers) - 1
-        tokens = candidate_layer(tokens, weights, specs, form.with_stream(2 * i), last=last)
+        tokens = candidate_layer(tokens, weights, specs, form.with_draw(2 * i), last=last)
     return tokens[1]
 
 

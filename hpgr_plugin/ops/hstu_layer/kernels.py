@@ -119,10 +119,10 @@ def norm_backward_kernel(Grad, Residual, X, Weight, Moments, DX, Partial, total,
 
 
 @triton.jit
-def _kept(Seed, stream, where, rate):
+def _kept(Seed, draw, where, rate):
     """Factors of three numbers at each place: 0 where dropped, else 1 / (1 - rate)."""
     # Seven rounds of Philox pass the usual tests of randomness; the default of ten costs more.
-    first, second, third, _ = tl.rand4x(tl.load(Seed) + stream, where, 7)
+    first, second, third, _ = tl.rand4x(tl.load(Seed) + draw, where, 7)
     scale = 1.0 / (1.0 - rate)
     return (
         tl.where(first > rate, scale, 0.0),
@@ -133,7 +133,7 @@ def _kept(Seed, stream, where, rate):
 
 @triton.jit
 def gate_forward_kernel(Attention, Gate, Weight, Bias, Out, Moments, Seed, total, stride_g, eps,
-                        stream, rate, DROPOUT: tl.constexpr, SIZE: tl.constexpr,
+                        draw, rate, DROPOUT: tl.constexpr, SIZE: tl.constexpr,
                         WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     rows, places, held, inside = _own_tile(total, SIZE, WIDE, ROWS)
     where = rows[:, None] * SIZE + places[None, :]
@@ -147,7 +147,7 @@ def gate_forward_kernel(Attention, Gate, Weight, Bias, Out, Moments, Seed, total
     kind = Out.dtype.element_ty
     product = gate * normed
     if DROPOUT:
-        keep_gate, keep_raw, keep_product = _kept(Seed, stream, where, rate)
+        keep_gate, keep_raw, keep_product = _kept(Seed, draw, where, rate)
         gate *= keep_gate
         a *= keep_raw
         product *= keep_product
@@ -158,7 +158,7 @@ def gate_forward_kernel(Attention, Gate, Weight, Bias, Out, Moments, Seed, total
 
 @triton.jit
 def gate_backward_kernel(Grad, Attention, Gate, Weight, Bias, Moments, DAttention, DGate,
-                         Partial, Seed, total, stride_g, stride_d, stream, rate,
+                         Partial, Seed, total, stride_g, stride_d, draw, rate,
                          DROPOUT: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
                          ROWS: tl.constexpr):  # fmt: skip
     places = tl.arange(0, WIDE)
@@ -176,7 +176,7 @@ def gate_backward_kernel(Grad, Attention, Gate, Weight, Bias, Moments, DAttentio
         d_plain = tl.load(grad + SIZE, mask=inside, other=0.0).to(tl.float32)
         d_product = tl.load(grad + 2 * SIZE, mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
-            keep_gate, keep_raw, keep_product = _kept(Seed, stream, where, rate)
+            keep_gate, keep_raw, keep_product = _kept(Seed, draw, where, rate)
             d_plain_gate *= keep_gate
             d_plain *= keep_raw
             d_product *= keep_product

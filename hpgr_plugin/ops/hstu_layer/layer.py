@@ -36,12 +36,12 @@ class Dropout(NamedTuple):
         rate: share of its numbers that become zero, below 1.
         seed: int64 `[1]`, drawn once per step on the device of the rows. The kernels make their
             masks from it; the other backends draw from torch's own generator.
-        stream: which mask of the step: layers count by two.
+        draw: which mask of the step: layers count by two.
     """
 
     rate: float
     seed: Tensor
-    stream: int = 0
+    draw: int = 0
 
 
 class LayerForm(NamedTuple):
@@ -59,11 +59,11 @@ class LayerForm(NamedTuple):
     dropout: Dropout | None = None
     recompute: bool = False
 
-    def with_stream(self, stream: int) -> LayerForm:
+    def with_draw(self, draw: int) -> LayerForm:
         """The form with another mask of its dropout."""
         if self.dropout is None:
             return self
-        return self._replace(dropout=self.dropout._replace(stream=stream))
+        return self._replace(dropout=self.dropout._replace(draw=draw))
 
 
 class Attention(Protocol):

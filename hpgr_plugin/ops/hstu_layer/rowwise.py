@@ -152,8 +152,8 @@ def _seed(dropout: Dropout | None, absent: Tensor) -> Tensor:
 
 
 def _dropped(dropout: Dropout | None) -> dict[str, Any]:
-    stream, rate = (0, 0.0) if dropout is None else (dropout.stream, dropout.rate)
-    return {"stream": stream, "rate": rate, "DROPOUT": dropout is not None}
+    draw, rate = (0, 0.0) if dropout is None else (dropout.draw, dropout.rate)
+    return {"draw": draw, "rate": rate, "DROPOUT": dropout is not None}
 
 
 def _in_dtype(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,8 +102,8 @@ def candidate_layer(
     """See `hpgr_plugin.ops.hstu_layer.candidate_layer`."""
     history, candidates = tokens
     own = _Form(specs[0], *form)
-    stream = 0 if form.dropout is None else form.dropout.stream
-    read = _Form(specs[1], *form.with_stream(stream + 1))
+    draw = 0 if form.dropout is None else form.dropout.draw
+    read = _Form(specs[1], *form.with_draw(draw + 1))
     if last:
         return history, _LastCandidateLayer.apply(history, candidates, read, *weights)
     output: Tokens = _CandidateLayer.apply(history, candidates, own, read, *weights)

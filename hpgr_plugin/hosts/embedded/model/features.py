@@ -43,29 +43,53 @@ class UserFeatureTokens(nn.Module):
 
 
 class ItemOdds(nn.Module):
-    """A logit from how often a candidate's item was liked before its time.
+    """A logit linear in the log odds of a candidate's item before its time; it starts at zero."""
 
-    Linear in the log odds, which are pulled towards even odds by `prior_events` imaginary events,
-    so that a single like says less than a hundred; the slope starts at zero. The counts and the
-    user's odds stay out: a small network that read them lost AUC.
-
-    Args:
-        prior_events: weight of even odds, in events.
-    """
-
-    def __init__(self, *, prior_events: float = 5.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.prior_events = prior_events
         self.linear = nn.Linear(1, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """The columns of `CandidateStatistics`, ``[C]`` each -> ``[C]``."""
-        count, likes, half = features["item_count"], features["item_likes"], self.prior_events / 2
-        odds = ((likes + half) / (count - likes + half)).log().to(self.linear.weight.dtype)
+        odds = log_odds(features, "item").to(self.linear.weight.dtype)
         logits: Tensor = self.linear(odds.unsqueeze(1)).squeeze(1)
         return logits
+
+
+class OddsNetwork(nn.Module):
+    """An embedding of the log odds of a candidate's item and user before its time.
+
+    The counts stay out: they grow along the log, so in the test split they lie beyond training.
+
+    Args:
+        embedding_dim: ``D``.
+    """
+
+    def __init__(self, embedding_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
+        )
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """The columns of `CandidateStatistics`, ``[C]`` each -> ``[C, D]``."""
+        odds = torch.stack([log_odds(features, owner) for owner in ("item", "user")], dim=1)
+        embedded: Tensor = self.layers(odds.to(next(self.parameters()).dtype))
+        return embedded
+
+
+def log_odds(features: Mapping[str, Tensor], owner: str, *, prior_events: float = 5.0) -> Tensor:
+    """Log odds of a like ``[C]``, pulled towards even odds by imaginary events.
+
+    Args:
+        features: the columns of `CandidateStatistics`.
+        owner: "item" or "user".
+        prior_events: how many; with them a single like says less than a hundred.
+    """
+    count, likes, half = features[f"{owner}_count"], features[f"{owner}_likes"], prior_events / 2
+    return ((likes + half) / (count - likes + half)).log()
 
 
 class ItemFeatures(nn.Module):
