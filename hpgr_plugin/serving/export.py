@@ -95,7 +95,7 @@ def export_checkpoint(checkpoint: Path, out: Path, task: Task, *, scope: str = "
         model = build("HSTURanker", **arguments, pretrained=None)
     if model.reads_statistics:
         raise ConfigError(
-            "hpgr.HSTURanker.statistics must be False in a served model: the folder holds no "
+            "hpgr.HSTURanker.statistics must be None in a served model: the folder holds no "
             "counts of items and users up to the time of a request"
         )
     task.decide_causal(model.sem)

@@ -27,6 +27,10 @@ from hpgr_plugin.serving.bias import distance_buckets, position_time_bias
 from hpgr_plugin.serving.cached_encoder import CachedRows, take_cached_rows
 
 MOST_REQUESTS, MOST_CANDIDATES = 4096, 65_536
+_PARTS = (
+    *("item_table", "action_table", "user_features", "item_features", "positional_encoder"),
+    *("input_dropout", "attention_hook", "encoder", "head", "item_bias", "token_features"),
+)
 
 
 class ProgramError(HpgrError):
@@ -399,7 +403,7 @@ def _refuse(model: HSTURanker) -> None:
         "hpgr.HSTURanker.sem": model.sem is not None,
         "hpgr.HSTURanker.token_features": len(model.token_features) > 0,
         "hpgr.HSTURanker.rare_items": model.rare_items is not None,
-        "hpgr.HSTURanker.statistics": model.statistics is not None,
+        "hpgr.HSTURanker.statistics": model.reads_statistics,
         "hpgr.TimeAwarePositionalEncoder.hide_future = False": not model.hide_future,
     }
     if isinstance(hook, PreferenceGuidedSparseAttention):
@@ -408,6 +412,8 @@ def _refuse(model: HSTURanker) -> None:
         parts[f"{name}.table = 'frozen'"] = hook.table == "frozen"
     elif hook is not None:
         parts["hpgr.HSTURanker.attention_hook"] = True
+    for name, _ in model.named_children():  # a part that this file does not know of
+        parts[f"{type(model).__name__}.{name}"] = name not in _PARTS
     refused = next((name for name, found in parts.items() if found), None)
     if refused is not None:
         raise ProgramError(

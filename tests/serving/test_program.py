@@ -114,6 +114,13 @@ def test_what_has_no_fixed_shapes_is_refused_by_name(
     assert "\n" not in str(raised.value)
 
 
+def test_a_part_that_is_not_known_is_refused() -> None:
+    model = ranker()
+    model.new_part = torch.nn.Linear(2, 2)
+    with pytest.raises(ProgramError, match=r"HSTURanker\.new_part has no form"):
+        export_program(model)
+
+
 def test_requests_with_unlike_candidates_are_refused() -> None:
     with pytest.raises(ProgramError, match=r"equally many candidates, got \[1, 3\]"):
         ProgramInputs.of(requests([3, 4], [1, 3]))

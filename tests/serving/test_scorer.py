@@ -173,5 +173,21 @@ def test_a_model_that_numbers_the_history_by_its_candidate(
 
 
 def test_statistics_cannot_be_served(trained: Callable[..., tuple[Task, Path]]) -> None:
-    with pytest.raises(ConfigError, match=r"hpgr\.HSTURanker\.statistics must be False"):
-        trained("hstu", "hpgr.HSTURanker.statistics = True")
+    with pytest.raises(ConfigError, match=r"hpgr\.HSTURanker\.statistics must be None"):
+        trained("hstu", "hpgr.HSTURanker.statistics = 'linear'")
+
+
+def test_a_layout_that_the_training_chose_is_served(
+    trained: Callable[..., tuple[Task, Path]],
+) -> None:
+    hook = "recency_shared/hpgr.PreferenceGuidedSparseAttention"
+    task, folder = trained("pgsa_recent_shared", f"{hook}.layout = 'auto'")
+    expected = evaluated(task, "pgsa_recent_shared", folder)
+    with config_scope("pgsa_recent_shared"):
+        layout = build_ranker(task).attention_hook.layout  # type: ignore[union-attr]
+    scorer = Scorer.load(folder, device="cpu")
+    assert scorer.model.attention_hook is not None
+    assert scorer.model.attention_hook.layout == layout
+    answers = scorer.score(requests_of(task.data, task.requests))
+    scores = np.concatenate([answer.probabilities for answer in answers])
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
