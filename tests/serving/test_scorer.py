@@ -18,7 +18,7 @@ from hpgr_plugin.hosts.embedded.train.stages import build_ranker
 from hpgr_plugin.serving import Request, RequestError, Scorer
 
 ROWS = ["hstu", "mtgr", "base", "pgsa", "pgsa_recent", "pgsa_recent_shared", "sem", "full"]
-ROWS += ["full_shared", "sasrec", "base_relative"]
+ROWS += ["full_shared", "sasrec", "base_absolute"]
 
 
 def evaluated(task: Task, row: str, folder: Path) -> np.ndarray:
