@@ -135,6 +135,9 @@ class _Trainings:
         for job, result in self.jobs.run(jobs):
             assert isinstance(result, Stage1)
             self.handed[job.scope][job.seed] = result
+            LOG.info(
+                "stage 1 of %s, seed %d: loss %.3f", job.title, job.seed, result.metrics["loss"]
+            )
 
     def choose(self, learning_rates: Sequence[float]) -> None:
         """The learning rate of every row: that of the best validation for the first seed."""
