@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def describe_models(configs: list[str], bindings: Sequence[str] = ()) -> None:
     load_configs(configs, [*SYNTHETIC, *bindings])
     check_scopes()
     task = Task(build("prepare_data"), build("RequestSettings"), Process(0, 1, torch.device("cpu")))
+    task = replace(task, statistics=True)
     batch = next(iter(task.loader("test").batches()))
     mode, rows = (gin.query_parameter(f"hpgr.run.{name}") for name in ("mode", "rows"))
     for scope in rows if mode == "ablation" else [""]:
