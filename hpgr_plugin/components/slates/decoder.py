@@ -57,6 +57,7 @@ class SlateDecoder(nn.Module):
         if ids.num_items < slate_size:
             raise HpgrError(f"a slate of {slate_size} needs as many items, got {ids.num_items}")
         self.ids, self.slate_size = ids, slate_size
+        self.settings: dict[str, Any] = {}  # arguments of the subclass, for files
         self.digit_tables = nn.ModuleList(
             nn.Embedding(size, embedding_dim) for size in ids.level_sizes
         )
@@ -200,6 +201,11 @@ class HierarchicalDecoder(SlateDecoder):
         sizes["dropout"] = dropout
         super().__init__(ids=ids, **sizes, slate_size=slate_size)
         check_at_least(0, planner_layers=planner_layers)
+        self.settings = {
+            "planner_layers": planner_layers,
+            "generator_layers": generator_layers,
+            "generator_context": generator_context,
+        }
         self.planner = DecoderStack(planner_layers, **sizes, cross=True) if planner_layers else None
         self.generator = DecoderStack(generator_layers, **sizes, cross=generator_context)
         self.slots = nn.Parameter(torch.empty(slate_size, embedding_dim))
@@ -266,6 +272,7 @@ class FlatItemDecoder(SlateDecoder):
         sizes: dict[str, Any] = {"embedding_dim": embedding_dim, "num_heads": num_heads}
         sizes["dropout"] = dropout
         super().__init__(ids=ids, **sizes, slate_size=slate_size)
+        self.settings = {"num_layers": num_layers}
         self.stack = DecoderStack(num_layers, **sizes, cross=True)
 
     def log_probs(self, context: Context, slates: Tensor) -> Tensor:
@@ -309,6 +316,7 @@ class FlatSlateDecoder(SlateDecoder):
         sizes: dict[str, Any] = {"embedding_dim": embedding_dim, "num_heads": num_heads}
         sizes["dropout"] = dropout
         super().__init__(ids=ids, **sizes, slate_size=slate_size)
+        self.settings = {"num_layers": num_layers}
         self.stack = DecoderStack(num_layers, **sizes, cross=True)
         self.places = nn.Parameter(torch.empty(slate_size, ids.num_levels, embedding_dim))
         nn.init.normal_(self.places, std=INIT_STD)

@@ -7,7 +7,8 @@ With z = E(x) and r_0 = z, level d takes the nearest codeword and leaves the res
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,11 @@ class ItemTokenizer(nn.Module):
         check_at_least(1, input_dim=input_dim, num_levels=num_levels, codebook_size=codebook_size)
         self.input_dim, self.num_levels = input_dim, num_levels
         self.codebook_size = codebook_size
+        self.settings: dict[str, Any] = {  # the constructor's arguments, for files
+            "input_dim": input_dim,
+            "num_levels": num_levels,
+            "codebook_size": codebook_size,
+        }
         self.register_buffer("centre", torch.zeros(input_dim))
         self.register_buffer("scale", torch.ones(()))
         self.codebooks = nn.Parameter(
@@ -143,6 +149,8 @@ class RQVAE(ItemTokenizer):
         self._latent_dim = latent_dim
         super().__init__(input_dim=input_dim, num_levels=num_levels, codebook_size=codebook_size)
         self.commitment = commitment
+        self.settings |= {"latent_dim": latent_dim, "network_dim": network_dim}
+        self.settings["commitment"] = commitment
         self.encoder = _network(input_dim, network_dim, latent_dim)
         self.decoder = _network(latent_dim, network_dim, input_dim)
 
@@ -229,7 +237,7 @@ class CRQVAE(RQVAE):
         commitment: float = 0.1,
         global_weight: float = 0.1,
         contrastive_weight: float = 0.01,
-        level_weights: tuple[float, ...] = (1.0, 0.1),
+        level_weights: Sequence[float] = (1.0, 0.1),
         temperature: float = 0.1,
     ) -> None:
         super().__init__(
@@ -247,6 +255,12 @@ class CRQVAE(RQVAE):
             raise HpgrError("level_weights must have at least one number, got none")
         self.global_weight, self.contrastive_weight = global_weight, contrastive_weight
         self.level_weights, self.temperature = tuple(level_weights), temperature
+        self.settings |= {
+            "global_weight": global_weight,
+            "contrastive_weight": contrastive_weight,
+            "level_weights": list(level_weights),
+            "temperature": temperature,
+        }
 
     def forward(self, anchors: Tensor, positives: Tensor | None = None) -> Tensor:
         """See `RQVAE.forward`."""
