@@ -15,10 +15,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
 from hpgr_plugin.components.checks import check_at_least
 from hpgr_plugin.components.transformer import INIT_STD
 from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.ops.segments import SDPA_BACKENDS
 
 
 class Context(NamedTuple):
@@ -107,9 +109,10 @@ class DecoderBlock(nn.Module):
 
     def _attend_context(self, h: Tensor, memory: Memory) -> Tensor:
         queries = self._heads(self.cross_query(self.cross_norm(h)).flatten(1, 2))
-        attended = F.scaled_dot_product_attention(
-            queries, memory.keys, memory.values, attn_mask=memory.mask
-        )
+        with sdpa_kernel(SDPA_BACKENDS):
+            attended = F.scaled_dot_product_attention(
+                queries, memory.keys, memory.values, attn_mask=memory.mask
+            )
         output: Tensor = self.cross_output(attended.transpose(1, 2).reshape(h.shape))
         return output
 
@@ -118,7 +121,8 @@ class DecoderBlock(nn.Module):
         if cache is not None:
             k, v = cache.extend(number, k, v)
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        with sdpa_kernel(SDPA_BACKENDS):
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
         attended = attended.transpose(1, 2).reshape(h.shape)
         output: Tensor = self.self_output(attended)
         return output
