@@ -1,5 +1,6 @@
 # make quickstart   the main job on real input: MovieLens-100K, two stages, one table
 # make evidence     the same data, five seeds, every row, intervals: under an hour
+# make slates       the same data, whole slates: HiGR and its rivals, minutes on 2 cores
 # make test         lint, types and tests
 # Each makes its own virtual environment and needs nothing but Python 3.10+ and a network.
 
@@ -10,7 +11,7 @@ RUN := .venv
 TEST := .venv-test
 STAMP := .installed
 
-.PHONY: quickstart evidence test lint unit clean
+.PHONY: quickstart evidence slates test lint unit clean
 
 quickstart: $(RUN)/$(STAMP)
 	ML100K=$(ML100K) $(RUN)/bin/python -m hpgr_plugin.data.movielens_100k --out downloads/ml-100k
@@ -19,6 +20,10 @@ quickstart: $(RUN)/$(STAMP)
 evidence: $(RUN)/$(STAMP)
 	ML100K=$(ML100K) $(RUN)/bin/python -m hpgr_plugin.data.movielens_100k --out downloads/ml-100k
 	$(RUN)/bin/python -m hpgr_plugin.main --gin_config_file=configs/runs/ml-100k_evidence.gin $(ARGS)
+
+slates: $(RUN)/$(STAMP)
+	ML100K=$(ML100K) $(RUN)/bin/python -m hpgr_plugin.data.movielens_100k --out downloads/ml-100k
+	$(RUN)/bin/python -m hpgr_plugin.main --gin_config_file=configs/runs/ml-100k_slates.gin $(ARGS)
 
 test: lint unit
 

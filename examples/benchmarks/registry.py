@@ -20,7 +20,19 @@ from typing import NamedTuple
 
 import torch
 
-NAMES = ("hosts", "kernels", "plan", "stack", "rivals", "candidates", "growth", "sem", "mim", "cpu")
+NAMES = (
+    "hosts",
+    "kernels",
+    "plan",
+    "stack",
+    "rivals",
+    "candidates",
+    "growth",
+    "sem",
+    "mim",
+    "slates",
+    "cpu",
+)
 
 
 class Ceilings(NamedTuple):
@@ -39,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", default=None, help=f"of {', '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
     options = parser.parse_args(arguments)
-    names = options.names or [name for name in NAMES if name == "cpu" or torch.cuda.is_available()]
+    names = options.names or [
+        name for name in NAMES if name in ("cpu", "slates") or torch.cuda.is_available()
+    ]
     for name in names:
         if name not in NAMES:
             parser.error(f"no benchmark {name!r}; there are {', '.join(NAMES)}")

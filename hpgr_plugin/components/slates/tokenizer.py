@@ -38,8 +38,8 @@ class Quantised(NamedTuple):
 class ItemTokenizer(nn.Module):
     """The interface, and residual k-means (RQ-KMeans) as it is: what `fit_codebooks` fits is all.
 
-    Inputs are centred and brought to unit variance by numbers fixed with the codebooks, so items
-    that come later are encoded the same way.
+    Inputs are centred, by a centre fixed with the codebooks, and brought to one length: the length
+    of an item's row says how often it was trained, not what it is.
 
     Args:
         input_dim: size of the item embeddings.
@@ -49,7 +49,6 @@ class ItemTokenizer(nn.Module):
 
     trains = False
     centre: Tensor
-    scale: Tensor
     unused_steps: Tensor
 
     def __init__(self, *, input_dim: int, num_levels: int = 3, codebook_size: int = 256) -> None:
@@ -63,7 +62,6 @@ class ItemTokenizer(nn.Module):
             "codebook_size": codebook_size,
         }
         self.register_buffer("centre", torch.zeros(input_dim))
-        self.register_buffer("scale", torch.ones(()))
         self.codebooks = nn.Parameter(
             torch.zeros(num_levels, codebook_size, self.hidden_dim), requires_grad=self.trains
         )
@@ -79,8 +77,8 @@ class ItemTokenizer(nn.Module):
         return self.normalised(embeddings)
 
     def normalised(self, embeddings: Tensor) -> Tensor:
-        """x, the embeddings `[R, input_dim]` centred and scaled."""
-        return (embeddings - self.centre) / self.scale
+        """x, the embeddings `[R, input_dim]` centred and scaled to a mean square of 1."""
+        return F.normalize(embeddings - self.centre, dim=1) * self.input_dim**0.5
 
     def digits(self, embeddings: Tensor) -> Tensor:
         """The digits of items, int64 `[R, D]`, also of items that were never trained on."""
@@ -101,14 +99,13 @@ class ItemTokenizer(nn.Module):
 
     @torch.no_grad()
     def fit_codebooks(self, embeddings: Tensor, generator: torch.Generator) -> None:
-        """Fix centre and scale, and fit every codebook by k-means to what the one before left.
+        """Fix the centre, and fit every codebook by k-means to what the one before left.
 
         Args:
             embeddings: `[V, input_dim]` of all items.
             generator: on the CPU.
         """
         self.centre.copy_(embeddings.mean(0))
-        self.scale.copy_((embeddings - self.centre).square().mean().sqrt().clamp(min=1e-12))
         rest = self.encode(embeddings)
         for codebook in self.codebooks:
             codebook.copy_(kmeans(rest, self.codebook_size, generator))
@@ -180,6 +177,10 @@ class RQVAE(ItemTokenizer):
         through = z + (zhat - z).detach()  # straight-through: the encoder gets zhat's gradient
         reconstruction = F.mse_loss(self.decoder(through), self.normalised(anchors))
         return reconstruction + self.quantisation_loss(z, quantised)
+
+    def autoencoding_loss(self, embeddings: Tensor) -> Tensor:
+        """||Dec(E(x)) - x||^2 without codebooks, which are better fitted to trained vectors."""
+        return F.mse_loss(self.decoder(self.encode(embeddings)), self.normalised(embeddings))
 
     def quantisation_loss(self, z: Tensor, quantised: Quantised) -> Tensor:
         """What draws codewords and rests together, level by level."""
@@ -288,8 +289,8 @@ class CRQVAE(RQVAE):
             words, positive = F.normalize(own[level], dim=1), F.normalize(others[level], dim=1)
             negative = words[has_one] @ words.T / self.temperature
             # The positive may be in the batch too, by its value: it is no negative.
-            same = torch.cdist(anchors[mine], anchors) == 0
-            same |= torch.cdist(positives[has_one], anchors) == 0
+            same = _equal_rows(anchors[mine], anchors)
+            same |= _equal_rows(positives[has_one], anchors)
             negative = negative.masked_fill(same, -torch.inf)
             match = (words[has_one] * positive).sum(1, keepdim=True) / self.temperature
             losses = torch.cat([match, negative], 1).logsumexp(1) - match.squeeze(1)
@@ -321,6 +322,11 @@ def kmeans(points: Tensor, size: int, generator: torch.Generator) -> Tensor:
         empty = (counts == 0).nonzero().squeeze(1)
         centres[empty] = points[nearest.topk(len(empty)).indices]
     return centres
+
+
+def _equal_rows(left: Tensor, right: Tensor) -> Tensor:
+    """Which rows are equal, bool `[R, S]`; products of matrices would not give exact zeros."""
+    return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist") == 0
 
 
 def _distances(points: Tensor, centres: Tensor) -> Tensor:

@@ -18,17 +18,19 @@ class ItemLoader(Loader[Tensor]):
 
     Args:
         num_items: V.
+        passes: times that every item comes in an epoch.
         batch_items: R.
         seed: of the order.
     """
 
-    def __init__(self, num_items: int, *, batch_items: int, seed: int) -> None:
-        ones = np.ones(num_items, dtype=np.int64)
+    def __init__(self, num_items: int, *, passes: int, batch_items: int, seed: int) -> None:
+        self._num_items = num_items
+        ones = np.ones(num_items * passes, dtype=np.int64)
         super().__init__(ones, batch_tokens=batch_items, seed=seed, prefetch=0)
 
     def gather(self, places: np.ndarray) -> Tensor:
         """See `Loader.gather`."""
-        return torch.from_numpy(places.astype(np.int64))
+        return torch.from_numpy(places.astype(np.int64) % self._num_items)
 
 
 def positive_items(

@@ -15,6 +15,8 @@ TOKENIZER_COLUMNS = {
     "consistency": "consistency",
 }
 
+SLATE_COLUMNS = ("hit@", "recall@", "ndcg@", "liked_hit@", "liked_recall@", "liked_ndcg@")
+
 
 def slate_tables(
     rows: Sequence[Row], tokenizers: Mapping[str, Sequence[Row]], rival: str | None
@@ -29,13 +31,14 @@ def slate_tables(
     parts = []
     if tokenizers:
         lines = [["tokenizer", *TOKENIZER_COLUMNS]]
-        for scope, seeds in tokenizers.items():
+        for scope, seeds in sorted(tokenizers.items()):
             lines.append([scope, *(_cell(seeds, key) for key in TOKENIZER_COLUMNS.values())])
         parts.append(_markdown(lines))
         parts += [f"- {scope}: {text}" for scope, text in _warnings(tokenizers)]
-    metrics = [name for name in rows[0]["seeds"][0] if "@" in name] if rows else []
+    measured = rows[0]["seeds"][0] if rows else {}
+    metrics = [name for start in SLATE_COLUMNS for name in measured if name.startswith(start)]
     compared = any(row.get("difference") for row in rows)
-    lines = [["model", *(name.replace("liked_", "liked ") for name in metrics)]]
+    lines = [["model", *(name.replace("_", " ") for name in metrics)]]
     lines[0] += ["NDCG - best rival [95%]", "relative"] if compared else []
     for row in rows:
         cells = [row["title"], *(_cell(row["seeds"], name) for name in metrics)]

@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.components.slates.quality import COLLAPSED, codebook_use, tokenizer_quality
+from hpgr_plugin.components.slates.quality import (
+    COLLAPSED,
+    codebook_use,
+    collision_rate,
+    tokenizer_quality,
+)
 from hpgr_plugin.components.slates.semantic_ids import SemanticIds
 from hpgr_plugin.components.slates.tokenizer import RQVAE, ItemTokenizer
 from hpgr_plugin.data import PreparedData
@@ -36,15 +41,16 @@ class TokenizeSettings(TrainSettings):
             log, in the order of its codes. None: the stage before gives them.
         tokenizer: the class `CRQVAE`, `RQVAE` or `ResidualKMeans`.
         index_size: most items that may share their digits.
+        passes: times that every item comes in an epoch.
+        autoencoder_passes: passes over the items before the codebooks are fitted.
         batch_items: items of a batch.
         window: events inside which two items of a user go together (positives of L_cont).
         positives: so many of these for each item, and so many neighbours.
         least_cosine: of a neighbour that is a positive.
     """
 
-    epochs: int = 200
-    learning_rate: float = 1e-3
-    patience: int = 20
+    passes: int = 10
+    autoencoder_passes: int = 50
     embeddings: str | None = None
     tokenizer: type[ItemTokenizer] | None = None
     index_size: int = 32
@@ -55,7 +61,13 @@ class TokenizeSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("index_size", "batch_items", "window", "positives"):
+        require(
+            self.autoencoder_passes >= 0,
+            "TokenizeSettings.autoencoder_passes",
+            "0 or more",
+            self.autoencoder_passes,
+        )
+        for name in ("index_size", "passes", "batch_items", "window", "positives"):
             value = getattr(self, name)
             require(value >= 1, f"TokenizeSettings.{name}", "1 or more", value)
 
@@ -99,6 +111,8 @@ def tokenize(
     if settings.tokenizer is None:
         raise HpgrError("hpgr.TokenizeSettings.tokenizer takes @hpgr.CRQVAE, without brackets")
     tokenizer = settings.tokenizer(input_dim=vectors.shape[1]).to(run.process.device)
+    if isinstance(tokenizer, RQVAE):
+        _train_autoencoder(tokenizer, vectors, settings, run.seed)
     tokenizer.fit_codebooks(vectors, torch.Generator().manual_seed(run.seed))
     cost: dict[str, Any] = {}
     if isinstance(tokenizer, RQVAE):
@@ -153,6 +167,19 @@ def read_vectors(path: Path, data: PreparedData) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
+def _train_autoencoder(
+    tokenizer: RQVAE, vectors: Tensor, settings: TokenizeSettings, seed: int
+) -> None:
+    """Train encoder and decoder alone; it is short and repeats exactly, so nothing is saved."""
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=settings.learning_rate)
+    loader = ItemLoader(len(vectors), passes=1, batch_items=settings.batch_items, seed=seed)
+    for number in range(settings.autoencoder_passes):
+        for items in loader.batches(number):
+            optimizer.zero_grad()
+            tokenizer.autoencoding_loss(vectors[items.to(vectors.device)]).backward()
+            optimizer.step()
+
+
 def _train(
     tokenizer: RQVAE,
     vectors: Tensor,
@@ -174,14 +201,22 @@ def _train(
         return cast(Tensor, forward(vectors[items], others)) * len(items), len(items)
 
     def validate() -> dict[str, float]:
-        error = float(tokenizer.reconstruction_error(vectors))
-        quality = tokenizer_quality(vectors, tokenizer.digits(vectors), tokenizer.codebook_size)
-        return {"reconstruction": error, **quality}
+        digits = tokenizer.digits(vectors)
+        return {
+            "reconstruction": float(tokenizer.reconstruction_error(vectors)),
+            "collision_rate": collision_rate(digits),
+            "codebook_use": min(codebook_use(digits, tokenizer.codebook_size)),
+        }
 
     trainer = Trainer(
         model=tokenizer,
         groups=[{"params": list(tokenizer.parameters()), "lr": settings.learning_rate}],
-        loader=ItemLoader(len(vectors), batch_items=settings.batch_items, seed=run.seed),
+        loader=ItemLoader(
+            len(vectors),
+            passes=settings.passes,
+            batch_items=settings.batch_items,
+            seed=run.seed,
+        ),
         loss=loss,
         validate=validate,
         monitor=("reconstruction", False),

@@ -26,6 +26,7 @@ from hpgr_plugin.hosts.embedded.slates.evaluation import outcomes
 from hpgr_plugin.hosts.embedded.slates.stages import align, build_slate_model, train_slates
 from hpgr_plugin.hosts.embedded.slates.tokenize import read_vectors, tokenize
 from hpgr_plugin.hosts.embedded.train.trainer import Trainer, TrainingRun
+from hpgr_plugin.report.__main__ import main as report
 
 Configure = Callable[..., Task]
 Training = Callable[..., TrainingRun]
@@ -135,11 +136,24 @@ def test_the_ablation(run_file: Callable[..., Path], tmp_path: Path) -> None:
     text = (out / "table.md").read_text()
     assert "HiGR, aligned (ORPO)" in text
     assert "what came next:" in text
+    assert report(["slates", "--results", str(out), "--out", str(tmp_path / "report")]) == 0
+    written = (tmp_path / "report" / "slates.md").read_text()
+    assert written.startswith(text.split("\n\n")[0])
+    assert "slates,higr,1,ndcg@5," in (tmp_path / "report" / "slates.csv").read_text()
     before = (out / "results.json").stat().st_mtime_ns
     gin.clear_config()
     run_configured(config, [])  # it is finished: nothing to do
     assert (out / "results.json").stat().st_mtime_ns == before
     gin.clear_config()
+
+
+def test_the_report_of_another_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "none"):
+        assert report(["slates", "--results", str(folder)]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize("loss", ["orpo", "dpo", "simpo"])
