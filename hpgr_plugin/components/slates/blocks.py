@@ -92,12 +92,19 @@ class DecoderBlock(nn.Module):
                 nn.init.normal_(child.weight, std=INIT_STD)
 
     def memory(self, context: Context) -> Memory | None:
-        """Keys and values of the context, computed once per request."""
+        """Keys and values of the context, computed once per request.
+
+        Args:
+            context: its tokens brought to a mean square of 1: what is left of the two norms is
+                their weights, and those are taken into the projections.
+        """
         if not self.cross:
             return None
-        keys = self._heads(self.cross_key(self.key_norm(context.tokens)))
-        values = self._heads(self.cross_value(self.value_norm(context.tokens)))
-        return Memory(keys, values, context.real[:, None, None, :])
+        keys = self.cross_key.weight * self.key_norm.weight
+        values = self.cross_value.weight * self.value_norm.weight
+        both = F.linear(context.tokens, torch.cat([keys, values]))
+        found_keys, found_values = (self._heads(x) for x in both.chunk(2, dim=-1))
+        return Memory(found_keys, found_values, context.real[:, None, None, :])
 
     def forward(self, h: Tensor, memory: Memory | None, cache: Cache | None, number: int) -> Tensor:
         """Tokens `[B, G, N, D]` to the same; with a cache N is 1, the token that follows it."""
@@ -166,6 +173,8 @@ class DecoderStack(nn.Module):
 
     def memory(self, context: Context) -> list[Memory | None]:
         """What the blocks read of the context."""
+        tokens = context.tokens
+        context = context._replace(tokens=F.rms_norm(tokens, tokens.shape[-1:]))
         return [block.memory(context) for block in self.blocks]  # type: ignore[operator]
 
     def forward(self, h: Tensor, memory: list[Memory | None], cache: Cache | None = None) -> Tensor:

@@ -147,3 +147,14 @@ def test_a_later_item_changes_nothing_for_an_earlier_one() -> None:
 def test_a_catalogue_smaller_than_the_slate_is_refused() -> None:
     with pytest.raises(HpgrError, match="a slate of 4 needs as many items, got 3"):
         decoder_of("hierarchical", catalogue(3))
+
+
+def test_the_memory_is_that_of_normed_keys_and_values() -> None:
+    """The norms' weights are taken into the projections: the same as norm, then projection."""
+    model, context = decoder_of("flat-item", CATALOGUES["collisions"]), users()
+    for block, memory in zip(model.stack.blocks, model.stack.memory(context), strict=True):
+        keys = block.cross_key(block.key_norm(context.tokens))
+        values = block.cross_value(block.value_norm(context.tokens))
+        assert memory is not None
+        for found, wanted in ((memory.keys, keys), (memory.values, values)):
+            torch.testing.assert_close(found.transpose(1, 2).flatten(2), wanted)
