@@ -1,5 +1,6 @@
 """SlateGenerator: answers are those of the model, and a mistake of the caller is one line."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def test_answers_are_those_of_evaluation(task: Task, generator: SlateGenerator) 
         assert [a.items for a in answers] == ids[measured.items.numpy()].tolist()
         scores = torch.tensor([answer.log_probs for answer in answers])
         torch.testing.assert_close(scores, measured.log_probs, rtol=0, atol=1e-5)
+
+
+def test_the_python_of_the_guide(
+    generator: SlateGenerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = Path(__file__).parents[4] / "docs" / "slates.md"
+    code = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)[0]
+    code = re.sub(r'load\(".*?"\)', f"load({str(tmp_path / 'slates.safetensors')!r})", code)
+    exec(code, {})
+    assert len(eval(capsys.readouterr().out)) == generator.model.slate_size
 
 
 def test_an_empty_history_is_answered(generator: SlateGenerator) -> None:
