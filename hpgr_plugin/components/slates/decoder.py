@@ -72,6 +72,27 @@ class SlateDecoder(nn.Module):
             nn.init.zeros_(head.bias)
         self._scale = embedding_dim**0.5  # tables start near 0.02, tokens near 1
 
+    @torch.no_grad()
+    def start_from(self, vectors: Tensor) -> None:
+        """Let the digits begin with what stage 1 knows, so that their sum is near the item's row.
+
+        Every digit takes the mean of what the digits before it left of the rows of its items, in
+        its table and in the head that predicts it.
+
+        Args:
+            vectors: `[V, D]`, the item table.
+        """
+        rest = vectors.clone()
+        levels = zip(self.digit_tables, self.heads, self.ids.codes.unbind(1), strict=True)
+        for table, head, digits in levels:
+            assert isinstance(table, nn.Embedding)
+            assert isinstance(head, nn.Linear)
+            count = digits.bincount(minlength=len(table.weight)).unsqueeze(1)
+            mean = torch.zeros_like(table.weight).index_add_(0, digits, rest) / count.clamp(min=1)
+            table.weight.copy_(torch.where(count > 0, mean, table.weight))
+            head.weight.copy_(table.weight)
+            rest = rest - mean[digits]
+
     def item_vectors(self, items: Tensor) -> Tensor:
         """i = sum_d emb(s^d), `[..., D]` of items `[...]`."""
         digits = self.ids.codes[items].unbind(-1)

@@ -158,3 +158,16 @@ def test_the_memory_is_that_of_normed_keys_and_values() -> None:
         assert memory is not None
         for found, wanted in ((memory.keys, keys), (memory.values, values)):
             torch.testing.assert_close(found.transpose(1, 2).flatten(2), wanted)
+
+
+def test_digits_begin_with_the_rows_of_their_items() -> None:
+    ids = SemanticIds(torch.tensor([[0, 0], [0, 1], [1, 0], [1, 0]]), codebook_size=3)
+    model, rows = decoder_of("hierarchical", ids), torch.randn(4, 16)
+    unused = model.digit_tables[0].weight[2].clone()
+    model.start_from(rows)
+    table = model.digit_tables[0].weight
+    torch.testing.assert_close(table[:2], torch.stack([rows[:2].mean(0), rows[2:].mean(0)]))
+    assert torch.equal(table[2], unused)
+    found = model.item_vectors(torch.arange(4)) / 16**0.5
+    error = (found - rows).square().mean() / rows.square().mean()
+    assert error < 0.6  # levels past the first hold what few digits can hold

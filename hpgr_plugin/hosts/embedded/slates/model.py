@@ -154,6 +154,8 @@ class SlateModel(nn.Module):
         )
         with torch.no_grad():
             self.item_table.weight.copy_(handoff.item_table)
+        if self.decoder is not None:
+            self.decoder.start_from(handoff.item_table)
         self.inherited = ("item_table",)
         if self.sem is not None and handoff.sem_state is not None:
             load_sem_state(self.sem, handoff)
