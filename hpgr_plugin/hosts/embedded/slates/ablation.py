@@ -18,7 +18,7 @@ from hpgr_plugin.hosts.embedded.report.results import write_results
 from hpgr_plugin.hosts.embedded.report.table import mean_and_spread
 from hpgr_plugin.hosts.embedded.slates.evaluation import OUTCOMES, difference, load_outcomes
 from hpgr_plugin.hosts.embedded.slates.example import example_slate
-from hpgr_plugin.hosts.embedded.slates.stages import align, train_slates
+from hpgr_plugin.hosts.embedded.slates.stages import MODEL, align, train_slates
 from hpgr_plugin.hosts.embedded.slates.table import slate_tables
 from hpgr_plugin.hosts.embedded.slates.tokenize import Tokenized, tokenize
 from hpgr_plugin.hosts.embedded.train.stages import pretrain
@@ -97,29 +97,20 @@ def run_slate_ablation(
             measured[scope].append(made.metrics)
         for line in table:
             scope, row = line["scope"], settings[line["scope"]]
-            start = None if row.tokenizer is None else tokens[row.tokenizer].tokens
+            found = None if row.tokenizer is None else tokens[row.tokenizer].tokens
             run = training(scope, row.title, seed)
             with config_scope(scope):
                 if row.start is None:
-                    trained = train_slates(
-                        task,
-                        build("SlateSettings"),
-                        run,
-                        tokens=start,
-                        pretrained=stage1.handoff,
-                    )
+                    given = {"tokens": found, "pretrained": stage1.handoff}
+                    trained = train_slates(task, build("SlateSettings"), run, **given)
                 else:
-                    before = training(row.start, "", seed).output_dir
-                    trained = align(
-                        task,
-                        build("AlignSettings"),
-                        run,
-                        model=before / trained.model.name,
-                        tokens=start,
-                    )
+                    given = {
+                        "tokens": found,
+                        "model": output_dir / f"{row.start}_seed{seed}" / MODEL,
+                    }
+                    trained = align(task, build("AlignSettings"), run, **given)
             line["seeds"].append(trained.metrics)
-            size = max(trained.metrics, key=lambda name: name.startswith("ndcg@"))
-            LOG.info("%s, seed %d: test %s %.4f", row.title, seed, size, trained.metrics[size])
+            LOG.info("%s, seed %d: test NDCG %.4f", row.title, seed, _ndcg(line, seed=-1))
             if task.process.is_main:  # an interrupted run keeps the rows that it finished
                 so_far = {"rows": table, "tokenizers": measured}
                 write_results(output_dir / "results.json", so_far, seeds=list(seeds))
@@ -149,9 +140,11 @@ def _settings(rows: Sequence[str]) -> dict[str, SlateRow]:
     return settings
 
 
-def _ndcg(line: dict[str, Any]) -> float:
+def _ndcg(line: dict[str, Any], seed: int | None = None) -> float:
+    """Of one seed by its place, or the mean."""
     name = next(name for name in line["seeds"][0] if name.startswith("ndcg@"))
-    return mean_and_spread([seed[name] for seed in line["seeds"]])[0]
+    values = [metrics[name] for metrics in line["seeds"]]
+    return mean_and_spread(values)[0] if seed is None else values[seed]
 
 
 def _best_rival(table: list[dict[str, Any]]) -> str | None:
