@@ -2,16 +2,20 @@
 # make evidence     the same data, five seeds, every row, intervals: under an hour
 # make slates       the same data, whole slates: HiGR and its rivals, minutes on 2 cores
 # make test         lint, types and tests
+# make host HOST=path/to/generative-recommenders   an environment for the host, and a check of both
 # Each makes its own virtual environment and needs nothing but Python 3.10+ and a network.
 
 PYTHON ?= python3
 ML100K ?=
 ARGS ?=
+HOST ?=
+HOST_EXTRAS ?= cpu,data,train,host
 RUN := .venv
 TEST := .venv-test
+HOST_ENV := .venv-host
 STAMP := .installed
 
-.PHONY: quickstart evidence slates test lint unit clean
+.PHONY: quickstart evidence slates test lint unit host clean
 
 quickstart: $(RUN)/$(STAMP)
 	ML100K=$(ML100K) $(RUN)/bin/python -m hpgr_plugin.data.movielens_100k --out downloads/ml-100k
@@ -35,6 +39,11 @@ lint: $(TEST)/$(STAMP)
 unit: $(TEST)/$(STAMP)
 	$(TEST)/bin/python -m pytest $(ARGS)
 
+# On a machine with a GPU: HOST_EXTRAS=cuda,data,train,host-cuda
+host: $(HOST_ENV)/$(STAMP)
+	@test -d "$(HOST)" || { echo "error: HOST=$(HOST) is no folder; make host HOST=path of a checkout"; exit 2; }
+	PYTHONPATH="$(HOST)" $(HOST_ENV)/bin/python -m hpgr_plugin.hosts
+
 $(RUN)/$(STAMP): setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv $(RUN)
 	$(RUN)/bin/python -m pip install --quiet --editable '.[cpu,data,train,analysis]'
@@ -42,8 +51,15 @@ $(RUN)/$(STAMP): setup.cfg setup.py pyproject.toml
 
 $(TEST)/$(STAMP): setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv $(TEST)
-	$(TEST)/bin/python -m pip install --quiet --editable '.[cpu,data,train,analysis,dev]'
+	$(TEST)/bin/python -m pip install --quiet --editable '.[cpu,data,train,analysis,serve,dev]'
+	touch $@
+
+$(HOST_ENV)/$(STAMP): setup.cfg setup.py pyproject.toml
+	$(PYTHON) -m venv $(HOST_ENV)
+	$(HOST_ENV)/bin/python -m pip install --quiet --editable '.[$(HOST_EXTRAS)]'
+	$(HOST_ENV)/bin/python -m pip install --quiet --no-deps \
+	    $$($(HOST_ENV)/bin/python -m hpgr_plugin.hosts --no_deps)
 	touch $@
 
 clean:
-	rm -rf $(RUN) $(TEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(RUN) $(TEST) $(HOST_ENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -157,17 +157,18 @@ def prepare_tuning(journal: Path | None = None) -> None:
     Args:
         journal: gets a line for every configuration before it runs, so that the last line of a
             process that died names the one at fault. Lines that start with "faulty" name
-            configurations to leave out.
+            configurations to leave out, lines that start with "best" the only ones to try.
     """
     from generative_recommenders.common import set_use_runtime_max_seq_len
 
     set_use_runtime_max_seq_len(True)
-    faulty = {line for line in _lines(journal) if line.startswith("faulty ")}
+    marks = set(_lines(journal))
     for name, tuner in autotuners():
         tuner._do_bench = _time_shortly
         if journal is not None:
-            kept = [c for c in tuner.configs if f"faulty {name}: {c}" not in faulty]
-            tuner.configs = kept or tuner.configs
+            kept = [c for c in tuner.configs if f"faulty {name}: {c}" not in marks]
+            best = [c for c in kept if f"best {name}: {c}" in marks]
+            tuner.configs = best or kept or tuner.configs
             tuner._bench = functools.partial(_noted, tuner._bench, name, journal)
 
 
@@ -182,10 +183,10 @@ def _noted(
 
 def leave_out_last(journal: Path) -> str | None:
     """Mark the configuration that ran when a process died; None if nothing was being tuned."""
-    tried = [line for line in _lines(journal) if not line.startswith("faulty ")]
+    marked = [line for line in _lines(journal) if line.startswith(("faulty ", "best "))]
+    tried = [line for line in _lines(journal) if line not in marked]
     if not tried:
         return None
-    marked = [line for line in _lines(journal) if line.startswith("faulty ")]
     journal.write_text("\n".join([*marked, f"faulty {tried[-1]}"]) + "\n")
     return tried[-1]
 
@@ -194,12 +195,15 @@ def _lines(journal: Path | None) -> list[str]:
     return journal.read_text().splitlines() if journal is not None and journal.exists() else []
 
 
-def keep_best(count: int) -> None:
-    """From now on every kernel is tuned among the fastest of its last tuning only."""
-    for _, tuner in autotuners():
-        timings = getattr(tuner, "configs_timings", None)
-        if timings:
-            tuner.configs = sorted(timings, key=timings.__getitem__)[:count]
+def keep_best(count: int, journal: Path) -> None:
+    """From now on every kernel is tuned among the fastest of its last tuning only, here and in
+    processes that read the journal."""
+    with journal.open("a") as lines:
+        for name, tuner in autotuners():
+            timings = getattr(tuner, "configs_timings", None)
+            if timings:
+                tuner.configs = sorted(timings, key=timings.__getitem__)[:count]
+                lines.writelines(f"best {name}: {config}\n" for config in tuner.configs)
 
 
 def forget_attention(keep: int | None = None) -> None:

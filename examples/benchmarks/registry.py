@@ -21,17 +21,8 @@ from typing import NamedTuple
 import torch
 
 NAMES = (
-    "hosts",
-    "kernels",
-    "plan",
-    "stack",
-    "rivals",
-    "candidates",
-    "growth",
-    "sem",
-    "mim",
-    "slates",
-    "cpu",
+    *("hosts", "embedded", "serving", "kernels", "plan", "stack", "rivals", "candidates"),
+    *("growth", "sem", "mim", "slates", "cpu"),
 )
 
 
@@ -52,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
     options = parser.parse_args(arguments)
     names = options.names or [
-        name for name in NAMES if name in ("cpu", "slates") or torch.cuda.is_available()
+        n for n in NAMES if n in ("cpu", "serving", "slates") or torch.cuda.is_available()
     ]
     for name in names:
         if name not in NAMES:

@@ -3,8 +3,9 @@
 python examples/upstream/ranking_data.py --out tmp
 
 Every user likes one genre of items and comes back in sessions. Nine times in ten, a rating of 4 or
-5 goes to an item of that genre or to one of the items that all users like. The one file is
-`OUT/data/ml-1m/sasrec_format.csv`.
+5 goes to an item of that genre or to one of the items that all users like. The host reads
+`OUT/data/ml-1m/sasrec_format.csv`, in which a row is a user; `OUT/events.csv` holds the same log
+with a row per event, for stage 1.
 """
 
 import argparse
@@ -26,6 +27,7 @@ COLUMNS = [
     "sequence_ratings",
     "sequence_timestamps",
 ]
+EVENT_COLUMNS = ["user_id", "item_id", "timestamp", "rating"]
 
 
 def write_data(out: Path, *, num_users: int = 400, seed: int = 0) -> Path:
@@ -33,13 +35,17 @@ def write_data(out: Path, *, num_users: int = 400, seed: int = 0) -> Path:
     draw = random.Random(seed)
     path = out / "data" / "ml-1m" / "sasrec_format.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
+    events = out / "events.csv"
+    with path.open("w", newline="") as file, events.open("w", newline="") as event_file:
+        writer, event_writer = csv.writer(file), csv.writer(event_file)
         writer.writerow(COLUMNS)
+        event_writer.writerow(EVENT_COLUMNS)
         for user in range(num_users):
             items, ratings, times = _history(draw)
             features = [user, draw.randrange(2), draw.randrange(7), draw.randrange(21), user]
             writer.writerow([*features, *(",".join(map(str, s)) for s in (items, ratings, times))])
+            rows = zip(items, times, ratings, strict=True)
+            event_writer.writerows((user, *row) for row in rows)
     return path
 
 

@@ -5,8 +5,9 @@ gathers the kept rows (layouts "per_candidate" and "per_user") or weighs the can
 attention (layout "shared_history"). It reads the plan, `layout` and `mask_position`, nothing else.
 """
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -15,14 +16,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr_plugin.components.checks import check_at_least, check_choice
+from hpgr_plugin.components.layout_cost import (
+    ChosenLayout,
+    LayoutCosts,
+    LayoutSizes,
+    choose_layout,
+    layout_costs,
+)
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.jagged import complete_cumsum, jagged_to_padded_dense, segment_ids
 from hpgr_plugin.ops.preference_plan import (
     PlanInputs,
     PlanSettings,
     PreferencePlan,
+    most_kept,
     plan_preferences,
 )
+
+_LOG = logging.getLogger(__name__)
+_CANDIDATE_LAYOUTS: tuple[ChosenLayout, ...] = ("per_candidate", "shared_history")
 
 Layout = Literal["per_candidate", "shared_history", "per_user"]
 MaskPosition = Literal["post", "pre"]
@@ -63,6 +75,15 @@ class AttentionHook(nn.Module):
     layout: Layout = "per_candidate"
     mask_position: MaskPosition = "post"
 
+    def decide_layout(self, *, max_history: int, max_candidates: int, device_type: str) -> None:
+        """The host's call before the first batch: a hook may choose its layout by these bounds.
+
+        Args:
+            max_history: items of the longest history.
+            max_candidates: the most candidates of a user.
+            device_type: where the model will run, "cuda" or "cpu", for an estimate of the time.
+        """
+
     def plan(self, inputs: HookInputs) -> PreferencePlan | None:
         """What is kept of each history, one row per candidate or user (see `layout`).
 
@@ -70,6 +91,17 @@ class AttentionHook(nn.Module):
             The plan, or None to leave every history whole.
         """
         raise NotImplementedError
+
+    def longest_row(self, plan: PreferencePlan, max_history: int) -> int:
+        """An upper bound of the items in one row of a plan.
+
+        Args:
+            plan: made by this hook.
+            max_history: the longest history that it was made for.
+        """
+        if plan.offsets.is_cuda:
+            return max_history
+        return plan.longest()  # nothing to wait for, and less padding
 
 
 class PreferenceGuidedSparseAttention(AttentionHook):
@@ -84,7 +116,10 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         eps: items of smaller weight are dropped.
         recent: the number of most recent visible items that are kept with weight 1 beside the
             anchors; 0 in the paper.
-        layout: "per_candidate" or "shared_history", see `AttentionHook`.
+        layout: "per_candidate" or "shared_history", see `AttentionHook`; "auto" takes the one that
+            costs less by the bounds that the host gives (`layout_cost.py`). The two are different
+            models, so the choice is made once and is part of `state_dict`: a checkpoint restores
+            it. Until a host decides, "auto" is "per_candidate".
         mask_position: "post" or "pre", see `AttentionHook`.
         table: the embeddings that score: "live", those of the item table, or "frozen", a copy of
             it taken by `freeze`.
@@ -103,25 +138,65 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         sigma: float = 2.0,
         eps: float = 1e-3,
         recent: int = 0,
-        layout: Literal["per_candidate", "shared_history"] = "per_candidate",
+        layout: Literal["auto", "per_candidate", "shared_history"] = "auto",
         mask_position: MaskPosition = "post",
         table: Table = "live",
         score: Score = "dot",
     ) -> None:
         super().__init__()
         self.settings = PlanSettings(top_k, sigma, eps, recent).check()
-        check_choice(("per_candidate", "shared_history"), layout=layout)
+        check_choice(("auto", *_CANDIDATE_LAYOUTS), layout=layout)
         check_choice(get_args(MaskPosition), mask_position=mask_position)
         check_choice(get_args(Table), table=table)
         check_choice(get_args(Score), score=score)
         if top_k == 0 and recent == 0:
             raise HpgrError("top_k and recent are both 0: nothing of the history would be kept")
-        self.layout = layout
+        self.layout = "per_candidate" if layout == "auto" else layout
+        self._chooses_layout = layout == "auto"
         self.mask_position = mask_position
         self.table = table
         self.score = score
         self.frozen_table: Tensor | None
         self.register_buffer("frozen_table", None)
+        self.chosen_layout: Tensor | None  # an index into _CANDIDATE_LAYOUTS
+        self.register_buffer("chosen_layout", None)
+
+    def decide_layout(self, *, max_history: int, max_candidates: int, device_type: str) -> None:
+        """Choose the layout, if it is "auto" and neither chosen nor restored yet."""
+        if not self._chooses_layout or self.chosen_layout is not None:
+            return
+        sizes = LayoutSizes(max_history, max_candidates)
+        costs = layout_costs(sizes, self.settings, device_type)
+        layout = choose_layout(costs)
+        _LOG.info(
+            'hpgr.PreferenceGuidedSparseAttention.layout = "auto" is %r: for up to %d items and %d '
+            "candidates of a user it should take %.2f of the other's time, with %.2f of the rows",
+            layout,
+            max_history,
+            max_candidates,
+            *_ratios(costs, layout),
+        )
+        self._take_layout(layout)
+
+    def restore_layout(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
+        """Take the layout that a checkpoint chose; a bound layout stays as it is.
+
+        Args:
+            state_dict: of the checkpoint; gets, or loses, the entry of the layout as this hook has
+                one or not.
+            prefix: of the hook in it.
+        """
+        name = prefix + "chosen_layout"
+        if not self._chooses_layout:
+            state_dict.pop(name, None)
+            return
+        # A checkpoint from before there was a choice was trained per candidate.
+        chosen = state_dict.setdefault(name, torch.tensor(0))
+        self._take_layout(_CANDIDATE_LAYOUTS[int(chosen)])
+
+    def _take_layout(self, layout: ChosenLayout) -> None:
+        self.layout = layout
+        self.chosen_layout = torch.tensor(_CANDIDATE_LAYOUTS.index(layout))
 
     @torch.no_grad()
     def freeze(self, table_weight: Tensor) -> None:
@@ -170,7 +245,14 @@ class PreferenceGuidedSparseAttention(AttentionHook):
             **self.settings._asdict(),
             history_timestamps=inputs.history_timestamps if has_times else None,
             candidate_timestamps=inputs.candidate_timestamps,
+            max_history=inputs.max_history,
+            max_candidates=inputs.max_candidates,
         )
+
+    def longest_row(self, plan: PreferencePlan, max_history: int) -> int:
+        """See `AttentionHook`."""
+        longest = super().longest_row(plan, max_history)
+        return min(longest, most_kept(self.settings, max_history))
 
     def extra_repr(self) -> str:
         return (
@@ -180,8 +262,9 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         )
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        self.restore_layout(state_dict, prefix)
         # The frozen table of a checkpoint is loaded, also where none was frozen before.
         saved = state_dict.get(prefix + "frozen_table")
         if saved is not None and self.table == "frozen" and self.frozen_table is None:
@@ -244,17 +327,19 @@ class StochasticLength(AttentionHook):
             return None
         if self.selection == "weighted" and inputs.history_timestamps is None:
             raise ValueError("selection='weighted' needs history_timestamps, got None")
-        kept_lengths = self._kept_lengths(inputs.history_offsets.long().diff())
-        index = _largest(self._priority(inputs), inputs.history_offsets, kept_lengths)
+        lengths = inputs.history_offsets.long().diff()
+        longest = inputs.max_history
+        if longest is None:
+            longest = max(lengths.tolist(), default=0)
+        kept_lengths = self._kept_lengths(lengths, longest)
+        index = _largest(self._priority(inputs), inputs.history_offsets, kept_lengths, longest)
         dtype = torch.promote_types(inputs.history_embeddings.dtype, torch.float32)
         weights = index.new_ones(len(index), dtype=dtype)
         return PreferencePlan(index, weights, complete_cumsum(kept_lengths))
 
-    def _kept_lengths(self, lengths: Tensor) -> Tensor:
+    def _kept_lengths(self, lengths: Tensor, longest: int) -> Tensor:
         """How many items each history keeps in this draw, `[B]`."""
-        bound = self.max_history
-        if bound is None:
-            bound = max(lengths.tolist(), default=0)
+        bound = longest if self.max_history is None else self.max_history
         # A whole power may come out just below: 64^(2/3) is 15.999... in floats.
         short = math.floor(bound ** (self.alpha / 2.0) + 1e-9)
         whole_probability = bound**self.alpha / lengths.double().square()
@@ -291,6 +376,13 @@ class StochasticLength(AttentionHook):
         )
 
 
+def _ratios(costs: dict[ChosenLayout, LayoutCosts], layout: ChosenLayout) -> tuple[float, float]:
+    """Time and rows of a layout as a share of the other's."""
+    (other,) = (cost for name, cost in costs.items() if name != layout)
+    mine = costs[layout]
+    return mine.nanoseconds / other.nanoseconds, mine.rows / other.rows
+
+
 def _unit(embeddings: Tensor) -> Tensor:
     """Rows of length 1, in float32 at least: half precision would make ties of near scores."""
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
@@ -306,9 +398,8 @@ def _recency_weights(offsets: Tensor, timestamps: Tensor) -> Tensor:
     return torch.where(total > 0, 1.0 - age / total.clamp(min=1.0), 1.0)
 
 
-def _largest(priority: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+def _largest(priority: Tensor, offsets: Tensor, counts: Tensor, longest: int) -> Tensor:
     """Flat index of the `counts[b]` items of largest priority in each row b, ascending."""
-    longest = max(offsets.diff().tolist(), default=0)
     padded = jagged_to_padded_dense(priority, offsets, longest, -math.inf)
     order = padded.argsort(dim=1, descending=True, stable=True)
     taken = torch.arange(longest, device=order.device) < counts.unsqueeze(1)

@@ -5,6 +5,7 @@ are zeros that no sequence owns. So a step of fixed sizes can be captured as a g
 which pays for small batches, whose kernel launches take longer than their work.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,59 @@ from hpgr_plugin.ops.compact import KeptRows, compact
 from hpgr_plugin.ops.hstu_attention import AttentionSpec
 from hpgr_plugin.ops.hstu_layer import LayerForm, LayerWeights, candidate_layer, hstu_layer
 from hpgr_plugin.ops.preference_plan import Selection
+
+
+def read_sequences(
+    rows: Tensor,
+    layers: Sequence[LayerWeights],
+    spec: AttentionSpec,
+    form: LayerForm,
+    *,
+    candidate_offsets: Tensor,
+    candidate_rows: Tensor,
+    max_candidates: int,
+) -> Tensor:
+    """Sequences that end in their candidates, `[R, D]`, to candidates `[C, D]`.
+
+    The last layer computes queries, gate and output of the candidates only.
+
+    Args:
+        rows: `[R, D]`.
+        layers: one or more.
+        spec: of the sequences.
+        form: of the layers.
+        candidate_offsets: `[B + 1]`.
+        candidate_rows: int64 `[C]`, in order.
+        max_candidates: an upper bound of the candidates per sequence.
+    """
+    *inner, last = layers
+    for i, weights in enumerate(inner):
+        rows = hstu_layer(rows, weights, spec, form.with_draw(2 * i))
+    reading = spec.replace(query_offsets=candidate_offsets, max_query_length=max_candidates)
+    return hstu_layer(rows, last, reading, form.with_draw(2 * len(inner)), rows=candidate_rows)
+
+
+def read_histories(
+    history: Tensor,
+    candidates: Tensor,
+    layers: Sequence[LayerWeights],
+    specs: tuple[AttentionSpec, AttentionSpec],
+    form: LayerForm,
+) -> Tensor:
+    """Candidates `[C, D]` that read a history `[T, D]`, each by its own weights, and themselves.
+
+    Args:
+        history: `[T, D]`.
+        candidates: `[C, D]`.
+        layers: one or more.
+        specs: of the history, and of the candidates over it, see `candidate_layer`.
+        form: of the layers.
+    """
+    tokens = history, candidates
+    for i, weights in enumerate(layers):
+        last = i == len(layers) - 1
+        tokens = candidate_layer(tokens, weights, specs, form.with_draw(2 * i), last=last)
+    return tokens[1]
 
 
 class HSTUStack(nn.Module):
@@ -75,12 +129,15 @@ class HSTUStack(nn.Module):
             exact: the last sequence ends where the rows end.
         """
         spec = self._spec(offsets, column_weights, max_length, exact)
-        *inner, last = self._weights()
-        for weights in inner:
-            rows = hstu_layer(rows, weights, spec, self.form)
-        one_each = torch.arange(len(offsets), device=offsets.device)
-        reading = spec.replace(query_offsets=one_each, max_query_length=1)
-        return hstu_layer(rows, last, reading, self.form, rows=offsets[1:] - 1)
+        return read_sequences(
+            rows,
+            self._weights(),
+            spec,
+            self.form,
+            candidate_offsets=torch.arange(len(offsets), device=offsets.device),
+            candidate_rows=offsets[1:] - 1,
+            max_candidates=1,
+        )
 
     def all_rows(self, rows: Tensor, offsets: Tensor, *, max_length: int) -> Tensor:
         """The plain dense stack: `[T, D]` to `[T, D]`."""
@@ -140,11 +197,7 @@ class HSTUStack(nn.Module):
             max_query_length=max_candidates,
             causal=False,
         )
-        *inner, last = self._weights()
-        tokens, specs = (history, candidates), (spec, reading)
-        for weights in inner:
-            tokens = candidate_layer(tokens, weights, specs, self.form, last=False)
-        return candidate_layer(tokens, last, specs, self.form, last=True)[1]
+        return read_histories(history, candidates, self._weights(), (spec, reading), self.form)
 
     def _spec(
         self, offsets: Tensor, column_weights: Tensor | None, max_length: int, exact: bool

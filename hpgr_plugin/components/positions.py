@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hpgr_plugin.components.checks import check_at_least, check_choice, check_jagged
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.jagged import check_sorted, ranges, segment_ids, segment_positions
+from hpgr_plugin.ops.preference_plan import count_earlier
 
 Form = Literal["absolute", "relative"]
 
@@ -115,21 +116,40 @@ class TimeAwarePositionalEncoder(nn.Module):
         """
         times = (history_timestamps, history_offsets, candidate_timestamps, candidate_offsets)
         _check_times(*times)
-        self._check_lengths(history_offsets, candidate_offsets)
+        self.check_lengths(history_offsets, candidate_offsets)
         if self.form == "relative":
             return history_embeddings, candidate_embeddings
         earlier = count_earlier(*times)
         # Row of the table = index - 1: a place in the history, or the number of earlier items.
-        rows = segment_positions(history_offsets, len(history_timestamps))
-        if not self.hide_future:
-            users = segment_ids(history_offsets, len(rows))
-            rows = rows + moved_up(rows, users, earlier, candidate_offsets)
+        places = segment_positions(history_offsets, len(history_timestamps))
+        users = segment_ids(history_offsets, len(places))
+        rows = self.history_rows(places, users, earlier, candidate_offsets)
         return (
             history_embeddings + self.table(rows),
             candidate_embeddings + self.table(earlier),
         )
 
-    def _check_lengths(self, history_offsets: Tensor, candidate_offsets: Tensor) -> None:
+    def history_rows(
+        self, places: Tensor, users: Tensor, earlier: Tensor, candidate_offsets: Tensor
+    ) -> Tensor:
+        """Rows of the table for items of histories, also where items are left out, int64 `[P]`.
+
+        Args:
+            places: `[P]`, the place of each item in its whole history, from 0.
+            users: `[P]`, the user of each item.
+            earlier: `[C]`, the number of items before each candidate (`count_earlier`).
+            candidate_offsets: `[B + 1]`.
+        """
+        if self.hide_future:
+            return places
+        return places + moved_up(places, users, earlier, candidate_offsets)
+
+    def check_lengths(self, history_offsets: Tensor, candidate_offsets: Tensor) -> None:
+        """Check that the table has a row for every place; both offsets are `[B + 1]`.
+
+        Raises:
+            HpgrError: see `forward`.
+        """
         lengths = history_offsets.diff().tolist()
         candidates = candidate_offsets.diff().tolist()
         # A user without a candidate needs no index N + 1.
@@ -229,31 +249,6 @@ class VisibilityCheck:
         if blind > self.max_blind_share * candidates:
             raise HpgrError(f"{message}. For a log without times of requests, set {self.binding}")
         warnings.warn(message, stacklevel=2)
-
-
-def count_earlier(
-    history_timestamps: Tensor,
-    history_offsets: Tensor,
-    candidate_timestamps: Tensor,
-    candidate_offsets: Tensor,
-) -> Tensor:
-    """How many items of its user's history lie before each candidate, `[C]` int64.
-
-    The count of Eq. 4, `sum_i [t_i < t_C]`; arguments as in `time_aware_index`, unchecked.
-    """
-    users = segment_ids(candidate_offsets, len(candidate_timestamps))
-    start = history_offsets[:-1].long()[users]
-    low, high = start, history_offsets[1:].long()[users]
-    # A binary search in all rows at once. One step too many changes nothing, so the number of
-    # steps comes from the total length, which is known without waiting for the device.
-    last = max(0, len(history_timestamps) - 1)
-    for _ in range(len(history_timestamps).bit_length()):
-        middle = (low + high) // 2
-        before = history_timestamps[middle.clamp(max=last)] < candidate_timestamps
-        open_ = low < high
-        low = torch.where(open_ & before, middle + 1, low)
-        high = torch.where(open_ & ~before, middle, high)
-    return low - start
 
 
 def moved_up(places: Tensor, users: Tensor, earlier: Tensor, candidate_offsets: Tensor) -> Tensor:

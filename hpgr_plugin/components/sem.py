@@ -35,6 +35,22 @@ class _EncodedSessions(NamedTuple):
     user_offsets: Tensor
 
 
+class SessionContext(NamedTuple):
+    """What SEM adds to the tokens of each session.
+
+    Attributes:
+        summary: `[S, D]`, F as the fusion takes it.
+        session_offsets: int64 `[S + 1]` into the tokens; a session may have none here.
+    """
+
+    summary: Tensor
+    session_offsets: Tensor
+
+    def of_rows(self, rows: Tensor) -> SessionContext:
+        """The same for some of the tokens only, `rows` `[P]`, ascending."""
+        return self._replace(session_offsets=torch.searchsorted(rows, self.session_offsets))
+
+
 class SessionEnhancementModule(nn.Module):
     """Adds a summary of the user's sessions to every history token.
 
@@ -161,6 +177,10 @@ class SessionEnhancementModule(nn.Module):
             ValueError: from `partition_sessions`, embeddings that are not `[T, D]`, or `causal`
                 still undecided.
         """
+        return self.fuse(embeddings, self.context(embeddings, offsets, timestamps))
+
+    def context(self, embeddings: Tensor, offsets: Tensor, timestamps: Tensor) -> SessionContext:
+        """What `fuse` adds to the tokens of B histories; arguments as in `forward`."""
         if self.causal is None:
             raise ValueError(
                 "causal is undecided: pass causal=True or False, or let the host call decide_causal"
@@ -175,7 +195,19 @@ class SessionEnhancementModule(nn.Module):
         encoded = self._choose(sessions)
         vectors = self._encode_sessions(history, encoded.spans)
         summary = self._summarise(vectors, encoded, sessions)
-        return self._fuse(history, summary, sessions).to(embeddings.dtype)
+        if self.fusion == "gate":
+            summary = F.layer_norm(summary, summary.shape[1:])
+        return SessionContext(summary, sessions.session_offsets)
+
+    def fuse(self, embeddings: Tensor, context: SessionContext) -> Tensor:
+        """H_enhanced of tokens `[P, D]`, all of the histories or those `context.of_rows` is for."""
+        history = embeddings.to(self.session_cls.dtype)
+        summary, offsets = context
+        if self.fusion == "gate":
+            enhanced = add_context(history, summary, self.gate, offsets)
+        else:
+            enhanced = history + F.embedding(segment_ids(offsets, len(history)), summary)
+        return enhanced.to(embeddings.dtype)
 
     def _choose(self, sessions: Sessions) -> _EncodedSessions:
         """The sessions that some token's summary needs, and their most recent tokens."""
@@ -237,10 +269,3 @@ class SessionEnhancementModule(nn.Module):
         """The pooled summary of the rows that each row sees, `[R, D]` -> `[R, D]`."""
         x = self.inter_encoder(x, layout)
         return segment_mean(x, layout) if self.pooling == "mean" else x
-
-    def _fuse(self, history: Tensor, summary: Tensor, sessions: Sessions) -> Tensor:
-        """H_enhanced `[T, D]` from the tokens `[T, D]` and the F of every session `[S, D]`."""
-        if self.fusion == "add":
-            return history + F.embedding(sessions.session_index, summary)
-        summary = F.layer_norm(summary, summary.shape[1:])
-        return add_context(history, summary, self.gate, sessions.session_offsets)

@@ -17,7 +17,7 @@ from hpgr_plugin.config.registry import ConfigError, registered_targets, roots
 from hpgr_plugin.errors import HpgrError
 
 _MACRO = "gin.macro"
-_PLACES = ("output_dir", "cache_dir", "path", "overwrite", "allow_unused")
+_PLACES = ("output_dir", "cache_dir", "path", "overwrite", "allow_unused", "workers")
 _LARGEST = 2**32 - 1  # what every generator takes as a seed
 _LARGEST_FLOAT = 3e38
 _macros_referred_to: set[str] = set()
@@ -46,6 +46,17 @@ def parse(config_files: list[str], bindings: list[str]) -> None:
             gin.parse_config(bindings)
             gin.finalize()
     check_types()
+
+
+def as_text() -> str:
+    """All bindings, for `restore` in another process."""
+    text: str = gin.config_str()
+    return text
+
+
+def restore(text: str) -> None:
+    """Bind what `as_text` gave; it was checked where it was parsed."""
+    gin.parse_config(text)
 
 
 def check_types() -> None:
@@ -170,8 +181,18 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, str):  # a string is a sequence of strings, but never meant as one
         members = [m for m in members if m in (str, Any) or get_origin(m) is Literal]
     if _holds_references(value):
-        return True
+        return isinstance(value, dict) or any(_items_fit(value, member) for member in members)
     return any(_is_of(value, member) for member in members)
+
+
+def _items_fit(values: Sequence[Any], hint: Any) -> bool:
+    """Whether a list with references in it has items that the hint takes."""
+    if hint is Any:
+        return True
+    origin = get_origin(hint)
+    if not (inspect.isclass(origin) and issubclass(origin, Sequence)):
+        return False
+    return all(_fits(_resolve_macro(value), get_args(hint)[0]) for value in values)
 
 
 def _broken_limit(value: Any) -> str | None:

@@ -53,7 +53,6 @@ _REQUESTS = ("prepared", "split", "settings", "statistics", "seed", "rank", "wor
 _SEQUENCES = ("prepared", "max_length", "users", "seed", "rank", "world_size")
 _MIM = ("num_items", "item_counts")
 _LAYER = ("embedding_dim", "num_heads", "dropout")
-_ENCODER = (*_LAYER, "max_history")
 _SIZES = ("sizes",)
 _DECODER = ("ids", "embedding_dim", "num_heads", "dropout", "slate_size")
 _SLATES = ("num_items", "num_actions", "vocabulary_digest", "ids", "decoder_arguments")
@@ -101,12 +100,12 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.hosts.embedded.model.mtgr:MTGRLayer", LAYER, denylist=_LAYER),
         Entry("hpgr_plugin.hosts.embedded.model.ranker:HSTURanker", denylist=_RANKER, root=True),
         Entry("hpgr_plugin.hosts.embedded.model.rare_items:RareItems", RARE, _SIZES),
-        Entry("hpgr_plugin.hosts.embedded.model.rivals.bert4rec:BERT4Rec", ENCODER, _ENCODER),
-        Entry("hpgr_plugin.hosts.embedded.model.rivals.dnn:DNN", ENCODER, _ENCODER),
-        Entry("hpgr_plugin.hosts.embedded.model.rivals.gru4rec:GRU4Rec", ENCODER, _ENCODER),
-        Entry("hpgr_plugin.hosts.embedded.model.rivals.moe:MoE", ENCODER, _ENCODER),
-        Entry("hpgr_plugin.hosts.embedded.model.rivals.sasrec:SASRec", ENCODER, _ENCODER),
-        Entry("hpgr_plugin.hosts.embedded.model.rivals.wukong:Wukong", ENCODER, _ENCODER),
+        Entry("hpgr_plugin.hosts.embedded.model.rivals.bert4rec:BERT4Rec", ENCODER, _SIZES),
+        Entry("hpgr_plugin.hosts.embedded.model.rivals.dnn:DNN", ENCODER, _SIZES),
+        Entry("hpgr_plugin.hosts.embedded.model.rivals.gru4rec:GRU4Rec", ENCODER, _SIZES),
+        Entry("hpgr_plugin.hosts.embedded.model.rivals.moe:MoE", ENCODER, _SIZES),
+        Entry("hpgr_plugin.hosts.embedded.model.rivals.sasrec:SASRec", ENCODER, _SIZES),
+        Entry("hpgr_plugin.hosts.embedded.model.rivals.wukong:Wukong", ENCODER, _SIZES),
         Entry("hpgr_plugin.hosts.embedded.model.token_features:CalendarFeatures", FEATURES, _SIZES),
         Entry("hpgr_plugin.hosts.embedded.model.token_features:GapFeatures", FEATURES, _SIZES),
         Entry("hpgr_plugin.hosts.embedded.report.ablation:AblationRow", root=True),

@@ -76,6 +76,7 @@ def build_log(
         item_ids=item_ids,
         user_ids=user_ids,
         num_actions=len(kinds),
+        action_values=kinds.astype(np.str_) if kinds.dtype == object else kinds,
         item_vocabulary_digest=vocabulary_digest(item_ids),
         group=None if events.group is None else events.group[order],
         user_features=_coded_features(events.user_features, user_ids),
@@ -129,5 +130,9 @@ def _coded_features(side: SideTable | None, ids: np.ndarray) -> dict[str, Catego
         distinct = distinct.take(pc.sort_indices(distinct))
         codes = pc.fill_null(pc.add(pc.index_in(values, value_set=distinct), 1), 0)
         codes = pc.if_else(pc.is_null(values), 0, codes)
-        features[name] = CategoricalFeature(codes.to_numpy().astype(np.int32), len(distinct) + 1)
+        features[name] = CategoricalFeature(
+            codes.to_numpy().astype(np.int32),
+            len(distinct) + 1,
+            np.array([str(value) for value in distinct.to_pylist()], dtype=np.str_),
+        )
     return features

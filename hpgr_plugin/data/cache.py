@@ -20,7 +20,7 @@ from hpgr_plugin.data.log import CategoricalFeature, InteractionLog, PreparedDat
 from hpgr_plugin.files import crc32
 
 # Raise it when the meaning of a stored array changes: older entries are then not found.
-FORMAT = 2
+FORMAT = 3
 _FEATURES = ("user_features", "item_features")
 _META, _CHECKSUMS = "meta.json", "checksums.json"
 
@@ -75,7 +75,11 @@ def load(entry: Path) -> PreparedData | None:
         raise DataError(problem, file=entry / name) from error
     log = meta["log"] | {
         side: {
-            name: CategoricalFeature(arrays.pop(f"{side}.{number}"), num_values)
+            name: CategoricalFeature(
+                arrays.pop(f"{side}.{number}"),
+                num_values,
+                arrays.pop(f"{side}.{number}.values", None),
+            )
             for number, (name, num_values) in enumerate(meta[side].items())
         }
         for side in _FEATURES
@@ -108,7 +112,9 @@ def _write(folder: Path, prepared: PreparedData) -> None:
     for side in _FEATURES:
         features = values.pop(side)
         meta[side] = {name: feature.num_values for name, feature in features.items()}
-        values |= {f"{side}.{n}": feature.codes for n, feature in enumerate(features.values())}
+        for number, feature in enumerate(features.values()):
+            values[f"{side}.{number}"] = feature.codes
+            values[f"{side}.{number}.values"] = feature.values
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)

@@ -24,10 +24,12 @@ class CategoricalFeature:
     Attributes:
         codes: int32 [num_users] or [num_items]; 0 means unknown.
         num_values: codes are 0..num_values-1.
+        values: the source's value of code 1, 2 and so on, as text; None: not known.
     """
 
     codes: np.ndarray
     num_values: int
+    values: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class InteractionLog:
         item_ids: [V] the source's item ids, by code.
         user_ids: [U] the source's user ids.
         num_actions: number of distinct actions.
+        action_values: [num_actions] the source's value of every action; None: not known.
         item_vocabulary_digest: sha256 over item_ids in order: equal codes mean equal items.
         group: int64 [E] or None: events shown together (an impression) share a value.
         user_features, item_features: by name.
@@ -59,6 +62,7 @@ class InteractionLog:
     num_actions: int
     item_vocabulary_digest: str
     group: np.ndarray | None = None
+    action_values: np.ndarray | None = None
     user_features: dict[str, CategoricalFeature] = field(default_factory=dict)
     item_features: dict[str, CategoricalFeature] = field(default_factory=dict)
 

@@ -45,7 +45,7 @@ PIP_NAMES = {
     "triton": "triton",
     "tensordict": "tensordict",
     "pyre_extensions": "pyre-extensions",
-    "torchmetrics": "torchmetrics==1.0.3",
+    "torchmetrics": "torchmetrics",
     "pandas": "pandas",
     "tensorboard": "tensorboard",
 }
@@ -179,8 +179,9 @@ def _missing_packages(first: str) -> str:
     absent += [package] if package not in absent else []
     pip_names = " ".join(PIP_NAMES.get(name, name) for name in absent)
     return (
-        f"the host needs packages that are not installed: {', '.join(absent)}. pip install "
-        f"--no-deps {pip_names}, in the versions that match torch"
+        f"the host needs packages that are not installed: {', '.join(absent)}. `make host "
+        f"HOST=path` makes an environment that has them; by hand: pip install --no-deps "
+        f"{pip_names}, in the versions of the extras host and host-no-deps in setup.cfg"
     )
 
 

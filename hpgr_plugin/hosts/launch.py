@@ -73,6 +73,8 @@ def read_config(configuration: Configuration, attach: Callable[[], None]) -> Non
     attach()
     # Importing fbgemm raises the root logger's level to WARNING.
     logging.basicConfig(level=logging.INFO, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_not_of_tables)
 
 
 @contextlib.contextmanager
@@ -93,6 +95,12 @@ def start_workers(worker: Callable[..., None], count: int, *args: Any) -> None:
         )
     except ProcessExitedException as error:
         sys.exit(error.exit_code)
+
+
+def _not_of_tables(record: logging.LogRecord) -> bool:
+    """Leaves out what torchrec and fbgemm say about every table and way of sharding it."""
+    of_tables = any(f"/{package}/" in record.pathname for package in ("torchrec", "fbgemm_gpu"))
+    return record.levelno >= logging.WARNING or not of_tables
 
 
 def _existing_file(path: str) -> str:

@@ -41,9 +41,11 @@ DLRM_V3 = _table("""
     common: HammerKernel
     modules.dlrm_hstu: DlrmHSTU hstu_configs embedding_tables is_inference is_dense bf16_training
     modules.dlrm_hstu: DlrmHSTU.preprocess uih_features candidates_features
-    modules.dlrm_hstu: DlrmHSTU._user_forward
-        max_uih_len max_candidates seq_embeddings payload_features num_candidates
+    modules.dlrm_hstu: DlrmHSTU.main_forward
+        seq_embeddings payload_features max_uih_len uih_seq_lengths max_num_candidates
+        num_candidates
     modules.dlrm_hstu: STULayer config is_inference
+    modules.dlrm_hstu: HSTUPositionalEncoder embedding_dim contextual_seq_len is_inference
     modules.dlrm_hstu: HSTUTransducer stu_module input_preprocessor positional_encoder is_inference
     modules.preprocessors: InputPreprocessor is_inference
     modules.preprocessors: InputPreprocessor.forward
@@ -53,7 +55,13 @@ DLRM_V3 = _table("""
     modules.hstu_transducer: HSTUTransducer
     modules.hstu_transducer: HSTUTransducer._hstu_compute
         max_seq_len seq_lengths seq_offsets seq_timestamps seq_embeddings num_targets
+    modules.hstu_transducer: HSTUTransducer._postprocess
+        seq_embeddings seq_timestamps seq_payloads
+    modules.positional_encoder: HSTUPositionalEncoder
+    modules.positional_encoder: HSTUPositionalEncoder.forward
+        max_seq_len seq_lengths seq_offsets seq_timestamps seq_embeddings num_targets
     modules.stu: STULayer config is_inference
+    modules.stu: STUStack
     modules.stu: STULayer.forward
         x x_lengths x_offsets max_seq_len num_targets max_kv_caching_len kv_caching_lengths
     modules.stu: STULayer.cached_forward
@@ -86,6 +94,7 @@ DLRM_V3 = _table("""
     dlrm_v3.train.utils: streaming_train_eval_loop
         rank model metric_logger device optimizer hstu_config embedding_table_configs
     dlrm_v3.utils: MetricsLogger multitask_configs batch_size window_size device rank
+    dlrm_v3.utils: MetricsLogger.compute_and_log mode additional_logs
     dlrm_v3.checkpoint: load_dmp_checkpoint model optimizer metric_logger device
     dlrm_v3.checkpoint: load_dense_state_dict model state_dict
     dlrm_v3.checkpoint: is_sparse_key

@@ -98,6 +98,14 @@ class Operator:
         module, _ = self._load(self._choose(function, backend, args, kwargs), function)
         return getattr(module, function)(*args, **kwargs)
 
+    def chosen(self, *args: Any, **kwargs: Any) -> str:
+        """The name of the backend that a call with these arguments would run.
+
+        Raises:
+            ValueError: as in `run`.
+        """
+        return self._choose(self.name, None, args, kwargs).name
+
     def why_not(
         self, backend: str, /, *args: Any, function: str | None = None, **kwargs: Any
     ) -> str | None:

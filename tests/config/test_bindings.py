@@ -27,6 +27,17 @@ def _clear_gin() -> Iterator[None]:
         ("base/hpgr.HSTURanker.sem = 5", "@hpgr.SessionEnhancementModule() or None"),
         ("hpgr.HSTURanker.layer = 'mtgr'", "@hpgr.HSTULayer or @hpgr.MTGRLayer, got 'mtgr'"),
         ("hpgr.HSTURanker.layer = @hpgr.MTGRLayer()", "@hpgr.HSTULayer or @hpgr.MTGRLayer"),
+        ("hpgr.HSTURanker.encoder = @hpgr.SASRec()", "@hpgr.BERT4Rec or @hpgr.DNN"),
+        ("hpgr.HSTURanker.encoder = @hpgr.MTGRLayer", "@hpgr.BERT4Rec or @hpgr.DNN"),
+        ("hpgr.HSTURanker.rare_items = @hpgr.DNN", "@hpgr.RareItems or None"),
+        (
+            "hpgr.HSTURanker.token_features = @hpgr.GapFeatures",
+            "a list of items, each @hpgr.CrossFeatures or @hpgr.CalendarFeatures",
+        ),
+        ("hpgr.HSTURanker.token_features = [@hpgr.GapFeatures()]", "got [@hpgr.GapFeatures()]"),
+        ("hpgr.HSTURanker.token_features = [@hpgr.GapFeatures, @hpgr.DNN]", "@hpgr.GapFeatures"),
+        ("hpgr.TimeAwarePositionalEncoder.form = 'rotary'", "'absolute' or 'relative'"),
+        ("hpgr.PreferenceGuidedSparseAttention.score = 'norm'", "'dot' or 'cosine'"),
         (
             "hpgr.HSTURanker.attention_hook = @hpgr.SessionEnhancementModule()",
             "@hpgr.PreferenceGuidedSparseAttention() or @hpgr.StochasticLength() or None",
@@ -62,6 +73,7 @@ def test_a_wrong_type_behind_a_macro() -> None:
         "hpgr.run.seeds = (0, 1)",
         "hpgr.HSTURanker.sem = None",
         "hpgr.SessionEnhancementModule.causal = True",
+        "hpgr.HSTURanker.token_features = [@hpgr.GapFeatures, @hpgr.CrossFeatures]",
     ],
 )
 def test_right_types_pass(binding: str) -> None:

@@ -1,5 +1,6 @@
 """Every backend of HSTU attention against the loops of naive.py, in value and gradient."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from hpgr_plugin.ops.hstu_attention import (
     Visibility,
     hstu_attention,
 )
-from hpgr_plugin.ops.hstu_attention.torch import TableLookup, bias_buckets
+from hpgr_plugin.ops.hstu_attention.torch import bias_buckets
 from hpgr_plugin.ops.hstu_attention.triton import attention_backward, attention_forward
 
 LENGTHS = [0, 1, 40, 3]
@@ -101,6 +102,60 @@ def make_case(name: str) -> Case:
         ),
         "bias": lambda: Case(spec_of(LENGTHS, places=places), bias=bias),
         "bias-of-last-rows": lambda: Case(spec_of(LENGTHS, places=places, **some), len(rows), bias),
+        "bias-by-two-positions": lambda: Case(
+            spec_of(
+                LENGTHS,
+                places=places._replace(query_positions=places.positions.flip(0)),
+                visibility=order,
+            ),
+            bias=bias,
+        ),
+        "bias-targets": lambda: Case(
+            spec_of(LENGTHS, places=places, num_targets=torch.tensor(TARGETS, device=DEVICE)),
+            bias=bias,
+        ),
+        "bias-all-columns": lambda: Case(
+            spec_of(LENGTHS, places=places, causal=False, column_weights=weights), bias=bias
+        ),
+        "bias-pre-both-weights": lambda: Case(
+            spec_of(
+                LENGTHS,
+                places=places,
+                visibility=order,
+                column_weights=weights,
+                row_weights=torch.rand(TOTAL, 40, device=DEVICE),
+                mask_position="pre",
+            ),
+            bias=bias,
+        ),
+        "weights-of-some-rows": lambda: Case(
+            spec_of(
+                LENGTHS,
+                places=places,
+                visibility=order,
+                row_weights=matrix,
+                weight_offsets=offsets_of(asked),
+            ),
+            bias=bias,
+        ),
+        "weights-of-some-last-rows": lambda: Case(
+            spec_of(
+                LENGTHS, row_weights=matrix[:4], weight_offsets=offsets_of([0, 0, 4, 0]), **some
+            ),
+            len(rows),
+        ),
+        "chosen-rows": lambda: Case(
+            spec_of(
+                LENGTHS,
+                places=places,
+                visibility=order,
+                query_rows=torch.tensor([3, 1, 40, 41], device=DEVICE),
+                query_offsets=offsets_of([0, 0, 3, 1]),
+                max_query_length=3,
+            ),
+            4,
+            bias,
+        ),
         "visibility": lambda: Case(spec_of(LENGTHS, visibility=order)),
         "visibility-by-row-pre": lambda: Case(
             spec_of(
@@ -128,15 +183,21 @@ CASES = [
     "all-columns-by-row",
     "bias",
     "bias-of-last-rows",
+    "bias-by-two-positions",
+    "bias-targets",
+    "bias-all-columns",
+    "bias-pre-both-weights",
+    "weights-of-some-rows",
+    "weights-of-some-last-rows",
+    "chosen-rows",
     "visibility",
     "visibility-by-row-pre",
 ]
-TORCH_ONLY = {"bias", "bias-of-last-rows", "visibility", "visibility-by-row-pre"}
 
 
 @pytest.mark.parametrize(
     ("backend", "case"),
-    [(b, c) for b in BACKENDS for c in CASES if b == "torch" or c not in TORCH_ONLY],
+    list(itertools.product(BACKENDS, CASES)),
 )
 def test_value_and_gradient_are_those_of_naive(
     backend: str, case: str, monkeypatch: pytest.MonkeyPatch
@@ -161,6 +222,72 @@ def test_value_and_gradient_are_those_of_naive(
 
     reference = hstu_attention(*exact[:3], made.spec, bias=exact_bias, backend="naive")
     assert_same(ours, xs, reference, exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_sequences_with_everything(backend: str, seed: int) -> None:
+    """Random lengths, queries, orders, weights and times that lie up to 10^10 seconds apart."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, size: int) -> Tensor:
+        return torch.randint(low, high, (size,), generator=draw)
+
+    lengths = integers(0, 50, 4).tolist()
+    asked = [int(integers(0, n + 1, 1)) for n in lengths]
+    ends = offsets_of(lengths).tolist()[1:]
+    rows = [e - c + i for e, c in zip(ends, asked, strict=True) for i in range(c)]
+    total, longest = sum(lengths), max(lengths)
+    places = Places(
+        integers(0, 3000, total).to(DEVICE),
+        integers(0, 10**10, total).to(DEVICE),
+        integers(0, 3000, total).to(DEVICE),
+    )
+    spec = spec_of(
+        lengths,
+        query_offsets=offsets_of(asked),
+        max_query_length=max(asked),
+        query_rows=torch.tensor(rows, dtype=torch.int64, device=DEVICE),
+        visibility=Visibility(integers(-1, 9, total).to(DEVICE), integers(-1, 9, total).to(DEVICE)),
+        column_weights=torch.rand(total, generator=draw).to(DEVICE),
+        row_weights=torch.rand(len(rows), longest, generator=draw).to(DEVICE),
+        mask_position=("post", "pre")[seed % 2],
+        places=places,
+    )
+    tables = [torch.randn(n, generator=draw).to(DEVICE).requires_grad_() for n in (64, 32)]
+    xs = [*inputs(len(rows), total), *tables]
+    exact = double(xs)
+
+    ours = hstu_attention(
+        *xs[:3], spec, bias=PositionTimeBias(*tables, exact_positions=16), backend=backend
+    )
+
+    bias = PositionTimeBias(exact[3], exact[4], exact_positions=16)
+    assert_same(ours, xs, hstu_attention(*exact[:3], spec, bias=bias, backend="naive"), exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [32, 40])
+def test_the_bucket_of_a_time_is_exact_around_powers_of_two(backend: str, size: int) -> None:
+    """With values 1 and scores b alone, the output tells the bucket of every difference."""
+    apart = [0, *(2**power + near for power in range(1, 34) for near in (-2, -1, 0, 1))]
+    tables = torch.zeros(64), torch.arange(float(size)) - 1.0
+    outputs = []
+    for which in (backend, "naive"):
+        bias = PositionTimeBias(*(x.to(DEVICE) for x in tables), exact_positions=16)
+        q, k, v = (torch.zeros(2 * len(apart), 1, 16, device=DEVICE) for _ in range(3))
+        v[0::2] = 1.0  # only the earlier of two
+        spec = spec_of([2] * len(apart), places=_pairs(apart), norm_length=1.0)
+        outputs.append(hstu_attention(q, k, v, spec, bias=bias, backend=which)[1::2, 0, 0])
+    torch.testing.assert_close(*outputs)
+    buckets = torch.tensor([min((1 + x).bit_length() - 1, size - 1) for x in apart]) - 1.0
+    torch.testing.assert_close(outputs[0].cpu(), torch.nn.functional.silu(buckets))
+
+
+def _pairs(apart: list[int]) -> Places:
+    """Sequences of two tokens, so many seconds apart."""
+    times = torch.tensor([time for seconds in apart for time in (7, 7 + seconds)], device=DEVICE)
+    return Places(torch.zeros_like(times), times)
 
 
 def _poisoned(x: Tensor) -> Tensor:
@@ -260,17 +387,6 @@ def test_bias_buckets_survive_shortening() -> None:
     assert whole.max() < 64 * 32
 
 
-def test_bias_lookup_has_the_gradient_of_indexing() -> None:
-    index = torch.randint(0, 7, (3, 5, 4))
-    upstream = torch.randn(3, 5, 4, dtype=torch.float64)
-    gradients = []
-    for lookup in (TableLookup.apply, lambda table, index: table[index]):
-        table = torch.zeros(7, dtype=torch.float64, requires_grad=True)
-        (lookup(table, index) * upstream).sum().backward()
-        gradients.append(table.grad)
-    torch.testing.assert_close(*gradients)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -290,13 +406,6 @@ def test_a_bias_needs_places() -> None:
     bias = PositionTimeBias(torch.zeros(64), torch.zeros(32), exact_positions=16)
     with pytest.raises(ValueError, match="a bias needs places"):
         hstu_attention(*inputs(9, 9), spec_of([4, 5]), bias=bias)
-
-
-@pytest.mark.parametrize("case", sorted(TORCH_ONLY))
-def test_the_kernels_say_what_they_refuse(case: str) -> None:
-    made = make_case(case)
-    with pytest.raises(ValueError, match="hstu_attention: backend 'triton' cannot run"):
-        hstu_attention(*inputs(made.queries, TOTAL), made.spec, bias=made.bias, backend="triton")
 
 
 def test_an_unknown_head_size_is_refused_only_by_the_kernels() -> None:

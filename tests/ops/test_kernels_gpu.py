@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpgr_plugin.ops.hstu_attention import AttentionSpec, hstu_attention
+from hpgr_plugin.ops.hstu_attention import (
+    AttentionSpec,
+    Places,
+    PositionTimeBias,
+    Visibility,
+    hstu_attention,
+)
 from hpgr_plugin.ops.preference_plan import plan_preferences
 
 pytestmark = [
@@ -47,6 +53,72 @@ def test_attention_in_every_dtype(dtype: torch.dtype, tolerance: float, size: in
     wanted = (reference, *torch.autograd.grad(reference, exact, grad.double()))
     for a, b in zip(got, wanted, strict=True):
         assert relative_error(a, b) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 1.5e-2), (torch.float16, 4e-3), (torch.float32, 1e-3)]
+)
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("mask_position", ["post", "pre"])
+def test_attention_with_bias_orders_and_weights(
+    dtype: torch.dtype, tolerance: float, size: int, mask_position: str
+) -> None:
+    """As the embedded ranker calls it: causal histories, candidates that see a part of them."""
+    histories, counts = [0, 1, 400, 333, 64, 50], [3, 1, 64, 64, 0, 7]
+    xs, spec, bias = ranking_case(histories, counts, size, dtype)
+    spec = spec.replace(mask_position=mask_position)
+    exact = [x.detach().double().requires_grad_() for x in (*xs, *bias[:2])]
+
+    ours = hstu_attention(*xs, spec, bias=bias, backend="triton")
+
+    exact_bias = PositionTimeBias(exact[3], exact[4], 16)
+    reference = hstu_attention(*exact[:3], spec, bias=exact_bias, backend="torch")
+    grad = torch.randn_like(ours)
+    got = (ours, *torch.autograd.grad(ours, [*xs, *bias[:2]], grad))
+    wanted = (reference, *torch.autograd.grad(reference, exact, grad.double()))
+    for a, b in zip(got, wanted, strict=True):
+        assert relative_error(a, b) < tolerance
+
+
+def test_table_gradients_repeat_exactly() -> None:
+    xs, spec, bias = ranking_case([400, 90, 0], [64, 64, 2], 64, torch.bfloat16)
+
+    def gradients() -> tuple[Tensor, ...]:
+        out = hstu_attention(*xs, spec, bias=bias, backend="triton")
+        return torch.autograd.grad(out.float().square().sum(), [*xs, *bias[:2]])
+
+    for a, b in zip(gradients(), gradients(), strict=True):
+        assert torch.equal(a, b)
+
+
+def ranking_case(
+    histories: list[int], counts: list[int], size: int, dtype: torch.dtype
+) -> tuple[list[Tensor], AttentionSpec, PositionTimeBias]:
+    """Queries, keys and values of `[history | candidates]`, who sees whom, and a bias."""
+    torch.manual_seed(0)
+    lengths = [h + c for h, c in zip(histories, counts, strict=True)]
+    total = sum(lengths)
+    key, query, times = [], [], []
+    for h, c in zip(histories, counts, strict=True):
+        visible = torch.randint(0, h + 1, (c,))
+        key += [torch.arange(h), torch.full((c,), 2**30)]
+        query += [torch.arange(h), visible]
+        past = torch.randint(0, 10**10, (h,)).sort().values
+        times += [past, torch.randint(0, 10**10, (c,))]
+    key, query, times = (torch.cat(parts).cuda() for parts in (key, query, times))
+    xs = [torch.randn(total, 2, size, device="cuda", dtype=dtype).requires_grad_() for _ in "qkv"]
+    spec = AttentionSpec(
+        offsets=offsets_of(lengths),
+        max_length=max(lengths),
+        alpha=size**-0.5,
+        norm_length=400.0,
+        visibility=Visibility(key, query),
+        places=Places(query + 1, times),
+        row_weights=torch.rand(sum(counts), max(lengths), device="cuda"),
+        weight_offsets=offsets_of(counts),
+    )
+    tables = [torch.randn(n, device="cuda").requires_grad_() for n in (64, 32)]
+    return xs, spec, PositionTimeBias(*tables, 16)
 
 
 def test_the_backward_repeats_exactly() -> None:

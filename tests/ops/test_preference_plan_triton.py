@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from hpgr_plugin.ops.preference_plan import PlanInputs, PlanSettings, triton
+from hpgr_plugin.ops.preference_plan import PlanInputs, PlanSettings, count_earlier, triton
 from hpgr_plugin.ops.preference_plan import torch as torch_plan
 
 
@@ -101,6 +101,25 @@ def test_no_candidates_keep_nothing() -> None:
     empty = triton.plan_preferences(inputs, PlanSettings())
     assert len(empty.index) == 0
     assert empty.offsets.tolist() == [0]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_earlier_items_are_counted(backend: str) -> None:
+    lengths, counts = [0, 1, 40, 3], [2, 0, 70, 1]
+    times = torch.cat([torch.randint(0, 60, (n,)).sort().values for n in lengths]).to(DEVICE)
+    queries = torch.randint(-5, 65, (sum(counts),), device=DEVICE) + 2**40
+    jagged = times + 2**40, offsets_of(lengths), queries, offsets_of(counts)
+    wanted = count_earlier(*jagged, backend="naive")
+    assert torch.equal(count_earlier(*jagged, backend=backend), wanted)
+    bounds = {"max_history": 40, "max_candidates": 70}
+    assert torch.equal(count_earlier(*jagged, **bounds, backend=backend), wanted)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "naive"])
+def test_no_candidates_count_nothing(backend: str) -> None:
+    nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    jagged = torch.arange(5, device=DEVICE), offsets_of([5]), nothing, offsets_of([0])
+    assert count_earlier(*jagged, backend=backend).shape == (0,)
 
 
 def test_cases_without_a_kernel_have_a_reason() -> None:

@@ -54,13 +54,13 @@ def test_everything_missing_is_listed_at_once_with_the_commits_that_work() -> No
 def test_an_adapter_on_a_moved_host_says_so_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
     from generative_recommenders.modules import dlrm_hstu
 
-    monkeypatch.delattr(dlrm_hstu.DlrmHSTU, "_user_forward")
+    monkeypatch.delattr(dlrm_hstu.DlrmHSTU, "main_forward")
     loaded = {
         name: m for name, m in sys.modules.items() if name.startswith("hpgr_plugin.hosts.dlrm_v3")
     }
     for name in loaded:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(HostContractError, match=r"DlrmHSTU\._user_forward: not there"):
+    with pytest.raises(HostContractError, match=r"DlrmHSTU\.main_forward: not there"):
         importlib.import_module("hpgr_plugin.hosts.dlrm_v3")
 
 

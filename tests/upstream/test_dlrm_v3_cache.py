@@ -14,6 +14,7 @@ from hpgr_plugin.components.attention_hooks import (
 )
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
 from hpgr_plugin.hosts.dlrm_v3.modules import Request
+from hpgr_plugin.ops.compact.parts import sequence_parts
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("float64_operators")]
 
@@ -66,7 +67,10 @@ def test_shared_history_gives_the_same_with_and_without_the_cache(mask_position:
     }
     offsets = {"history_offsets": offsets_of(LENGTHS), "candidate_offsets": offsets_of(NUM_TARGETS)}
     plan = hook.plan(HookInputs(**raw, **offsets))
-    with transducer.requested(Request(plan, "shared_history", mask_position)):
+    parts = sequence_parts(
+        offsets_of(seq_lengths), NUM_TARGETS, contextual_len=CONTEXTUAL, total_rows=total
+    )
+    with transducer.requested(Request(parts, plan, DELTA, "shared_history", mask_position)):
         full = transducer._hstu_compute(
             int(seq_lengths.max()),
             seq_lengths,
@@ -79,7 +83,7 @@ def test_shared_history_gives_the_same_with_and_without_the_cache(mask_position:
     prefill(stack, x[history])
     with model.cached_preferences(**raw, history_lengths=LENGTHS, num_candidates=NUM_TARGETS):
         cached = stack.cached_forward(x[candidates], NUM_TARGETS)
-    torch.testing.assert_close(cached, full[candidates], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(cached, full, rtol=1e-6, atol=1e-6)
 
 
 def test_shared_history_without_a_plan_is_an_error() -> None:
@@ -93,7 +97,8 @@ def test_shared_history_without_a_plan_is_an_error() -> None:
 
 
 def test_per_candidate_refuses_the_cache() -> None:
-    model = build(DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention()).eval()
+    hook = PreferenceGuidedSparseAttention(layout="per_candidate")
+    model = build(DlrmHSTU, attention_hook=hook).eval()
     stack = model._hstu_transducer._stu_module
     with pytest.raises(RuntimeError, match='layout "per_candidate"'):
         prefill(stack, torch.randn(int((LENGTHS + CONTEXTUAL).sum()), WIDTH))

@@ -85,6 +85,38 @@ def test_a_frozen_table_is_restored_without_the_hand_over(tmp_path: Path) -> Non
     torch.testing.assert_close(again(*DATA)[3], parallel(*DATA)[3], rtol=0, atol=0)
 
 
+def few_kept(**arguments: Any) -> PreferenceGuidedSparseAttention:
+    return PreferenceGuidedSparseAttention(top_k=2, sigma=1.0, **arguments)
+
+
+def with_candidates(count: int) -> dict[str, Any]:
+    return {"model_config": {"max_num_candidates": count}}
+
+
+def test_the_layout_of_a_checkpoint_stays_whatever_would_be_chosen_now(tmp_path: Path) -> None:
+    _, parallel, optimizer = sharded(attention_hook=few_kept(), **with_candidates(20))
+    save(tmp_path, parallel, optimizer)
+    model, again, its_optimizer = sharded(attention_hook=few_kept(), **with_candidates(1))
+    assert model.attention_hook.layout == "per_candidate"
+    load_checkpoint(again, its_optimizer, metrics(), CPU)
+    assert model.attention_hook.layout == "shared_history"
+    layers = model._hstu_transducer._stu_module._stu_layers
+    assert {layer.layout for layer in layers} == {"shared_history"}
+    torch.testing.assert_close(again(*DATA)[3], parallel(*DATA)[3], rtol=0, atol=0)
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_was_trained_per_candidate(
+    tmp_path: Path,
+) -> None:
+    _, parallel, optimizer = sharded(attention_hook=few_kept(layout="per_candidate"))
+    save(tmp_path, parallel, optimizer)
+    model, again, its_optimizer = sharded(attention_hook=few_kept(), **with_candidates(20))
+    assert model.attention_hook.layout == "shared_history"
+    load_checkpoint(again, its_optimizer, metrics(), CPU)
+    assert model.attention_hook.layout == "per_candidate"
+    torch.testing.assert_close(again(*DATA)[3], parallel(*DATA)[3], rtol=0, atol=0)
+
+
 def test_a_checkpoint_of_the_host_s_own_model_fills_all_but_the_slots(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

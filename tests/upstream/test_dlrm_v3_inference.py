@@ -16,7 +16,7 @@ pytestmark = pytest.mark.upstream
 
 LENGTHS, CANDIDATES = [7, 1, 0, 12], [2, 1, 3, 2]
 HOOKS = {
-    "per_candidate": lambda: PreferenceGuidedSparseAttention(top_k=3),
+    "per_candidate": lambda: PreferenceGuidedSparseAttention(top_k=3, layout="per_candidate"),
     "shared_history": lambda: PreferenceGuidedSparseAttention(top_k=3, layout="shared_history"),
     "stochastic": lambda: StochasticLength(alpha=1.5),
     "none": lambda: None,

@@ -69,10 +69,15 @@ def make_model(layout: str, mask_position: str, **config: Any) -> Any:
 def computed(model: Any, case: Case) -> Tensor:
     """Candidate rows of the stack, through the adapter."""
     hook = model.attention_hook
-    request = Request(case.plan, hook.layout, hook.mask_position)
+    parts = sequence_parts(
+        case.offsets(), case.num_targets, contextual_len=CONTEXTUAL, total_rows=len(case.x)
+    )
+    request = Request(
+        parts, case.plan, int(case.num_targets.max()), hook.layout, hook.mask_position
+    )
     transducer = model._hstu_transducer
     with transducer.requested(request):
-        rows = transducer._hstu_compute(
+        candidates: Tensor = transducer._hstu_compute(
             MAX_SEQ_LEN,
             case.seq_lengths,
             case.offsets(),
@@ -80,13 +85,7 @@ def computed(model: Any, case: Case) -> Tensor:
             case.x,
             case.num_targets,
         )
-    return rows[candidate_rows(case)]
-
-
-def candidate_rows(case: Case) -> Tensor:
-    offsets = case.offsets().tolist()
-    pairs = zip(offsets[1:], case.num_targets.tolist(), strict=True)
-    return torch.tensor([row for end, c in pairs for row in range(end - c, end)], dtype=torch.int64)
+    return candidates
 
 
 def expected(model: Any, case: Case) -> Tensor:

@@ -50,14 +50,18 @@ def load_dense_state_dict(
 ) -> None:
     """Copy the dense part of a checkpoint, the state of the attention hook included.
 
-    The host copies tensors in place. That does not reach a hook's random generator, nor a frozen
-    table whose size only the checkpoint knows.
+    The host copies tensors in place. That does not reach a hook's random generator or its layout,
+    nor a frozen table whose size only the checkpoint knows.
 
     Raises:
         HpgrError: The checkpoint is of another model.
     """
     saved = _dense(state_dict)
-    hook = next(m for m in model.modules() if isinstance(m, DlrmHSTU)).attention_hook
+    ranker = next(m for m in model.modules() if isinstance(m, DlrmHSTU))
+    hook = ranker.attention_hook
+    if isinstance(hook, PreferenceGuidedSparseAttention) and not fresh_slots:
+        hook.restore_layout(saved, "attention_hook.")
+        ranker.tell_layers_the_layout()
     table = saved.get(_FROZEN_TABLE)
     if isinstance(hook, PreferenceGuidedSparseAttention) and table is not None:
         hook.frozen_table = table.clone()

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from generative_recommenders.common import HammerKernel
 from generative_recommenders.dlrm_v3.train import utils as train
-from generative_recommenders.dlrm_v3.utils import MetricsLogger
 from torch import distributed as dist
 
 from hpgr_plugin.hosts.dlrm_v3.attach import attach
 from hpgr_plugin.hosts.dlrm_v3.checkpoint import load_checkpoint
+from hpgr_plugin.hosts.dlrm_v3.progress import LossLogger
 from hpgr_plugin.hosts.launch import (
     CONFIGURATION_ERRORS,
     USER_ERRORS,
@@ -96,7 +96,7 @@ def _prepare(
     train_batches, test_batches = train.make_train_test_dataloaders(
         hstu_config=config, embedding_table_configs=tables
     )
-    metrics = MetricsLogger(
+    metrics = LossLogger(
         multitask_configs=config.multitask_configs,
         batch_size=train_batches.batch_size,
         window_size=_WINDOW.get(mode, _DEFAULT_WINDOW),

@@ -1,24 +1,31 @@
-"""The modules that replace the host's preprocessor, positional encoder and transducer."""
+"""The modules that replace the host's preprocessor and transducer."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from generative_recommenders.common import HammerModule
 from generative_recommenders.modules.hstu_transducer import HSTUTransducer
 from generative_recommenders.modules.preprocessors import InputPreprocessor
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpgr_plugin.components.attention_hooks import Layout, MaskPosition
-from hpgr_plugin.components.sem import SessionEnhancementModule
-from hpgr_plugin.hosts.dlrm_v3.attention import CandidateRows, PreferenceSTULayer, StepAttention
+from hpgr_plugin.components.sem import SessionContext, SessionEnhancementModule
+from hpgr_plugin.hosts.dlrm_v3.attention import (
+    CandidateRows,
+    PreferenceSTULayer,
+    RowSequences,
+    StepAttention,
+)
+from hpgr_plugin.hosts.dlrm_v3.fused import FusedLayers
+from hpgr_plugin.hosts.dlrm_v3.positions import set_places
+from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
 from hpgr_plugin.hosts.seams import host_has_seam
 from hpgr_plugin.ops.compact.parts import (
     SequenceParts,
-    ShortSequences,
+    joined_parts,
     sequence_parts,
     short_sequences,
     visible_plan,
@@ -36,7 +43,13 @@ class SessionPreprocessor(InputPreprocessor):
         preprocessor: The host's.
         sem: Of the item table's width.
         ticks_per_second: Units of the timestamps in a second: 1, or 1000 for milliseconds.
+
+    Attributes:
+        context: What SEM made of the whole histories, for passes with shortened ones; None: SEM
+            runs on the sequences as they come.
     """
+
+    context: SessionContext | None = None
 
     def __init__(
         self, preprocessor: Any, sem: SessionEnhancementModule, *, ticks_per_second: int = 1
@@ -53,6 +66,7 @@ class SessionPreprocessor(InputPreprocessor):
         seq_timestamps: Tensor,
         seq_embeddings: Tensor,
         num_targets: Tensor,
+        total_targets: int,
         **others: Any,
     ) -> Any:
         """As the host's preprocessors; the sequences are `[history | candidates]`."""
@@ -61,18 +75,21 @@ class SessionPreprocessor(InputPreprocessor):
             num_targets,
             contextual_len=0,
             total_rows=len(seq_embeddings),
+            num_candidates=total_targets,
         )
         rows = parts.history_rows()
-        enhanced = self.sem(
-            seq_embeddings.index_select(0, rows),
-            parts.history_offsets,
-            seq_timestamps[rows] // self.ticks_per_second,
-        )
+        history = seq_embeddings.index_select(0, rows)
+        if self.context is None:
+            seconds = seq_timestamps[rows] // self.ticks_per_second
+            enhanced = self.sem(history, parts.history_offsets, seconds)
+        else:
+            enhanced = self.sem.fuse(history, self.context)
         return self._preprocessor(
             seq_lengths=seq_lengths,
             seq_timestamps=seq_timestamps,
             seq_embeddings=seq_embeddings.index_copy(0, rows, enhanced.to(seq_embeddings.dtype)),
             num_targets=num_targets,
+            total_targets=total_targets,
             **others,
         )
 
@@ -81,116 +98,71 @@ class SessionPreprocessor(InputPreprocessor):
         return bool(self._preprocessor.interleave_targets())
 
 
-class TimeAwareHSTUPositionalEncoder(HammerModule):
-    """Time-aware positions (Eq. 4) with the signature of the host's positional encoder.
-
-    As in the host, embeddings are multiplied by sqrt(D) first. Contextual tokens have no time:
-    each of their places has a learned row of its own, zero at the start. Every candidate is
-    numbered by its own query time.
-
-    Args:
-        encoder: `TimeAwarePositionalEncoder` of the transducer's width.
-        embedding_dim: D of the transducer.
-        contextual_seq_len: Tokens in front of every history.
-        is_inference: As in the host's modules.
-    """
-
-    def __init__(
-        self, encoder: nn.Module, *, embedding_dim: int, contextual_seq_len: int, is_inference: bool
-    ) -> None:
-        super().__init__(is_inference=is_inference)
-        self.encoder = encoder
-        self.contextual_weight = nn.Parameter(torch.zeros(contextual_seq_len, embedding_dim))
-
-    def forward(
-        self,
-        max_seq_len: int,
-        seq_lengths: Tensor,
-        seq_offsets: Tensor,
-        seq_timestamps: Tensor,
-        seq_embeddings: Tensor,
-        num_targets: Tensor | None,
-    ) -> Tensor:
-        """Add the positions.
-
-        Args:
-            max_seq_len: The longest sequence; not used.
-            seq_lengths: `[B]`.
-            seq_offsets: `[B + 1]`.
-            seq_timestamps: `[L]` seconds.
-            seq_embeddings: `[L, D]`.
-            num_targets: Candidates at the end of each sequence `[B]`, or None.
-
-        Returns:
-            `[L, D]`.
-        """
-        contextual_len, embedding_dim = self.contextual_weight.shape
-        parts = sequence_parts(
-            seq_offsets,
-            torch.zeros_like(seq_lengths) if num_targets is None else num_targets,
-            contextual_len=contextual_len,
-            total_rows=len(seq_embeddings),
-        )
-        scaled = seq_embeddings * embedding_dim**0.5
-        history_rows, candidate_rows = parts.history_rows(), parts.candidate_rows()
-        history, candidates = self.encoder(
-            scaled.index_select(0, history_rows),
-            parts.history_offsets,
-            seq_timestamps[history_rows],
-            scaled.index_select(0, candidate_rows),
-            parts.candidate_offsets,
-            seq_timestamps[candidate_rows],
-        )
-        encoded = scaled.index_copy(0, history_rows, history.to(scaled.dtype))
-        encoded = encoded.index_copy(0, candidate_rows, candidates.to(scaled.dtype))
-        if contextual_len == 0:
-            return encoded
-        places = torch.arange(contextual_len, device=seq_offsets.device)
-        rows = (parts.seq_offsets[:-1].unsqueeze(1) + places).flatten()
-        added = self.contextual_weight.repeat(len(seq_lengths), 1)
-        return encoded.index_add(0, rows, added.to(scaled.dtype))
-
-
-class Request(NamedTuple):
-    """What the attention of one forward pass should do.
+@dataclass(frozen=True)
+class Request:
+    """What the transducer should do in one forward pass.
 
     Attributes:
-        plan: Its rows are candidates, or users (layout "per_user"); None keeps all history.
+        parts: Of the sequences `[contextual | history | candidates]` that its layers get.
+        plan: By the histories of these sequences; its rows are candidates, or users; None keeps all
+            history.
+        max_targets: The most candidates of a user, or more.
         layout: That of the plan.
         mask_position: "post" A' = SiLU(s) * M, "pre" A' = SiLU(M * s).
         hide_future: Whether, without a plan of candidates, history at or after a candidate's own
             time is hidden from it (a plan of candidates hides it already).
+        by_user: Whether row b of the plan keeps the whole history of sequence b, as it is here.
+        full_length: The longest sequence before any was shortened; None: none was.
+        longest_row: An upper bound of the items in a row of the plan; None: unknown.
+        places: Where the rows are in the full sequences; None: the sequences are whole.
+        context: SEM's, of the full histories; None: SEM runs on the sequences as they come.
     """
 
+    parts: SequenceParts
     plan: PreferencePlan | None
-    layout: Layout
+    max_targets: int
+    layout: Layout = "shared_history"
     mask_position: MaskPosition = "post"
     hide_future: bool = True
+    by_user: bool = False
+    full_length: int | None = None
+    longest_row: int | None = None
+    places: FullPlaces | None = None
+    context: SessionContext | None = None
 
 
 class PreferenceTransducer(HSTUTransducer):
-    """The host's transducer; while a `Request` is set on it, its attention follows that.
+    """The host's transducer; while a `Request` is set on it, it follows that.
 
-    Preprocessing, positions and postprocessing are the host's. With layouts "per_candidate" and
-    "per_user" the planned rows are gathered into short sequences, the host's layers run on those,
-    and the candidates' rows go back to where the host expects them. Layout "shared_history" leaves
-    the sequences as they are and weighs the candidates' rows of the attention.
+    Its sequences may have been shortened before they come here; positions, the n of 1/n and SEM's
+    context are then those of the full ones. Layout "per_candidate" with several candidates of a
+    user gathers a sequence for each of them out of the user's rows. With a request, only the
+    candidates' rows are computed to the end.
 
     Attributes:
         contextual_seq_len: Tokens in front of every history.
+        layers: Runs the layers where it can; None: the host's own do.
     """
 
     contextual_seq_len: int = 0
+    layers: FusedLayers | None = None
     _request: Request | None = None
 
     @contextlib.contextmanager
-    def requested(self, request: Request | None) -> Iterator[None]:
+    def requested(self, request: Request) -> Iterator[None]:
         """Forward passes inside follow `request`."""
+        preprocessor = self._input_preprocessor
         self._request = request
         try:
+            set_places(self._positional_encoder, request.places)
+            if isinstance(preprocessor, SessionPreprocessor):
+                preprocessor.context = request.context
             yield
         finally:
             self._request = None
+            set_places(self._positional_encoder, None)
+            if isinstance(preprocessor, SessionPreprocessor):
+                preprocessor.context = None
 
     @contextlib.contextmanager
     def attending(self, step: StepAttention) -> Iterator[None]:
@@ -204,6 +176,56 @@ class PreferenceTransducer(HSTUTransducer):
             for layer in layers:
                 layer.step = None
 
+    def run_layers(self, x: Tensor, sequences: RowSequences, step: StepAttention) -> Tensor:
+        """The layers over these rows: all that lies between their input and the candidates' output.
+
+        Args:
+            x: `[L, D]`.
+            sequences: That the rows belong to.
+            step: What the plan changes in their attention.
+
+        Returns:
+            `[C, D]`, the candidates in their order.
+        """
+        if self.layers is not None:
+            candidates = self.layers.run(self._stu_module, x, sequences, step)
+            if candidates is not None:
+                return candidates
+        layers = self._own_layers()
+        if layers is None or not layers[-1].can_read_candidates(x):
+            encoded = self._inner_layers(self._stu_module, x, sequences, step)
+            return encoded.index_select(0, sequences.parts.candidate_rows())
+        # The last layer's output is read at the candidates only.
+        for layer in layers[:-1]:
+            x = self._inner_layers(layer, x, sequences, step)
+        return layers[-1].read_candidates(x, sequences, step)
+
+    def _own_layers(self) -> list[PreferenceSTULayer] | None:
+        """The layers in their order, if they are this package's and nothing wraps them."""
+        layers = list(getattr(self._stu_module, "_stu_layers", ()))
+        own = layers and all(isinstance(layer, PreferenceSTULayer) for layer in layers)
+        return layers if own else None
+
+    def _inner_layers(
+        self, module: Any, x: Tensor, sequences: RowSequences, step: StepAttention
+    ) -> Tensor:
+        """All rows `[L, D]` through one of the host's layers, or all of them."""
+        arguments: dict[str, Any] = {
+            "x": x,
+            "x_lengths": sequences.lengths,
+            "x_offsets": sequences.parts.seq_offsets,
+            "max_seq_len": sequences.max_length,
+            "num_targets": sequences.num_targets,
+        }
+        scale = step.value_scale if step.scales_values_only else None
+        own = isinstance(module, PreferenceSTULayer)
+        if scale is not None and not own and host_has_seam("value_scale"):
+            scaled: Tensor = module(**arguments, value_scale=scale)
+            return scaled
+        with self.attending(step):
+            whole: Tensor = module(**arguments)
+        return whole
+
     def _hstu_compute(
         self,
         max_seq_len: int,
@@ -213,91 +235,108 @@ class PreferenceTransducer(HSTUTransducer):
         seq_embeddings: Tensor,
         num_targets: Tensor,
     ) -> Tensor:
-        """`[L, D]` -> `[L, D]`; history rows are zero where short sequences were computed."""
-        compute = functools.partial(
-            super()._hstu_compute,
-            max_seq_len,
+        """`[L, D]` -> `[L, D]`, or the candidates alone `[C, D]` with a request."""
+        request = self._request
+        if request is None:
+            return super()._hstu_compute(
+                max_seq_len, seq_lengths, seq_offsets, seq_timestamps, seq_embeddings, num_targets
+            )
+        if request.plan is not None and request.layout == "per_candidate" and not request.by_user:
+            return self._one_sequence_each(request, request.plan, max_seq_len, seq_embeddings)
+        sequences = RowSequences(
+            request.parts,
             seq_lengths,
-            seq_offsets,
-            seq_timestamps,
-            seq_embeddings,
             num_targets,
+            max_seq_len,
+            request.max_targets,
         )
-        if self._request is None:
-            return compute()
-        parts = sequence_parts(
-            seq_offsets,
-            num_targets,
-            contextual_len=self.contextual_seq_len,
-            total_rows=len(seq_embeddings),
-        )
-        plan, layout = self._request.plan, self._request.layout
-        if plan is not None and layout != "shared_history":
-            rows = short_sequences(parts, plan, per_user=layout == "per_user")
-            return self._compute_compact(parts, rows, max_seq_len, seq_timestamps, seq_embeddings)
-        step = StepAttention(candidates=self._candidate_rows(parts, seq_timestamps, plan))
-        with self.attending(step):
-            return compute()
-
-    def _compute_compact(
-        self,
-        parts: SequenceParts,
-        rows: ShortSequences,
-        max_seq_len: int,
-        seq_timestamps: Tensor,
-        seq_embeddings: Tensor,
-    ) -> Tensor:
-        assert self._request is not None
-        offsets = complete_cumsum(rows.lengths)
-        short = sequence_parts(
-            offsets,
-            rows.num_targets,
-            contextual_len=parts.contextual_len,
-            total_rows=rows.index.numel(),
-        )
-        # The host divides by the longest sequence: it must stay that of the full batch.
-        norm = rows.max_len / max_seq_len
-        pre = self._request.mask_position == "pre"
+        weights, plan = None, request.plan
+        if request.by_user and plan is not None:
+            weights, plan = _weights_of_rows(request.parts, plan), None
         step = StepAttention(
-            value_scale=torch.full_like(rows.weights, norm) if pre else rows.weights * norm,
-            key_scale=rows.weights if pre else None,
-            candidates=self._candidate_rows(short, seq_timestamps[rows.index], None)
-            if self._request.layout == "per_user"
-            else None,
+            column_weights=weights,
+            mask_position=request.mask_position,
+            norm_ratio=max_seq_len / (request.full_length or max_seq_len),
+            candidates=None
+            if request.layout == "per_candidate"
+            else self._candidate_mask(request, plan, seq_timestamps),
+        )
+        return self.run_layers(seq_embeddings, sequences, step)
+
+    def _one_sequence_each(
+        self, request: Request, plan: PreferencePlan, max_seq_len: int, seq_embeddings: Tensor
+    ) -> Tensor:
+        """A sequence for each candidate, gathered out of its user's rows."""
+        longest = plan.longest() if request.longest_row is None else request.longest_row
+        rows = short_sequences(
+            request.parts,
+            plan,
+            per_user=False,
+            max_length=longest + request.parts.contextual_len + 1,
+        )
+        candidates = torch.arange(plan.offsets.numel(), device=plan.offsets.device)
+        parts = joined_parts(
+            plan.offsets,
+            candidates,
+            contextual_len=request.parts.contextual_len,
+            num_history=plan.index.numel(),
+            num_candidates=request.parts.num_candidates,
+            one_candidate_each=True,
+        )
+        sequences = RowSequences(
+            parts,
+            rows.lengths,
+            rows.num_targets,
+            rows.max_len,
+            1,
+        )
+        step = StepAttention(
+            column_weights=rows.weights,
+            mask_position=request.mask_position,
+            norm_ratio=rows.max_len / (request.full_length or max_seq_len),
         )
         # Not index_select: embedding's backward adds up the many copies of a history row in
         # float32 and in a fixed order.
-        embeddings = F.embedding(rows.index, seq_embeddings)
-        encoded = self._run_layers(step, rows, offsets, embeddings)
-        candidates = encoded.index_select(0, short.candidate_rows())
-        return torch.zeros_like(seq_embeddings, dtype=encoded.dtype).index_copy(
-            0, parts.candidate_rows(), candidates
-        )
+        return self.run_layers(F.embedding(rows.index, seq_embeddings), sequences, step)
 
-    def _run_layers(
-        self, step: StepAttention, rows: ShortSequences, offsets: Tensor, embeddings: Tensor
-    ) -> Tensor:
-        arguments: dict[str, Any] = {
-            "x": embeddings,
-            "x_lengths": rows.lengths,
-            "x_offsets": offsets,
-            "max_seq_len": rows.max_len,
-            "num_targets": rows.num_targets,
-        }
-        if host_has_seam("value_scale") and step.scales_values_only:
-            return self._stu_module(**arguments, value_scale=step.value_scale)
-        with self.attending(step):
-            return self._stu_module(**arguments)
-
-    def _candidate_rows(
-        self, parts: SequenceParts, timestamps: Tensor, plan: PreferencePlan | None
+    def _candidate_mask(
+        self, request: Request, plan: PreferencePlan | None, timestamps: Tensor
     ) -> CandidateRows | None:
         """The mask of the candidates' rows; without a plan, of the future only (None: nothing)."""
-        assert self._request is not None
-        if plan is None and self._request.hide_future:
+        parts = request.parts
+        if plan is None and request.hide_future:
             plan = visible_plan(
                 timestamps[parts.history_rows()], timestamps[parts.candidate_rows()], parts
             )
         if plan is None:
             return None
-        return CandidateRows(parts, plan, self._request.mask_position)
+        return CandidateRows(parts, plan, request.mask_position, request.max_targets)
+
+    def _postprocess(
+        self,
+        *,
+        seq_embeddings: Tensor,
+        seq_timestamps: Tensor,
+        seq_payloads: dict[str, Tensor],
+        **others: Any,
+    ) -> tuple[Tensor | None, Tensor]:
+        """As the host's; with a request, the embeddings are those of the candidates already."""
+        if self._request is None:
+            return super()._postprocess(
+                seq_embeddings=seq_embeddings,
+                seq_timestamps=seq_timestamps,
+                seq_payloads=seq_payloads,
+                **others,
+            )
+        return None, self._output_postprocessor(
+            seq_embeddings=seq_embeddings,
+            seq_timestamps=seq_timestamps.index_select(0, self._request.parts.candidate_rows()),
+            seq_payloads=seq_payloads,
+        )
+
+
+def _weights_of_rows(parts: SequenceParts, plan: PreferencePlan) -> Tensor:
+    """M_j of every row `[L]`: of the history rows as planned, 1 of all others."""
+    weights = plan.weights.new_ones(parts.total_rows)
+    weights[parts.history_rows()] = plan.weights
+    return weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,6 +43,8 @@ def run(
     overwrite: bool = False,
     session_gap_seconds: int = 1800,
     gauc_by: GaucBy = "user",
+    learning_rates: Sequence[float] = (),
+    workers: int = 1,
     allow_unused: Sequence[str] = (),
 ) -> None:
     """Run `mode` and write `output_dir/results.json`.
@@ -62,6 +65,10 @@ def run(
         session_gap_seconds: longest pause inside a session, for the AUC of users with many
             sessions.
         gauc_by: "user" or "impression": whose candidates GAUC compares.
+        learning_rates: of an ablation: each row takes the best of these on validation, see
+            `run_ablation`. None: `FinetuneSettings.learning_rate`.
+        workers: of an ablation: trainings at the same time, which share the cores and the CUDA
+            devices. Sums on a CPU depend on the number of threads in their last digits.
         allow_unused: names whose bindings may stay unread, for files that several runs share.
 
     Raises:
@@ -78,6 +85,9 @@ def run(
     fits = gauc_by in get_args(GaucBy)
     require(fits, "run.gauc_by", "'user' or 'impression'", gauc_by)
     require(bool(output_dir), "run.output_dir", "a folder", output_dir)
+    require(workers >= 1, "run.workers", "1 or more", workers)
+    for rate in learning_rates:
+        require(0 < rate < math.inf, "run.learning_rates", "numbers above 0", rate)
     check_scopes()
     check_unused(allow_unused)
     directory = Path(output_dir)
@@ -103,7 +113,19 @@ def run(
             resume = state == "unfinished"
             where: dict[str, Any] = {"seeds": seeds, "output_dir": directory, "resume": resume}
             if mode == "ablation":
-                metrics = run_ablation(task, rows, **where)
+                require(
+                    workers == 1 or process.world_size == 1,
+                    "run.workers",
+                    "1 under torchrun",
+                    workers,
+                )
+                metrics = run_ablation(
+                    task,
+                    rows,
+                    **where,
+                    learning_rates=learning_rates,
+                    workers=workers,
+                )
             elif mode == "slate_ablation":
                 metrics = run_slate_ablation(task, rows, tokenizers, **where)
             else:

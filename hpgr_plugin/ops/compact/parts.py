@@ -4,6 +4,8 @@ There is one sequence per user, and the contextual prefix is equally long in all
 functions speak in rows of the flat tensor that holds these sequences one after the other.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,8 @@ from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 
 
-class SequenceParts(NamedTuple):
+@dataclass(frozen=True)
+class SequenceParts:
     """Where the parts of B sequences `[contextual | history | candidates]` lie.
 
     Attributes:
@@ -22,6 +25,7 @@ class SequenceParts(NamedTuple):
         candidate_offsets: `[B + 1]` of the candidates only.
         contextual_len: tokens in front of every history.
         num_history, num_candidates: totals T and C.
+        one_candidate_each: every sequence is known to end in exactly one candidate.
     """
 
     seq_offsets: Tensor
@@ -30,14 +34,38 @@ class SequenceParts(NamedTuple):
     contextual_len: int
     num_history: int
     num_candidates: int
+    one_candidate_each: bool = False
 
     def history_rows(self) -> Tensor:
         """Sequence row of every history token, `[T]` int64."""
-        return ranges(self.seq_offsets[:-1] + self.contextual_len, self.history_offsets.diff())
+        return self._history_rows
 
     def candidate_rows(self) -> Tensor:
         """Sequence row of every candidate, `[C]` int64."""
-        return ranges(self._candidate_starts(), self.candidate_offsets.diff())
+        return self._candidate_rows
+
+    @cached_property
+    def _history_rows(self) -> Tensor:
+        return _shifted(
+            self.seq_offsets[:-1] + self.contextual_len, self.history_offsets, self.num_history
+        )
+
+    @cached_property
+    def _candidate_rows(self) -> Tensor:
+        if self.one_candidate_each:
+            return self.seq_offsets[1:].long() - 1
+        return _shifted(self._candidate_starts(), self.candidate_offsets, self.num_candidates)
+
+    def contextual_rows(self) -> Tensor:
+        """Sequence row of every contextual token, `[B * contextual_len]` int64."""
+        places = torch.arange(self.contextual_len, device=self.seq_offsets.device)
+        return (self.seq_offsets[:-1].unsqueeze(1) + places).flatten()
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of all sequences."""
+        contextual = self.contextual_len * (self.seq_offsets.numel() - 1)
+        return contextual + self.num_history + self.num_candidates
 
     def candidate_users(self) -> Tensor:
         """The user of every candidate, `[C]` int64."""
@@ -52,19 +80,59 @@ class SequenceParts(NamedTuple):
         return self.seq_offsets[1:] - self.candidate_offsets.diff()
 
 
-def sequence_parts(
-    seq_offsets: Tensor, num_targets: Tensor, *, contextual_len: int, total_rows: int
+def _shifted(starts: Tensor, offsets: Tensor, total: int) -> Tensor:
+    """Where the rows of segments go that are moved to new starts, `[total]` int64."""
+    shift = (starts - offsets[:-1]).long()
+    shift = shift.repeat_interleave(offsets.diff(), output_size=total)
+    return torch.arange(total, device=offsets.device) + shift
+
+
+def joined_parts(
+    history_offsets: Tensor,
+    candidate_offsets: Tensor,
+    *,
+    contextual_len: int,
+    num_history: int,
+    num_candidates: int,
+    one_candidate_each: bool = False,
 ) -> SequenceParts:
-    """The parts of host sequences, no wait for the device beyond one total.
+    """The parts of sequences that hold these histories `[B + 1]` and candidates `[B + 1]`."""
+    history_offsets, candidate_offsets = history_offsets.long(), candidate_offsets.long()
+    seq_offsets = history_offsets + candidate_offsets
+    if contextual_len:
+        users = torch.arange(seq_offsets.numel(), device=seq_offsets.device)
+        seq_offsets = seq_offsets + contextual_len * users
+    return SequenceParts(
+        seq_offsets,
+        history_offsets,
+        candidate_offsets,
+        contextual_len,
+        num_history,
+        num_candidates,
+        one_candidate_each,
+    )
+
+
+def sequence_parts(
+    seq_offsets: Tensor,
+    num_targets: Tensor,
+    *,
+    contextual_len: int,
+    total_rows: int,
+    num_candidates: int | None = None,
+) -> SequenceParts:
+    """The parts of host sequences.
 
     Args:
         seq_offsets: `[B + 1]`.
         num_targets: `[B]` candidates at the end of each sequence.
         contextual_len: tokens at the front of each sequence.
         total_rows: rows of the flat tensor.
+        num_candidates: C; None: the device is asked for it.
     """
     candidate_offsets = complete_cumsum(num_targets.long())
-    num_candidates = int(candidate_offsets[-1].item())
+    if num_candidates is None:
+        num_candidates = int(candidate_offsets[-1].item())
     history_lengths = seq_offsets.diff() - num_targets - contextual_len
     num_users = num_targets.numel()
     return SequenceParts(
@@ -103,7 +171,7 @@ class ShortSequences(NamedTuple):
         weights: `[L']` M_j of each short row; contextual tokens and candidates have 1.
         lengths: `[R]` of the short sequences.
         num_targets: `[R]` candidates at the end of each.
-        max_len: the longest of them.
+        max_len: the longest of them, or more.
     """
 
     index: Tensor  # type: ignore[assignment]  # a tuple has an index method too
@@ -114,7 +182,7 @@ class ShortSequences(NamedTuple):
 
 
 def short_sequences(
-    parts: SequenceParts, plan: PreferencePlan, *, per_user: bool
+    parts: SequenceParts, plan: PreferencePlan, *, per_user: bool, max_length: int | None = None
 ) -> ShortSequences:
     """One sequence `[contextual | planned history | candidates]` for each row of the plan.
 
@@ -122,6 +190,7 @@ def short_sequences(
         parts: of the full sequences.
         plan: rows are candidates, or users if `per_user`.
         per_user: whether all candidates of a user share one short sequence.
+        max_length: upper bound of the short sequences; None: the device is asked for it.
     """
     device = parts.seq_offsets.device
     if per_user:
@@ -136,19 +205,22 @@ def short_sequences(
     lengths = kept + parts.contextual_len + targets
     offsets = complete_cumsum(lengths)
 
+    if max_length is None:
+        max_length = int(lengths.max()) if lengths.numel() else 1
     contextual = torch.full_like(lengths, parts.contextual_len)
+    totals = parts.contextual_len * users.numel(), plan.index.numel(), parts.num_candidates
     sources = torch.cat(
         [
-            ranges(parts.seq_offsets[users], contextual),
+            ranges(parts.seq_offsets[users], contextual, totals[0]),
             parts.history_rows()[plan.index],
-            ranges(target_starts, targets),
+            ranges(target_starts, targets, totals[2]),
         ]
     )
     places = torch.cat(
         [
-            ranges(offsets[:-1], contextual),
-            ranges(offsets[:-1] + parts.contextual_len, kept),
-            ranges(offsets[1:] - targets, targets),
+            ranges(offsets[:-1], contextual, totals[0]),
+            ranges(offsets[:-1] + parts.contextual_len, kept, totals[1]),
+            ranges(offsets[1:] - targets, targets, totals[2]),
         ]
     )
     num_contextual = parts.contextual_len * users.numel()
@@ -159,7 +231,7 @@ def short_sequences(
         weights=torch.empty_like(weights).index_copy_(0, places, weights),
         lengths=lengths,
         num_targets=targets,
-        max_len=int(lengths.max().item()) if lengths.numel() else 1,
+        max_len=max_length,
     )
 
 

@@ -23,10 +23,26 @@ __all__ = [
     "Places",
     "PositionTimeBias",
     "Visibility",
+    "attention_backend",
     "hstu_attention",
 ]
 
 _OPERATOR = triton_operator(__name__)
+
+
+def attention_backend(heads: Tensor) -> str:
+    """The backend that attention takes for queries, keys and values like these.
+
+    Args:
+        heads: `[T, H, d]`, for its device, dtype and sizes; T may be 0.
+    """
+    spec = AttentionSpec(
+        offsets=heads.new_zeros(1).long(),
+        max_length=0,
+        alpha=1.0,
+        norm_length=1.0,
+    )
+    return _OPERATOR.chosen(heads, heads, heads, spec)
 
 
 def hstu_attention(

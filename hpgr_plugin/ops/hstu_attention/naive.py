@@ -61,7 +61,7 @@ def position_bucket(distance: int, bias: PositionTimeBias) -> int:
 
 def time_bucket(seconds: int, bias: PositionTimeBias) -> int:
     """The row of `time_table` for a difference of times."""
-    return min(int(math.log2(1 + abs(seconds))), len(bias.time_table) - 1)
+    return min((1 + abs(seconds)).bit_length() - 1, len(bias.time_table) - 1)
 
 
 def _spec(offsets: Tensor, fields: dict[str, Any]) -> AttentionSpec:
@@ -83,6 +83,17 @@ def _sees(spec: AttentionSpec, b: int, own: int, j: int) -> bool:
     return j == own or (j < own and j < int(spec.offsets[b + 1]) - targets)
 
 
+def _weight_row(spec: AttentionSpec, i: int) -> int | None:
+    """The row of row_weights of query i; None for ones."""
+    if spec.weight_offsets is None:
+        return i
+    queries = (spec.offsets if spec.query_offsets is None else spec.query_offsets).tolist()
+    weighted = spec.weight_offsets.tolist()
+    b = max(b for b in range(len(queries) - 1) if queries[b] <= i)
+    row = weighted[b + 1] - (queries[b + 1] - i)
+    return row if row >= weighted[b] else None
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -97,7 +108,7 @@ def _attend(
     scores = spec.alpha * torch.einsum("hd,jhd->hj", q, k[seen])
     if bias is not None:
         assert spec.places is not None
-        apart = (spec.places.positions[own] - spec.places.positions[seen]).tolist()
+        apart = (spec.places.of_queries[own] - spec.places.positions[seen]).tolist()
         seconds = (spec.places.timestamps[own] - spec.places.timestamps[seen]).tolist()
         scores = scores + bias.position_table[[position_bucket(p, bias) for p in apart]]
         scores = scores + bias.time_table[[time_bucket(t, bias) for t in seconds]]
@@ -105,7 +116,9 @@ def _attend(
     if spec.column_weights is not None:
         mask = mask * spec.column_weights[seen]
     if spec.row_weights is not None:
-        mask = mask * spec.row_weights[i, [j - first for j in seen]]
+        row = _weight_row(spec, i)
+        if row is not None:
+            mask = mask * spec.row_weights[row, [j - first for j in seen]]
     pre = spec.mask_position == "pre"
     attention = F.silu(mask * scores) if pre else F.silu(scores) * mask
     return torch.einsum("hj,jhd->hd", attention / spec.norm_length, v[seen])

@@ -29,10 +29,18 @@ class Places(NamedTuple):
     Attributes:
         positions: int64 `[T]`.
         timestamps: int64 `[T]` seconds.
+        query_positions: int64 `[T]`, where a token stands as a query, also of those that are no
+            query; None: at its position.
     """
 
     positions: Tensor
     timestamps: Tensor
+    query_positions: Tensor | None = None
+
+    @property
+    def of_queries(self) -> Tensor:
+        """Where the tokens stand as queries, int64 `[T]`."""
+        return self.positions if self.query_positions is None else self.query_positions
 
 
 class PositionTimeBias(NamedTuple):
@@ -73,6 +81,8 @@ class AttentionSpec:
         visibility: an explicit order in place of `causal` and `num_targets`.
         column_weights: M `[T]` (Eq. 5), one weight per column, without gradient.
         row_weights: M `[Tq, max_length]`, one weight per query and column, without gradient.
+        weight_offsets: `[B + 1]` of row_weights `[W, max_length]`, where only the last queries of
+            every sequence have them; for the others they are ones.
         mask_position: where M enters, "post" `SiLU(s) M` or "pre" `SiLU(M s)`.
         places: positions and times of the tokens, for a bias.
         exact: the last sequence ends where the tensors end: there are no spare rows to zero.
@@ -92,6 +102,7 @@ class AttentionSpec:
     visibility: Visibility | None = None
     column_weights: Tensor | None = None
     row_weights: Tensor | None = None
+    weight_offsets: Tensor | None = None
     mask_position: MaskPosition = "post"
     places: Places | None = None
     exact: bool = False
@@ -136,7 +147,15 @@ class AttentionSpec:
                 f"got {list(self.query_offsets.shape)}"
             )
         _check_shape("column_weights", self.column_weights, (k.shape[0],))
-        _check_shape("row_weights", self.row_weights, (q.shape[0], self.max_length))
+        weighted = self.row_weights
+        if weighted is not None:
+            rows = q.shape[0] if self.weight_offsets is None else len(weighted)
+            _check_shape("row_weights", weighted, (rows, self.max_length))
+        if self.weight_offsets is not None and self.weight_offsets.shape != self.offsets.shape:
+            raise ValueError(
+                f"weight_offsets must be {list(self.offsets.shape)} as offsets, "
+                f"got {list(self.weight_offsets.shape)}"
+            )
         _check_shape("query_rows", self.query_rows, (q.shape[0],))
         if bias is not None and self.places is None:
             raise ValueError("a bias needs places, the positions and times of the tokens, got None")

@@ -1,5 +1,7 @@
 """HSTU attention over jagged sequences in Triton: forward, and a backward that repeats exactly.
 
+A bias, a visibility and weights by row have kernels of their own, see `general.py`.
+
 Every block of an output has one program, so nothing is added atomically. Column weights never enter
 the loops: SiLU(s) M is V with its rows scaled by M, SiLU(M s) is K with its rows scaled, and their
 gradient is scaled as it is written. Scores scaled in registers measured 1.5 times slower, forward.
@@ -12,6 +14,7 @@ import triton
 from torch import Tensor
 
 from hpgr_plugin.ops.dispatch import dot_precision, interpreted
+from hpgr_plugin.ops.hstu_attention import general
 from hpgr_plugin.ops.hstu_attention.kernels import (
     backward_columns_kernel,
     backward_rows_kernel,
@@ -37,8 +40,26 @@ def hstu_attention(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, bias: PositionTimeBias | None = None
 ) -> Tensor:
     """The operator's Triton backend, see `hpgr_plugin.ops.hstu_attention`."""
-    output: Tensor = _Attention.apply(q, k, v, _with_float_weights(spec))
+    output: Tensor
+    if bias is None and why_not_plain(q, k, v, spec) is None:
+        output = _Attention.apply(q, k, v, _with_float_weights(spec))
+    else:
+        tables = (None, None) if bias is None else bias[:2]
+        output = _GeneralAttention.apply(q, k, v, *tables, bias, spec)
     return output
+
+
+def why_not_plain(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> str | None:
+    """Why the kernels without bias and visibility cannot run these arguments, or None."""
+    if spec.visibility is not None:
+        return "there is an explicit visibility"
+    if spec.causal and spec.query_rows is not None:
+        return "queries are chosen by query_rows"
+    if spec.row_weights is not None and (spec.causal or spec.mask_position == "pre"):
+        return "row_weights are known with causal=False and mask_position='post' only"
+    if spec.weight_offsets is not None:
+        return "only some rows have row_weights"
+    return why_not(q, k, v, spec)
 
 
 def why_not(
@@ -47,14 +68,6 @@ def why_not(
     """Why the kernels cannot run these arguments, or None."""
     if not q.is_cuda and not interpreted():
         return f"the tensors are on {q.device.type}, not on a CUDA device"
-    if bias is not None:
-        return "there is an additive bias"
-    if spec.visibility is not None:
-        return "there is an explicit visibility"
-    if spec.causal and spec.query_rows is not None:
-        return "queries are chosen by query_rows"
-    if spec.row_weights is not None and (spec.causal or spec.mask_position == "pre"):
-        return "row_weights are known with causal=False and mask_position='post' only"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {q.dtype}"
     for name, size in (("q and k", q.shape[2]), ("v", v.shape[2])):
@@ -87,6 +100,47 @@ class _Attention(torch.autograd.Function):
         zero_spare_rows(dv, ctx.spec)
         attention_backward(_unit_stride(grad), q, k, v, dq, dk, dv, ctx.spec)
         return dq, dk, dv, None
+
+
+class _GeneralAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_table: Tensor | None,
+        time_table: Tensor | None,
+        bias: PositionTimeBias | None,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        q, k, v = (_unit_stride(x) for x in (q, k, v))
+        output = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        zero_spare_rows(output, spec, of_queries=True)
+        general.forward(q, k, v, output, spec, bias)
+        ctx.save_for_backward(q, k, v, position_table, time_table)
+        ctx.exact = 0 if bias is None else bias.exact_positions
+        ctx.spec = spec
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, position_table, time_table = ctx.saved_tensors
+        bias = None
+        if position_table is not None:
+            bias = PositionTimeBias(position_table, time_table, ctx.exact)
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        zero_spare_rows(dq, ctx.spec, of_queries=True)
+        zero_spare_rows(dk, ctx.spec)
+        zero_spare_rows(dv, ctx.spec)
+        grad = _unit_stride(grad)
+        tables = general.backward(grad, q, k, v, (dq, dk, dv), ctx.spec, bias)
+        if bias is None or tables is None:
+            return dq, dk, dv, None, None, None, None
+        by_position, by_time = (
+            total.to(table.dtype) for total, table in zip(tables, bias[:2], strict=True)
+        )
+        return dq, dk, dv, by_position, by_time, None, None
 
 
 def _scaled(x: Tensor, weights: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from torch import Tensor
 
 from hpgr_plugin.ops.dispatch import triton_operator
 from hpgr_plugin.ops.hstu_attention.spec import AttentionSpec
-from hpgr_plugin.ops.hstu_layer.layer import LayerForm, LayerWeights, Specs, Tokens
+from hpgr_plugin.ops.hstu_layer.layer import Dropout, LayerForm, LayerWeights, Specs, Tokens
 
-__all__ = ["LayerForm", "LayerWeights", "candidate_layer", "hstu_layer"]
+__all__ = ["Dropout", "LayerForm", "LayerWeights", "candidate_layer", "hstu_layer"]
 
 _OPERATOR = triton_operator(__name__)
 
@@ -24,13 +24,13 @@ def hstu_layer(
 
         u, v, q, k = norm(x) W + b
         a = attention(q, k, v)
-        y = x + [SiLU(u), a, SiLU(u) * norm(a)] W_o
+        y = x + dropout([SiLU(u), a, SiLU(u) * norm(a)]) W_o
 
     Args:
         x: `[T, D]`.
         weights: of the layer.
         spec: the sequences and their column weights.
-        form: heads and eps.
+        form: heads, eps, dropout and what is kept for the backward.
         rows: int64 `[R]`, the only rows of y that are wanted, none twice: the last of every
             sequence, as many as `spec.query_offsets` says. None: all rows.
         backend: "triton", "torch" or "naive"; None: the fastest that can.
@@ -58,8 +58,8 @@ def candidate_layer(
             own row, and itself.
         weights: of the layer.
         specs: of the history, and of the candidates over the history: not causal, with
-            `row_weights`.
-        form: heads and eps.
+            `row_weights`, and with the column weights of the history if it has any.
+        form: heads, eps, dropout and what is kept for the backward.
         last: only the candidates are wanted; the history is returned as it was.
         backend: as in `hstu_layer`.
 

@@ -119,10 +119,25 @@ def norm_backward_kernel(Grad, Residual, X, Weight, Moments, DX, Partial, total,
 
 
 @triton.jit
-def gate_forward_kernel(Attention, Gate, Weight, Bias, Out, Moments, total, stride_g, eps,
-                        SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def _kept(Seed, draw, where, rate):
+    """Factors of three numbers at each place: 0 where dropped, else 1 / (1 - rate)."""
+    # Seven rounds of Philox pass the usual tests of randomness; the default of ten costs more.
+    first, second, third, _ = tl.rand4x(tl.load(Seed) + draw, where, 7)
+    scale = 1.0 / (1.0 - rate)
+    return (
+        tl.where(first > rate, scale, 0.0),
+        tl.where(second > rate, scale, 0.0),
+        tl.where(third > rate, scale, 0.0),
+    )
+
+
+@triton.jit
+def gate_forward_kernel(Attention, Gate, Weight, Bias, Out, Moments, Seed, total, stride_g, eps,
+                        draw, rate, DROPOUT: tl.constexpr, SIZE: tl.constexpr,
+                        WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     rows, places, held, inside = _own_tile(total, SIZE, WIDE, ROWS)
-    raw = tl.load(Attention + rows[:, None] * SIZE + places[None, :], mask=inside, other=0.0)
+    where = rows[:, None] * SIZE + places[None, :]
+    raw = tl.load(Attention + where, mask=inside, other=0.0)
     gate = tl.load(Gate + rows[:, None] * stride_g + places[None, :], mask=inside, other=0.0)
     gate = gate.to(tl.float32)
     gate = gate * tl.sigmoid(gate)
@@ -130,15 +145,22 @@ def gate_forward_kernel(Attention, Gate, Weight, Bias, Out, Moments, total, stri
     normed = _norm(a, Weight, Bias, Moments, rows, places, held, total, eps, SIZE)
     out = Out + rows[:, None] * (3 * SIZE) + places[None, :]
     kind = Out.dtype.element_ty
+    product = gate * normed
+    if DROPOUT:
+        keep_gate, keep_raw, keep_product = _kept(Seed, draw, where, rate)
+        gate *= keep_gate
+        a *= keep_raw
+        product *= keep_product
     tl.store(out, gate.to(kind), mask=inside)
-    tl.store(out + SIZE, raw, mask=inside)
-    tl.store(out + 2 * SIZE, (gate * normed).to(kind), mask=inside)
+    tl.store(out + SIZE, a.to(kind), mask=inside)
+    tl.store(out + 2 * SIZE, product.to(kind), mask=inside)
 
 
 @triton.jit
 def gate_backward_kernel(Grad, Attention, Gate, Weight, Bias, Moments, DAttention, DGate,
-                         Partial, total, stride_g, stride_d,
-                         SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                         Partial, Seed, total, stride_g, stride_d, draw, rate,
+                         DROPOUT: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
+                         ROWS: tl.constexpr):  # fmt: skip
     places = tl.arange(0, WIDE)
     d_weight, d_bias = _zero_sums(ROWS, WIDE)
     weight = _parameter(Weight, places, places < SIZE)
@@ -153,6 +175,11 @@ def gate_backward_kernel(Grad, Attention, Gate, Weight, Bias, Moments, DAttentio
         d_plain_gate = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
         d_plain = tl.load(grad + SIZE, mask=inside, other=0.0).to(tl.float32)
         d_product = tl.load(grad + 2 * SIZE, mask=inside, other=0.0).to(tl.float32)
+        if DROPOUT:
+            keep_gate, keep_raw, keep_product = _kept(Seed, draw, where, rate)
+            d_plain_gate *= keep_gate
+            d_plain *= keep_raw
+            d_product *= keep_product
         unit, scale = _unit(a, Moments, rows, inside, total)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
@@ -166,3 +193,51 @@ def gate_backward_kernel(Grad, Attention, Gate, Weight, Bias, Moments, DAttentio
         tl.store(DGate + rows[:, None] * stride_d + places[None, :],
                  dg.to(DGate.dtype.element_ty), mask=inside)  # fmt: skip
     _store_partial(Partial, d_weight, d_bias, places, places < SIZE, SIZE)
+
+
+@triton.jit
+def _own(Q, K, V, rows, total, stride, alpha, D: tl.constexpr, DV: tl.constexpr):
+    """q, k and v of a tile of candidates, their scores with themselves, and which are there."""
+    inside = (rows < total)[:, None]
+    at_k = rows[:, None] * stride + tl.arange(0, D)[None, :]
+    at_v = rows[:, None] * stride + tl.arange(0, DV)[None, :]
+    q = tl.load(Q + at_k, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(K + at_k, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(V + at_v, mask=inside, other=0.0).to(tl.float32)
+    return q, k, v, tl.sum(q * k, axis=1) * alpha, inside
+
+
+@triton.jit
+def own_forward_kernel(Q, K, V, Attended, total, stride, stride_a, alpha, inverse_norm,
+                       D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    _, _, v, score, inside = _own(
+        Q + head * D, K + head * D, V + head * DV, rows, total, stride, alpha, D, DV
+    )
+    weight = score * tl.sigmoid(score) * inverse_norm
+    where = Attended + rows[:, None] * stride_a + head * DV + tl.arange(0, DV)[None, :]
+    attended = tl.load(where, mask=inside, other=0.0).to(tl.float32) + weight[:, None] * v
+    tl.store(where, attended.to(Attended.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def own_backward_kernel(Grad, Q, K, V, DQ, DK, DV_, total, stride, stride_g, stride_d, alpha,
+                        inverse_norm, D: tl.constexpr, DV: tl.constexpr,
+                        ROWS: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    q, k, v, score, inside = _own(
+        Q + head * D, K + head * D, V + head * DV, rows, total, stride, alpha, D, DV
+    )
+    at_v = head * DV + tl.arange(0, DV)[None, :]
+    grad = tl.load(Grad + rows[:, None] * stride_g + at_v, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(score)
+    slope = sigmoid * (1.0 + score * (1.0 - sigmoid))
+    d_score = (tl.sum(grad * v, axis=1) * slope * (alpha * inverse_norm))[:, None]
+    dv = grad * (score * sigmoid * inverse_norm)[:, None]
+    to_k = rows[:, None] * stride_d + head * D + tl.arange(0, D)[None, :]
+    dq = tl.load(DQ + to_k, mask=inside, other=0.0).to(tl.float32) + d_score * k
+    tl.store(DQ + to_k, dq.to(DQ.dtype.element_ty), mask=inside)
+    tl.store(DK + to_k, (d_score * q).to(DK.dtype.element_ty), mask=inside)
+    tl.store(DV_ + rows[:, None] * stride_d + at_v, dv.to(DV_.dtype.element_ty), mask=inside)

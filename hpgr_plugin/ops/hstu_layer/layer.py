@@ -1,5 +1,7 @@
 """The weights of an HSTU layer, and its formula around any attention."""
 
+from __future__ import annotations
+
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,7 +15,10 @@ Specs = tuple[AttentionSpec, AttentionSpec]  # of the history, and of candidates
 
 
 class LayerWeights(NamedTuple):
-    """Weights of a layer of width D with H heads of sizes dv (u, v) and d (q, k)."""
+    """Weights of a layer of width D with H heads of sizes dv (u, v) and d (q, k).
+
+    Those of the norms may have another dtype than the rows, the others have that of the rows.
+    """
 
     norm_weight: Tensor  # [D]
     norm_bias: Tensor  # [D]
@@ -24,11 +29,41 @@ class LayerWeights(NamedTuple):
     output_weight: Tensor  # [3 H dv, D]
 
 
+class Dropout(NamedTuple):
+    """Dropout of the gated output, in training.
+
+    Attributes:
+        rate: share of its numbers that become zero, below 1.
+        seed: int64 `[1]`, drawn once per step on the device of the rows. The kernels make their
+            masks from it; the other backends draw from torch's own generator.
+        draw: which mask of the step: layers count by two.
+    """
+
+    rate: float
+    seed: Tensor
+    draw: int = 0
+
+
 class LayerForm(NamedTuple):
-    """Number of heads H, and the eps of both norms."""
+    """What is no weight of a layer.
+
+    Attributes:
+        num_heads: H.
+        eps: of both norms.
+        dropout: None for none.
+        recompute: keep less for the backward: projections and gated output are computed again.
+    """
 
     num_heads: int
     eps: float = 1e-6
+    dropout: Dropout | None = None
+    recompute: bool = False
+
+    def with_draw(self, draw: int) -> LayerForm:
+        """The form with another mask of its dropout."""
+        if self.dropout is None:
+            return self
+        return self._replace(dropout=self.dropout._replace(draw=draw))
 
 
 class Attention(Protocol):
@@ -75,7 +110,7 @@ class PlainLayers:
 
 def _projections(x: Tensor, weights: LayerWeights, form: LayerForm) -> tuple[Tensor, ...]:
     """u, v, q and k, `[T, H, size]` each."""
-    normed = F.layer_norm(x, x.shape[1:], weights.norm_weight, weights.norm_bias, form.eps)
+    normed = _norm(x, weights.norm_weight, weights.norm_bias, form.eps)
     projected = torch.addmm(weights.projection_bias, normed, weights.projection_weight)
     hidden = weights.output_norm_weight.numel()
     attention = projected.shape[1] // 2 - hidden
@@ -85,7 +120,12 @@ def _projections(x: Tensor, weights: LayerWeights, form: LayerForm) -> tuple[Ten
 
 def _gated(u: Tensor, attended: Tensor, weights: LayerWeights, form: LayerForm) -> Tensor:
     u, attended = F.silu(u.flatten(1)), attended.flatten(1)
-    normed = F.layer_norm(
-        attended, attended.shape[1:], weights.output_norm_weight, weights.output_norm_bias, form.eps
-    )
-    return torch.cat([u, attended, u * normed], 1) @ weights.output_weight
+    normed = _norm(attended, weights.output_norm_weight, weights.output_norm_bias, form.eps)
+    gated = torch.cat([u, attended, u * normed], 1)
+    if form.dropout is not None:
+        gated = F.dropout(gated, form.dropout.rate)
+    return gated @ weights.output_weight
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[1:], weight.to(x.dtype), bias.to(x.dtype), eps)

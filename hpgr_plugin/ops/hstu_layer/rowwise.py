@@ -11,8 +11,11 @@ from hpgr_plugin.ops.hstu_layer.kernels import (
     gate_forward_kernel,
     norm_backward_kernel,
     norm_forward_kernel,
+    own_backward_kernel,
+    own_forward_kernel,
     scale_rows_kernel,
 )
+from hpgr_plugin.ops.hstu_layer.layer import Dropout
 
 _PROGRAMS = 528  # of a backward: four on each of 132 multiprocessors, one partial sum each
 _TILE = 4096  # numbers a program holds of each operand, forward; half of it backward
@@ -37,11 +40,16 @@ def norm_backward(
         grad, x if residual is None else residual, x, weight, moments, dx, partial, len(x),
         RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
-    return dx, *partial.sum(1).to(weight.dtype)
+    return dx, *_in_dtype(partial.sum(1), weight)
 
 
 def gate_forward(
-    attention: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
+    attention: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
     """`[SiLU(u), a, SiLU(u) * norm(a)]`, `[T, 3 D]`, of attention a and gate u `[T, D]`.
 
@@ -52,8 +60,9 @@ def gate_forward(
     moments, programs, constants = _forward(attention)
     if total:
         gate_forward_kernel[programs](
-            attention, gate, weight, bias, output, moments, total, gate.stride(0), eps, **constants
-        )
+            attention, gate, weight, bias, output, moments, _seed(dropout, attention), total,
+            gate.stride(0), eps, **_dropped(dropout), **constants,
+        )  # fmt: skip
     return output, moments
 
 
@@ -65,15 +74,17 @@ def gate_backward(
     bias: Tensor,
     moments: Tensor,
     d_gate: Tensor,
+    dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention, weight and bias; that of the gate is written to `d_gate`."""
     d_attention = torch.empty_like(attention)
     partial, programs, constants = _backward(attention)
     gate_backward_kernel[programs](
         grad, attention, gate, weight, bias, moments, d_attention, d_gate, partial,
-        len(attention), gate.stride(0), d_gate.stride(0), **constants,
+        _seed(dropout, attention), len(attention), gate.stride(0), d_gate.stride(0),
+        **_dropped(dropout), **constants,
     )  # fmt: skip
-    return d_attention, *partial.sum(1).to(weight.dtype)
+    return d_attention, *_in_dtype(partial.sum(1), weight)
 
 
 def scale_rows(x: Tensor, weights: Tensor, out: Tensor) -> None:
@@ -85,23 +96,69 @@ def scale_rows(x: Tensor, weights: Tensor, out: Tensor) -> None:
         )
 
 
-class Norm(torch.autograd.Function):
-    """Layer norm that hands its input on as the residual, so both gradients meet in one pass."""
+def own_forward(
+    q: Tensor, k: Tensor, v: Tensor, attended: Tensor, heads: int, alpha: float, norm: float
+) -> None:
+    """Add to `attended` `[C, H dv]` what every candidate reads of itself.
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        x = x.contiguous()
-        normed, moments = norm_forward(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, moments)
-        return normed, x.view_as(x)
+    Args:
+        q, k, v: `[C, H d]` and `[C, H dv]`, slices of one tensor.
+        attended: contiguous.
+        heads: H.
+        alpha: factor of `q . k`.
+        norm: n of the `1 / n`.
+    """
+    if len(q):
+        grid, constants = _own_grid(q, v, heads)
+        own_forward_kernel[grid](
+            q, k, v, attended, len(q), q.stride(0), attended.stride(0), alpha, 1.0 / norm,
+            **constants,
+        )  # fmt: skip
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, moments = ctx.saved_tensors
-        grads = norm_backward(grad.contiguous(), residual.contiguous(), x, weight, moments)
-        return *grads, None
+
+def own_backward(
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    slopes: tuple[Tensor, Tensor, Tensor],
+    heads: int,
+    alpha: float,
+    norm: float,
+) -> None:
+    """The gradients of `own_forward`: dq is added to, dk and dv are written.
+
+    Args:
+        grad: of `attended`, contiguous.
+        inputs: q, k and v.
+        slopes: dq, dk and dv, slices of one tensor.
+        heads, alpha, norm: as in the forward.
+    """
+    q, _, v = inputs
+    if len(q):
+        grid, constants = _own_grid(q, v, heads)
+        own_backward_kernel[grid](
+            grad, *inputs, *slopes, len(q), q.stride(0), grad.stride(0), slopes[0].stride(0),
+            alpha, 1.0 / norm, **constants,
+        )  # fmt: skip
+
+
+def _own_grid(q: Tensor, v: Tensor, heads: int) -> tuple[tuple[int, int], dict[str, int]]:
+    constants = {"D": q.shape[1] // heads, "DV": v.shape[1] // heads, "ROWS": 16, "num_warps": 4}
+    return (triton.cdiv(len(q), constants["ROWS"]), heads), constants
+
+
+def _seed(dropout: Dropout | None, absent: Tensor) -> Tensor:
+    """What a kernel gets as its seed; without dropout it is never read, so any tensor will do."""
+    return absent if dropout is None else dropout.seed
+
+
+def _dropped(dropout: Dropout | None) -> dict[str, Any]:
+    draw, rate = (0, 0.0) if dropout is None else (dropout.draw, dropout.rate)
+    return {"draw": draw, "rate": rate, "DROPOUT": dropout is not None}
+
+
+def _in_dtype(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    d_weight, d_bias = sums.to(weight.dtype)
+    return d_weight, d_bias
 
 
 def _grid(x: Tensor, numbers: int) -> tuple[tuple[int], dict[str, int]]:

@@ -16,14 +16,19 @@ def segment_positions(offsets: Tensor, total_length: int) -> Tensor:
     return torch.arange(total_length, device=offsets.device) - starts
 
 
-def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+def ranges(starts: Tensor, lengths: Tensor, total_length: int | None = None) -> Tensor:
     """`arange(start, start + length)` for each of `[R]` pairs, concatenated, int64.
 
     The flat index that gathers whole rows: `values[ranges(offsets[:-1][rows], lengths[rows])]`.
+
+    Args:
+        starts: `[R]`.
+        lengths: `[R]`.
+        total_length: the sum of the lengths; None: the device is asked for it.
     """
     counts = lengths.long()
     shift = starts.long() - (counts.cumsum(0) - counts)
-    shift = shift.repeat_interleave(lengths)
+    shift = shift.repeat_interleave(counts, output_size=total_length)
     return torch.arange(shift.numel(), device=starts.device) + shift
 
 

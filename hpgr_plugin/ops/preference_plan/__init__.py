@@ -8,9 +8,18 @@ from hpgr_plugin.ops.preference_plan.plan import (
     PlanSettings,
     PreferencePlan,
     Selection,
+    most_kept,
 )
 
-__all__ = ["PlanInputs", "PlanSettings", "PreferencePlan", "Selection", "plan_preferences"]
+__all__ = [
+    "PlanInputs",
+    "PlanSettings",
+    "PreferencePlan",
+    "Selection",
+    "count_earlier",
+    "most_kept",
+    "plan_preferences",
+]
 
 _OPERATOR = triton_operator(__name__)
 
@@ -28,6 +37,8 @@ def plan_preferences(
     history_timestamps: Tensor | None = None,
     candidate_timestamps: Tensor | None = None,
     *,
+    max_history: int | None = None,
+    max_candidates: int | None = None,
     backend: str | None = None,
 ) -> PreferencePlan:
     """Keep the items around each candidate's anchors, and drop the rest (Eq. 5).
@@ -51,6 +62,9 @@ def plan_preferences(
         history_timestamps: `[T]`, ascending in each history. With `candidate_timestamps`, an item
             with t_i >= t_C is hidden from C: neither anchor, nor recent, nor kept.
         candidate_timestamps: `[C]`, in the same unit.
+        max_history: upper bound of the items of a user; with `max_candidates`, nothing is read from
+            the device to check the offsets.
+        max_candidates: upper bound of the candidates of a user.
         backend: "triton", "torch" or "naive"; None: the fastest that can.
 
     Returns:
@@ -68,6 +82,45 @@ def plan_preferences(
         candidate_offsets,
         history_timestamps,
         candidate_timestamps,
+        max_history=max_history,
+        max_candidates=max_candidates,
     ).check()
     plan: PreferencePlan = _OPERATOR.run("plan_preferences", inputs, settings, backend=backend)
     return plan
+
+
+@no_grad()
+def count_earlier(
+    history_timestamps: Tensor,
+    history_offsets: Tensor,
+    candidate_timestamps: Tensor,
+    candidate_offsets: Tensor,
+    *,
+    max_history: int | None = None,
+    max_candidates: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """How many items of its user's history lie before each candidate, `[C]` int64.
+
+    The count of Eq. 4, `sum_i [t_i < t_C]`.
+
+    Args:
+        history_timestamps: `[T]`, ascending in each history.
+        history_offsets: `[B + 1]`.
+        candidate_timestamps: `[C]`, in the same unit.
+        candidate_offsets: `[B + 1]`.
+        max_history: upper bound of the items of a user; None: T.
+        max_candidates: upper bound of the candidates of a user; None: C.
+        backend: as in `plan_preferences`.
+    """
+    earlier: Tensor = _OPERATOR.run(
+        "count_earlier",
+        history_timestamps,
+        history_offsets,
+        candidate_timestamps,
+        candidate_offsets,
+        max_history=len(history_timestamps) if max_history is None else max_history,
+        max_candidates=len(candidate_timestamps) if max_candidates is None else max_candidates,
+        backend=backend,
+    )
+    return earlier

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 from hpgr_plugin.ops.preference_plan.plan import PlanInputs, PlanSettings, PreferencePlan
 
@@ -39,3 +40,22 @@ def plan_preferences(inputs: PlanInputs, settings: PlanSettings) -> PreferencePl
         torch.tensor(weights, dtype=dtype, device=history.device),
         torch.tensor(offsets, dtype=torch.int64, device=history.device),
     )
+
+
+def count_earlier(
+    history_timestamps: Tensor,
+    history_offsets: Tensor,
+    candidate_timestamps: Tensor,
+    candidate_offsets: Tensor,
+    *,
+    max_history: int,
+    max_candidates: int,
+) -> Tensor:
+    """Eq. 4 word for word: the number of items with t_i < t_C."""
+    counts = torch.zeros(len(candidate_timestamps), dtype=torch.int64)
+    for b in range(len(history_offsets) - 1):
+        start, end = history_offsets[b : b + 2].tolist()
+        for c in range(*candidate_offsets[b : b + 2].tolist()):
+            times = history_timestamps[start:end]
+            counts[c] = int((times < candidate_timestamps[c]).sum())
+    return counts.to(history_timestamps.device)

@@ -26,6 +26,10 @@ class PreferencePlan(NamedTuple):
     weights: Tensor
     offsets: Tensor
 
+    def longest(self) -> int:
+        """The most items of a row; the device is asked for it."""
+        return int(self.offsets.diff().max()) if self.offsets.numel() > 1 else 0
+
 
 class Selection(NamedTuple):
     """A plan in tensors of a fixed size: rows from `offsets[-1]` on are unspecified.
@@ -90,7 +94,9 @@ class PlanInputs:
     max_candidates: int | None = None
 
     def check(self) -> PlanInputs:
-        """Return the inputs with their bounds, after one wait for the device.
+        """Return the inputs with their bounds; where they lack one, after one wait for the device.
+
+        With both bounds given, only shapes are checked: reading the offsets would be a wait.
 
         Raises:
             ValueError: naming the first argument that does not fit the others.
@@ -102,6 +108,9 @@ class PlanInputs:
                 f"{list(history.shape)} and {list(candidates.shape)}"
             )
         self._check_timestamps()
+        self._check_shapes_of_offsets()
+        if self.max_history is not None and self.max_candidates is not None:
+            return self
         max_history, max_candidates = self._check_offsets()
         return replace(self, max_history=max_history, max_candidates=max_candidates)
 
@@ -119,8 +128,7 @@ class PlanInputs:
             if times is not None and times.shape != (len(rows),):
                 raise ValueError(f"{name} must have shape [{len(rows)}], got {list(times.shape)}")
 
-    def _check_offsets(self) -> tuple[int, int]:
-        """The most items, and the most candidates, of one user."""
+    def _check_shapes_of_offsets(self) -> None:
         history_offsets, candidate_offsets = self.history_offsets, self.candidate_offsets
         if history_offsets.shape != candidate_offsets.shape or history_offsets.dim() != 1:
             raise ValueError(
@@ -129,6 +137,10 @@ class PlanInputs:
             )
         if history_offsets.numel() == 0:
             raise ValueError("history_offsets must be [B + 1] with B >= 0, got no element")
+
+    def _check_offsets(self) -> tuple[int, int]:
+        """The most items, and the most candidates, of one user."""
+        history_offsets, candidate_offsets = self.history_offsets, self.candidate_offsets
         both = torch.stack([history_offsets.long(), candidate_offsets.long()]).tolist()
         longest = []
         for name, offsets, rows in (
@@ -142,6 +154,12 @@ class PlanInputs:
                     f"{name} must ascend from 0 to the number of rows, {len(rows)}, got {offsets}"
                 )
         return longest[0], longest[1]
+
+
+def most_kept(settings: PlanSettings, max_history: int) -> int:
+    """An upper bound of the items that one candidate keeps."""
+    radius = len(gaussian_kernel(settings.sigma, settings.eps, max_history)) - 1
+    return min(max_history, settings.top_k * (2 * radius + 1) + settings.recent)
 
 
 def gaussian_kernel(sigma: float, eps: float, longest: int) -> Tensor:

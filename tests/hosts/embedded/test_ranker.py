@@ -167,9 +167,12 @@ class WholeHistory(AttentionHook):
         return everything._replace(weights=weights)
 
 
+@pytest.mark.parametrize("form", ["absolute", "relative"])
 @pytest.mark.parametrize("mask_position", ["post", "pre"])
 @pytest.mark.parametrize("seed", range(3))
-def test_shortened_sequences_equal_the_dense_masked_stack(mask_position: str, seed: int) -> None:
+def test_shortened_sequences_equal_the_dense_masked_stack(
+    mask_position: str, seed: int, form: str
+) -> None:
     """Forward and every gradient, all layers, with relative bias and actions."""
     batch = make_batch([16, 0, 1, 12, 9], [3, 2, 1, 4, 2], seed=seed)
     results = []
@@ -177,7 +180,9 @@ def test_shortened_sequences_equal_the_dense_masked_stack(mask_position: str, se
         hook = PreferenceGuidedSparseAttention(
             top_k=3, sigma=0.6, recent=2, mask_position=mask_position
         )
-        positions = TimeAwarePositionalEncoder(embedding_dim=8, max_positions=MAX_HISTORY + 1)
+        positions = TimeAwarePositionalEncoder(
+            embedding_dim=8, max_positions=MAX_HISTORY + 1, form=form
+        )
         model = make_model(
             attention_hook=WholeHistory(hook) if dense else hook, positional_encoder=positions
         )
@@ -296,15 +301,10 @@ def test_the_relative_form_of_eq_4_has_no_table() -> None:
     torch.testing.assert_close(model(other), model(batch), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("hook", HOOKS)
-def test_the_bias_reads_the_time_aware_index(hook: str) -> None:
-    """`Index(C) - Index(j)` for a candidate, `i - j` in the history, also of what PGSA keeps."""
+def test_the_bias_reads_the_time_aware_index() -> None:
+    """`Index(C)` for a candidate, `Index(j)` for what it sees."""
     batch = make_batch(**BATCH)
-    model = make_model(attention_hook=HOOKS[hook](), positional_encoder=relative())
     index = RequestIndex.of(batch, hide_future=True)
-    plan = model.plan(
-        batch, model.item_table(batch.history_items), model.item_table(batch.candidate_items)
-    )
     sequence = build_sequence(
         batch,
         index,
@@ -312,8 +312,6 @@ def test_the_bias_reads_the_time_aware_index(hook: str) -> None:
         candidates=torch.zeros(batch.num_candidates, 8),
         context=None,
         dynamic_mask=False,
-        plan=plan,
-        layout="shared_history" if plan is None else model.attention_hook.layout,
     )
     numbers, of_candidates = time_aware_index(
         batch.history_timestamps,
@@ -321,27 +319,14 @@ def test_the_bias_reads_the_time_aware_index(hook: str) -> None:
         batch.candidate_timestamps,
         batch.candidate_offsets,
     )
-    per_candidate = numbers.split(batch.history_offsets.diff()[index.candidate_users].tolist())
-    ends = sequence.offsets[1:].tolist()
-    counts = sequence.candidates_per_sequence.tolist()
-    candidate = 0
-    for end, count, start in zip(ends, counts, sequence.offsets.tolist(), strict=False):
-        positions = sequence.marks[start:end, 0]
-        for place in range(len(positions) - count, len(positions)):
-            assert positions[place] == of_candidates[candidate]
-            rows = sequence.marks[start : end - count]
-            seen = (
-                rows[:, 4]
-                .new_tensor(
-                    [int(t) < int(batch.candidate_timestamps[candidate]) for t in rows[:, 1]]
-                )
-                .bool()
-            )
-            own = per_candidate[candidate]
-            assert set(rows[seen][:, 0].tolist()) <= set(own.tolist())
-            assert (rows[seen][:, 0] < of_candidates[candidate]).all()
-            candidate += 1
-    assert candidate == batch.num_candidates
+    lengths = batch.history_offsets.diff()
+    numbers = numbers.split(lengths[index.candidate_users].tolist())
+    for c, user in enumerate(index.candidate_users.tolist()):
+        positions = sequence.marks[sequence.offsets[user] : sequence.offsets[user + 1], 0]
+        seen = int(index.visible[c])
+        assert torch.equal(positions[:seen], numbers[c][:seen])
+        own = int(lengths[user]) + c - int(batch.candidate_offsets[user])
+        assert positions[own] == of_candidates[c]
 
 
 def test_a_shown_future_is_numbered_after_the_candidate() -> None:

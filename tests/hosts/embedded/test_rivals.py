@@ -12,7 +12,11 @@ from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.rivals.bert4rec import BERT4Rec
 from hpgr_plugin.hosts.embedded.model.rivals.dnn import DNN
 from hpgr_plugin.hosts.embedded.model.rivals.gru4rec import GRU4Rec
-from hpgr_plugin.hosts.embedded.model.rivals.interface import RivalEncoder, RivalTokens
+from hpgr_plugin.hosts.embedded.model.rivals.interface import (
+    RivalEncoder,
+    RivalSizes,
+    RivalTokens,
+)
 from hpgr_plugin.hosts.embedded.model.rivals.moe import MoE
 from hpgr_plugin.hosts.embedded.model.rivals.sasrec import SASRec
 from hpgr_plugin.hosts.embedded.model.rivals.wukong import Wukong, WukongLayer
@@ -43,8 +47,8 @@ def tokens_of(batch: Batch, *, context: Tensor | None = None) -> RivalTokens:
 
 def encoder_of(kind: type[RivalEncoder], **settings: int) -> RivalEncoder:
     torch.manual_seed(0)
-    sizes = {"embedding_dim": 8, "num_heads": 2, "dropout": 0.0, "max_history": 16}
-    return kind(**sizes, **settings).double().eval()
+    sizes = RivalSizes(embedding_dim=8, num_heads=2, dropout=0.0, max_history=16)
+    return kind(sizes=sizes, **settings).double().eval()
 
 
 def test_every_rival_is_tested() -> None:

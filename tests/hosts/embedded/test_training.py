@@ -197,3 +197,36 @@ def test_an_ablation_writes_table_plot_and_warnings(
     assert again["auc"] == pytest.approx(results["rows"][3]["seeds"][1]["auc"], abs=1e-6)
     assert not list(tmp_path.rglob("*.tmp"))
     json.dumps(results)
+
+
+def test_tuned_rows_take_the_learning_rate_of_the_best_validation(
+    configure: Callable[..., Task], tmp_path: Path
+) -> None:
+    task = configure("hpgr.FinetuneSettings.epochs = 1")
+    rates = (1e-5, 3e-3)
+    results = run_ablation(task, ["hstu"], seeds=[0, 1], output_dir=tmp_path, learning_rates=rates)
+    line = results["rows"][1]
+    assert line["learning_rate"] == max(rates, key=lambda rate: line["tries"][f"{rate:g}"])
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    best = f"hstu_lr{line['learning_rate']:g}"
+    assert folders == {
+        "item_mean",
+        *(f"hstu_lr{rate:g}_seed0" for rate in rates),
+        f"{best}_seed1",
+    }
+    assert line["folders"] == [f"{best}_seed0", f"{best}_seed1"]
+    assert "best validation AUC: HSTU" in (tmp_path / "table.md").read_text()
+
+
+def test_several_workers_train_what_one_trains(
+    configure: Callable[..., Task], tmp_path: Path
+) -> None:
+    rows, seeds = ["hstu", "base"], [0, 1]
+    tables = []
+    for workers in (1, 2):
+        torch.set_num_threads(1)
+        task = configure("hpgr.FinetuneSettings.epochs = 1", "hpgr.PretrainSettings.epochs = 1")
+        folder = tmp_path / str(workers)
+        results = run_ablation(task, rows, seeds=seeds, output_dir=folder, workers=workers)
+        tables.append([[run["auc"] for run in line["seeds"]] for line in results["rows"]])
+    assert tables[0] == tables[1]

@@ -17,11 +17,12 @@ Configure = Callable[..., Task]
 Training = Callable[..., TrainingRun]
 
 
+@pytest.mark.parametrize("form", ["linear", "network"])
 def test_statistics_reach_the_ranker_and_its_evaluation(
-    configure: Configure, training: Training, tmp_path: Path
+    configure: Configure, training: Training, tmp_path: Path, form: str
 ) -> None:
     task = configure(
-        "hpgr.HSTURanker.statistics = True",
+        f"hpgr.HSTURanker.statistics = '{form}'",
         "hpgr.HSTURanker.item_bias = True",
         "hpgr.FinetuneSettings.epochs = 1",
     )
@@ -29,11 +30,17 @@ def test_statistics_reach_the_ranker_and_its_evaluation(
     assert evaluate(task, tmp_path / "run")["auc"] == trained["auc"]
 
 
-def test_statistics_change_the_logits_of_their_candidate_only(configure: Configure) -> None:
-    task = configure("hpgr.HSTURanker.statistics = True")
+@pytest.mark.parametrize("form", ["linear", "network"])
+def test_statistics_change_the_logits_of_their_candidate_only(
+    configure: Configure, form: str
+) -> None:
+    task = configure(f"hpgr.HSTURanker.statistics = '{form}'")
     task = replace(task, statistics=True)
     model = build_ranker(task).eval()
     batch = next(iter(task.loader("train").batches()))
+    if model.item_odds is not None:
+        with torch.no_grad():  # it starts at zero
+            model.item_odds.linear.weight.fill_(1.0)
     before = model(batch)
     batch.candidate_features["item_likes"][0] = batch.candidate_features["item_count"][0] = 50
     changed = model(batch) != before

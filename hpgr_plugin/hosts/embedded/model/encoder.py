@@ -10,30 +10,48 @@ from torch import Tensor, nn
 from hpgr_plugin.components.checks import check_at_least
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.model.bias import RelativeBias
-from hpgr_plugin.hosts.embedded.model.hstu import SequenceLayer, initialise_linear
+from hpgr_plugin.hosts.embedded.model.hstu import SequenceLayer, initialise_linear, take_rows
 from hpgr_plugin.hosts.embedded.model.tokens import PADDING_MARKS, Marks, TokenSequence
 from hpgr_plugin.ops.compact.parts import row_weights
-from hpgr_plugin.ops.hstu_attention import AttentionSpec, MaskPosition, Places, Visibility
-from hpgr_plugin.ops.jagged import jagged_to_padded_dense, ranges
+from hpgr_plugin.ops.hstu_attention import (
+    AttentionSpec,
+    MaskPosition,
+    Places,
+    Visibility,
+    attention_backend,
+)
+from hpgr_plugin.ops.jagged import complete_cumsum, jagged_to_padded_dense, ranges
 from hpgr_plugin.ops.segments import plan_buckets
 
 
-class PaddedGroup(NamedTuple):
-    """S sequences padded to N tokens, flattened again: padding is part of the flat tensors.
+class TokenGroup(NamedTuple):
+    """S sequences as the layers take them, T tokens in all.
+
+    On Triton's kernels they are jagged; elsewhere padded to N tokens each, T = S * N, and padding
+    is part of the flat tensors.
 
     Attributes:
-        values: `[S * N, D]`.
-        domains: int64 `[S * N]`.
+        values: `[V, D]`, the distinct tokens.
+        domains: int64 `[V]`.
+        source: int64 `[T]`, the row of `values` that each token is; None: one each.
         spec: of all tokens.
-        last: of the candidates only, R per sequence, for the last layer.
-        candidate_index: `[C]` where each candidate is in `[S * R]`.
+        last: of the candidates only, for the last layer.
+        candidate_index: `[C]` where each candidate is among the queries of `last`; None: in order.
     """
 
     values: Tensor
     domains: Tensor
+    source: Tensor | None
     spec: AttentionSpec
     last: AttentionSpec
-    candidate_index: Tensor
+    candidate_index: Tensor | None
+
+    def expanded(self) -> TokenGroup:
+        """The same with a row of values for every token."""
+        if self.source is None:
+            return self
+        values, domains = take_rows(self.values, self.source), self.domains[self.source]
+        return self._replace(values=values, domains=domains, source=None)
 
 
 class SequenceEncoder(nn.Module):
@@ -75,6 +93,7 @@ class SequenceEncoder(nn.Module):
         )
         initialise_linear(self.layers)
         self.bias = RelativeBias(num_layers=num_layers) if relative_bias else None
+        self.num_heads = num_heads
         self.alpha = (embedding_dim // num_heads) ** -0.5
         self.norm_length = norm_length
 
@@ -85,6 +104,8 @@ class SequenceEncoder(nn.Module):
             sequence: the tokens.
             mask_position: where the weights of a plan enter the attention.
         """
+        if self._jagged(sequence.values):
+            return self._encode(self._as_they_are(sequence, mask_position))
         groups = [None] if sequence.row_plan is not None else _length_groups(sequence)
         outputs, places = [], []
         starts = sequence.candidates_per_sequence.cumsum(0) - sequence.candidates_per_sequence
@@ -98,21 +119,66 @@ class SequenceEncoder(nn.Module):
         back = torch.cat(places).argsort()
         return torch.cat(outputs).index_select(0, back)
 
-    def _encode(self, group: PaddedGroup) -> Tensor:
-        x = group.values
+    def _encode(self, group: TokenGroup) -> Tensor:
+        first, final = self.layers[0], len(self.layers) - 1
+        if final == 0 or not first.takes_source:
+            group = group.expanded()
+        x, domains = group.values, group.domains
         for depth, layer in enumerate(self.layers):
-            spec = group.last if depth == len(self.layers) - 1 else group.spec
+            spec = group.last if depth == final else group.spec
             bias = None if self.bias is None else self.bias(depth)
-            x = layer(x, domains=group.domains, spec=spec, bias=bias)
-        return x.index_select(0, group.candidate_index)
+            if depth == 0 and group.source is not None:
+                x = layer(x, domains=domains, spec=spec, bias=bias, source=group.source)
+                domains = domains[group.source]
+            else:
+                x = layer(x, domains=domains, spec=spec, bias=bias)
+        return x if group.candidate_index is None else x.index_select(0, group.candidate_index)
 
-    def _pad(self, sequence: TokenSequence, mask_position: MaskPosition) -> PaddedGroup:
+    def _jagged(self, values: Tensor) -> bool:
+        """Whether the attention of these values runs on the kernels, which need no padding."""
+        dtype = values.dtype
+        if torch.is_autocast_enabled(values.device.type):
+            dtype = torch.get_autocast_dtype(values.device.type)
+        head = values.new_empty(0, self.num_heads, values.shape[1] // self.num_heads, dtype=dtype)
+        return attention_backend(head) == "triton"
+
+    def _as_they_are(self, sequence: TokenSequence, mask_position: MaskPosition) -> TokenGroup:
+        """The jagged sequences, and who sees whom with what weight."""
+        lengths, counts = sequence.offsets.diff(), sequence.candidates_per_sequence
+        longest, most = _longest(lengths, counts)
+        marks = Marks(*sequence.marks_of_tokens().T.contiguous())
+        candidate_offsets = complete_cumsum(counts)
+        weights = None
+        if sequence.row_plan is not None and sequence.parts is not None:
+            weights = row_weights(sequence.parts, sequence.row_plan, longest)
+        spec = AttentionSpec(
+            offsets=sequence.offsets,
+            max_length=longest,
+            alpha=self.alpha,
+            norm_length=self.norm_length,
+            visibility=Visibility(marks.key_order, marks.query_order),
+            column_weights=sequence.column_weights,
+            row_weights=weights,
+            weight_offsets=None if weights is None else candidate_offsets,
+            mask_position=mask_position,
+            places=Places(marks.positions, marks.timestamps),
+            exact=True,
+        )
+        last = spec.replace(
+            query_offsets=candidate_offsets,
+            max_query_length=most,
+            query_rows=ranges(sequence.offsets[1:] - counts, counts),
+        )
+        domains = _domains(sequence)
+        return TokenGroup(sequence.values, domains, sequence.source, spec, last, None)
+
+    def _pad(self, sequence: TokenSequence, mask_position: MaskPosition) -> TokenGroup:
         """Pad to the longest sequence, and say who sees whom with what weight."""
         lengths, counts = sequence.offsets.diff(), sequence.candidates_per_sequence
-        size, length = len(lengths), int(lengths.max())
-        most = int(counts.max()) if size else 0
+        size = len(lengths)
+        length, most = _longest(lengths, counts)
         number = torch.arange(size + 1, device=lengths.device)
-        marks = Marks(*_pad_marks(sequence, lengths, length).flatten(0, 1).unbind(1))
+        marks = Marks(*_pad_marks(sequence, lengths, length).flatten(0, 1).T.contiguous())
         # Candidates are the last tokens of a sequence; the last one is repeated as padding.
         row = (lengths - counts).unsqueeze(1) + torch.arange(most, device=lengths.device)
         row = torch.minimum(row, (lengths - 1).clamp(min=0).unsqueeze(1))
@@ -137,20 +203,45 @@ class SequenceEncoder(nn.Module):
             query_rows=rows,
             row_weights=None if weights is None else weights[rows],
         )
-        return PaddedGroup(
-            values=jagged_to_padded_dense(sequence.values, sequence.offsets, length).flatten(0, 1),
-            domains=marks.domains,
+        if sequence.source is None:
+            values = jagged_to_padded_dense(sequence.values, sequence.offsets, length).flatten(0, 1)
+            domains, source = marks.domains, None
+        else:
+            values, domains = sequence.values, _domains(sequence)
+            source = sequence.source.new_zeros(size, length)  # padding is any token: none sees it
+            source[torch.arange(length, device=lengths.device) < lengths.unsqueeze(1)] = (
+                sequence.source
+            )
+            source = source.flatten()
+        return TokenGroup(
+            values=values,
+            domains=domains,
+            source=source,
             spec=spec,
             last=last,
             candidate_index=ranges(number[:-1] * most, counts),
         )
 
 
+def _domains(sequence: TokenSequence) -> Tensor:
+    """Of the distinct tokens, int64 `[V]`."""
+    return Marks(*sequence.marks.unbind(1)).domains
+
+
+def _longest(lengths: Tensor, counts: Tensor) -> tuple[int, int]:
+    """The most tokens and the most candidates of a sequence, in one wait for the device."""
+    if not len(lengths):
+        return 0, 0
+    longest, most = torch.stack([lengths.max(), counts.max()]).tolist()
+    return longest, most
+
+
 def _pad_marks(sequence: TokenSequence, lengths: Tensor, length: int) -> Tensor:
     """Marks `[L, 5]` to `[S, N, 5]`."""
     fill = torch.tensor(PADDING_MARKS, device=lengths.device)
     padded = fill.repeat(len(lengths), length, 1)
-    padded[torch.arange(length, device=lengths.device) < lengths.unsqueeze(1)] = sequence.marks
+    inside = torch.arange(length, device=lengths.device) < lengths.unsqueeze(1)
+    padded[inside] = sequence.marks_of_tokens()
     return padded
 
 

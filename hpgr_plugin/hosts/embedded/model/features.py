@@ -42,38 +42,54 @@ class UserFeatureTokens(nn.Module):
         return torch.stack(columns, dim=1).flatten(0, 1)
 
 
-class StatisticsFeatures(nn.Module):
-    """An embedding of the counts and likes of a candidate's item and user before its time.
+class ItemOdds(nn.Module):
+    """A logit linear in the log odds of a candidate's item before its time; it starts at zero."""
 
-    Likes are read as log odds, pulled towards even odds by `prior_events` imaginary events, so
-    that a single like says less than a hundred.
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """The columns of `CandidateStatistics`, ``[C]`` each -> ``[C]``."""
+        odds = log_odds(features, "item").to(self.linear.weight.dtype)
+        logits: Tensor = self.linear(odds.unsqueeze(1)).squeeze(1)
+        return logits
+
+
+class OddsNetwork(nn.Module):
+    """An embedding of the log odds of a candidate's item and user before its time.
+
+    The counts stay out: they grow along the log, so in the test split they lie beyond training.
 
     Args:
         embedding_dim: ``D``.
-        prior_events: weight of even odds, in events.
     """
 
-    owners = ("item", "user")
-
-    def __init__(self, embedding_dim: int, *, prior_events: float = 5.0) -> None:
+    def __init__(self, embedding_dim: int) -> None:
         super().__init__()
-        self.prior_events = prior_events
         self.layers = nn.Sequential(
-            nn.Linear(2 * len(self.owners), embedding_dim),
-            nn.SiLU(),
-            nn.Linear(embedding_dim, embedding_dim),
+            nn.Linear(2, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
         )
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """The columns of `CandidateStatistics`, ``[C]`` each -> ``[C, D]``."""
-        columns = []
-        for owner in self.owners:
-            count, likes = features[f"{owner}_count"], features[f"{owner}_likes"]
-            half = self.prior_events / 2
-            columns += [torch.log1p(count) / 4, ((likes + half) / (count - likes + half)).log()]
-        parameter = next(self.parameters())
-        embedded: Tensor = self.layers(torch.stack(columns, dim=1).to(parameter.dtype))
+        odds = torch.stack([log_odds(features, owner) for owner in ("item", "user")], dim=1)
+        embedded: Tensor = self.layers(odds.to(next(self.parameters()).dtype))
         return embedded
+
+
+def log_odds(features: Mapping[str, Tensor], owner: str, *, prior_events: float = 5.0) -> Tensor:
+    """Log odds of a like ``[C]``, pulled towards even odds by imaginary events.
+
+    Args:
+        features: the columns of `CandidateStatistics`.
+        owner: "item" or "user".
+        prior_events: how many; with them a single like says less than a hundred.
+    """
+    count, likes, half = features[f"{owner}_count"], features[f"{owner}_likes"], prior_events / 2
+    return ((likes + half) / (count - likes + half)).log()
 
 
 class ItemFeatures(nn.Module):

@@ -18,9 +18,11 @@ class SequenceLayer(nn.Module):
     Attributes:
         dynamic_mask: whether the history that every candidate may see is fully connected (MTGR)
             instead of causal.
+        takes_source: whether `forward` takes `source`, so that what tokens share is computed once.
     """
 
     dynamic_mask: bool = False
+    takes_source: bool = False
 
     def __init__(self, *, embedding_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -36,6 +38,9 @@ class SequenceLayer(nn.Module):
             domains: int64 `[T]`, a `Domain` each.
             spec: sequences and visibility; with `query_rows`, only those rows are computed.
             bias: of this layer, or None.
+
+        A layer with `takes_source` also takes `source`, int64 `[T]` or None: token t is then row
+        `source[t]` of `x` and of `domains`, which hold every distinct token once.
 
         Returns:
             `[T, D]`, or `[Tq, D]`.
@@ -59,6 +64,8 @@ class HSTULayer(SequenceLayer):
         dropout: on the gated output.
     """
 
+    takes_source = True
+
     def __init__(self, *, embedding_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__(embedding_dim=embedding_dim, num_heads=num_heads, dropout=dropout)
         self.input_norm = nn.LayerNorm(embedding_dim, eps=EPSILON)
@@ -68,12 +75,20 @@ class HSTULayer(SequenceLayer):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, *, domains: Tensor, spec: AttentionSpec, bias: PositionTimeBias | None
+        self,
+        x: Tensor,
+        *,
+        domains: Tensor,
+        spec: AttentionSpec,
+        bias: PositionTimeBias | None,
+        source: Tensor | None = None,
     ) -> Tensor:
         """See `SequenceLayer.forward`; every domain is treated alike."""
         normed = self.input_norm(x)
         if spec.query_rows is None:
             u, v, q, k = F.silu(self.uvqk(normed)).chunk(4, dim=-1)
+            if source is not None:
+                u, v, q, k, x = (take_rows(part, source) for part in (u, v, q, k, x))
         else:
             u, v, q, k = self._uvqk_for_rows(normed, spec.query_rows)
             x = x.index_select(0, spec.query_rows)
@@ -96,3 +111,8 @@ def initialise_linear(module: nn.Module) -> None:
             nn.init.xavier_uniform_(child.weight)
             if child.bias is not None:
                 torch.nn.init.zeros_(child.bias)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """`x[rows]` for rows `[R]` that repeat; the gradient adds up what a row was taken for."""
+    return x.index_select(0, rows) if x.is_cuda else F.embedding(rows, x)

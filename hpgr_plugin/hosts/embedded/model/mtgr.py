@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpgr_plugin.hosts.embedded.model.hstu import EPSILON, SequenceLayer
+from hpgr_plugin.hosts.embedded.model.hstu import EPSILON, SequenceLayer, take_rows
 from hpgr_plugin.hosts.embedded.model.tokens import Domain
 from hpgr_plugin.ops.hstu_attention import AttentionSpec, PositionTimeBias
 
@@ -38,6 +38,7 @@ class MTGRLayer(SequenceLayer):
     """
 
     dynamic_mask = True
+    takes_source = True
 
     def __init__(self, *, embedding_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__(embedding_dim=embedding_dim, num_heads=num_heads, dropout=dropout)
@@ -52,10 +53,19 @@ class MTGRLayer(SequenceLayer):
         )
 
     def forward(
-        self, x: Tensor, *, domains: Tensor, spec: AttentionSpec, bias: PositionTimeBias | None
+        self,
+        x: Tensor,
+        *,
+        domains: Tensor,
+        spec: AttentionSpec,
+        bias: PositionTimeBias | None,
+        source: Tensor | None = None,
     ) -> Tensor:
         """See `SequenceLayer.forward`."""
         u, v, q, k = self.uvqk(self.input_norm(x, domains)).chunk(4, dim=-1)
+        if source is not None:
+            u, v, q, k, x = (take_rows(part, source) for part in (u, v, q, k, x))
+            domains = domains[source]
         if spec.query_rows is not None:
             u, q, x = (part.index_select(0, spec.query_rows) for part in (u, q, x))
             domains = domains[spec.query_rows]

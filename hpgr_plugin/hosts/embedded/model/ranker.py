@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,18 @@ from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.features import (
     ItemFeatures,
-    StatisticsFeatures,
+    ItemOdds,
+    OddsNetwork,
     UserFeatureTokens,
 )
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
 from hpgr_plugin.hosts.embedded.model.rare_items import RareItems
-from hpgr_plugin.hosts.embedded.model.rivals.interface import RivalEncoder, RivalTokens
+from hpgr_plugin.hosts.embedded.model.rivals.interface import (
+    RivalEncoder,
+    RivalSizes,
+    RivalTokens,
+)
 from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes, TokenFeatures
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
@@ -33,6 +39,7 @@ from hpgr_plugin.ops.preference_plan import PreferencePlan
 from hpgr_plugin.transfer.handoff import Handoff, load_handoff, load_sem_state
 
 _NAME = "hpgr.HSTURanker"
+Statistics = Literal["linear", "network"]
 
 
 class HSTURanker(nn.Module):
@@ -59,8 +66,9 @@ class HSTURanker(nn.Module):
         dropout: on the tokens, and inside the encoder.
         relative_bias: bias the attention by relative position and time.
         use_actions: mark history tokens with their actions.
-        statistics: let candidates know the counts and likes of their item and user before their
-            time, from the training events (see `CandidateStatistics`).
+        statistics: how often things were liked before the candidate's time, in the training events
+            (`CandidateStatistics`): "linear" adds the item's log odds to the logits (`ItemOdds`),
+            "network" those of item and user to the candidate (`OddsNetwork`). None: not read.
         item_bias: add a learned number per item to the logits.
         rare_items: the class `RareItems`, or None: every item has its row of the table.
         token_features: classes of what is added to the tokens besides.
@@ -95,7 +103,7 @@ class HSTURanker(nn.Module):
         dropout: float = 0.1,
         relative_bias: bool = True,
         use_actions: bool = True,
-        statistics: bool = False,
+        statistics: Statistics | None = None,
         item_bias: bool = False,
         rare_items: type[RareItems] | None = None,
         token_features: Sequence[type[TokenFeatures]] = (),
@@ -126,6 +134,10 @@ class HSTURanker(nn.Module):
             max_history=max_history,
         )
         check_share(dropout=dropout)
+        if statistics not in (None, *get_args(Statistics)):
+            raise SlotError(
+                f"{_NAME}.statistics takes 'linear', 'network' or None, got {statistics!r}"
+            )
         self.max_history = max_history
         for name, slot in (("sem", sem), ("positional_encoder", positional_encoder)):
             if slot is not None:
@@ -184,10 +196,12 @@ class HSTURanker(nn.Module):
         else:
             _check_rival(encoder, attention_hook, positional_encoder)
             self.encoder = encoder(
-                embedding_dim=embedding_dim,
-                num_heads=num_heads,
-                dropout=dropout,
-                max_history=max_history,
+                sizes=RivalSizes(
+                    embedding_dim=embedding_dim,
+                    num_heads=num_heads,
+                    dropout=dropout,
+                    max_history=max_history,
+                )
             )
         self.head = nn.Sequential(
             nn.LayerNorm(embedding_dim),
@@ -195,8 +209,9 @@ class HSTURanker(nn.Module):
             nn.SiLU(),
             nn.Linear(embedding_dim, 1),
         )
-        self.reads_statistics = statistics
-        self.statistics = StatisticsFeatures(embedding_dim) if statistics else None
+        self.reads_statistics = statistics is not None
+        self.item_odds = ItemOdds() if statistics == "linear" else None
+        self.odds_network = OddsNetwork(embedding_dim) if statistics == "network" else None
         self.item_bias = nn.Embedding(num_items, 1) if item_bias else None
         if self.item_bias is not None:
             nn.init.zeros_(self.item_bias.weight)
@@ -250,9 +265,11 @@ class HSTURanker(nn.Module):
         else:
             tokens = (history, candidates, context)
             encoded = self._encode_sequences(self.encoder, batch, index, tokens, plan)
-        if self.statistics is not None:
-            encoded = encoded + self.statistics(batch.candidate_features)
+        if self.odds_network is not None:
+            encoded = encoded + self.odds_network(batch.candidate_features)
         logits: Tensor = self.head(encoded).squeeze(1)  # Eq. 6 takes their sigmoid
+        if self.item_odds is not None:
+            logits = logits + self.item_odds(batch.candidate_features)
         if self.item_bias is not None:
             logits = logits + self.item_bias(batch.candidate_items).squeeze(1)
         return logits

@@ -110,13 +110,14 @@ class TokenSequence:
     """Sequences `[context | history | candidates]`, jagged.
 
     Attributes:
-        values: `[L, D]` embeddings.
-        marks: int64 `[L, 5]`, the columns of `Marks`.
+        values: `[V, D]` embeddings of distinct tokens.
+        marks: int64 `[V, 5]`, the columns of `Marks`.
         offsets: `[S + 1]` sequence boundaries.
         candidates_per_sequence: `[S]` candidates at the end of each sequence.
         column_weights: M `[L]` of shortened sequences, or None.
         row_plan: weights of the candidates' rows over a shared history, or None.
         parts: of the full sequences, which `row_plan` speaks of.
+        source: int64 `[L]`, the row of `values` that each token is; None: one each, in order.
     """
 
     values: Tensor
@@ -126,19 +127,27 @@ class TokenSequence:
     column_weights: Tensor | None = None
     row_plan: PreferencePlan | None = None
     parts: SequenceParts | None = None
+    source: Tensor | None = None
 
     def select(self, chosen: Tensor) -> TokenSequence:
         """The sequences `chosen` `[R]`, in that order."""
         lengths = self.offsets.diff()[chosen]
         rows = ranges(self.offsets[:-1][chosen], lengths)
-        weights = self.column_weights
+        weights, source, values, marks = self.column_weights, self.source, self.values, self.marks
+        if source is None:
+            values, marks = values.index_select(0, rows), marks.index_select(0, rows)
         return TokenSequence(
-            values=self.values.index_select(0, rows),
-            marks=self.marks.index_select(0, rows),
+            values=values,
+            marks=marks,
+            source=None if source is None else source[rows],
             offsets=complete_cumsum(lengths),
             candidates_per_sequence=self.candidates_per_sequence[chosen],
             column_weights=None if weights is None else weights.index_select(0, rows),
         )
+
+    def marks_of_tokens(self) -> Tensor:
+        """int64 `[L, 5]`."""
+        return self.marks if self.source is None else self.marks.index_select(0, self.source)
 
 
 def build_sequence(
@@ -197,8 +206,9 @@ def build_sequence(
         return sequence
     short = short_sequences(parts, plan, per_user=layout == "per_user")
     return TokenSequence(
-        values=sequence.values.index_select(0, short.index),
-        marks=sequence.marks.index_select(0, short.index),
+        values=sequence.values,
+        marks=sequence.marks,
+        source=short.index,
         offsets=complete_cumsum(short.lengths),
         candidates_per_sequence=short.num_targets,
         column_weights=short.weights,

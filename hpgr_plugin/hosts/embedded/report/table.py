@@ -58,6 +58,20 @@ def comparison_note(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def tuning_note(rows: Sequence[Row]) -> list[str]:
+    """The lines below the table that say how its learning rates were chosen."""
+    chosen = {row["title"]: row["learning_rate"] for row in rows if "tries" in row}
+    if not chosen:
+        return []
+    tries = next(row["tries"] for row in rows if "tries" in row)
+    each = ", ".join(f"{title} {rate:g}" for title, rate in chosen.items())
+    return [
+        "",
+        f"Every model was trained with the learning rates {', '.join(tries)} for the first seed, "
+        f"and took the one of the best validation AUC: {each}.",
+    ]
+
+
 def markdown_table(rows: Sequence[Row]) -> str:
     """A markdown table; columns that no row has a value for are left out.
 

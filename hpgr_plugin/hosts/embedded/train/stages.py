@@ -16,6 +16,7 @@ from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.data import (
     Batch,
     InteractionLog,
+    PreparedData,
     SequenceBatch,
     check_sequences,
     check_splits,
@@ -234,29 +235,38 @@ def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
     Raises:
         ConfigError: a component does not fit, or SEM would show candidates their own future.
     """
-    log = task.data.log
     slot = {} if pretrained is None else {"pretrained": str(pretrained)}
-    model: HSTURanker = build(
-        "HSTURanker",
-        num_items=log.num_items,
-        num_actions=log.num_actions,
-        vocabulary_digest=log.item_vocabulary_digest,
-        user_feature_sizes={n: f.num_values for n, f in log.user_features.items()},
-        item_feature_codes={
-            n: torch.from_numpy(np.array(f.codes)) for n, f in log.item_features.items()
-        },
-        item_counts=torch.from_numpy(
-            np.bincount(log.item[task.data.split == TRAIN], minlength=log.num_items)
-        ),
-        **slot,
-    )
+    model: HSTURanker = build("HSTURanker", **arguments_from_data(task.data), **slot)
     if task.requests.max_history > model.max_history:
         raise ConfigError(
             f"hpgr.RequestSettings.max_history = {task.requests.max_history} is more than "
             f"hpgr.HSTURanker.max_history = {model.max_history}"
         )
     task.decide_causal(model.sem)
+    if model.attention_hook is not None:
+        model.attention_hook.decide_layout(
+            max_history=task.requests.max_history,
+            max_candidates=task.requests.max_candidates,
+            device_type=task.process.device.type,
+        )
     return model.to(task.process.device)
+
+
+def arguments_from_data(data: PreparedData) -> dict[str, Any]:
+    """What `HSTURanker` takes from the log and not from the configuration."""
+    log = data.log
+    return {
+        "num_items": log.num_items,
+        "num_actions": log.num_actions,
+        "vocabulary_digest": log.item_vocabulary_digest,
+        "user_feature_sizes": {n: f.num_values for n, f in log.user_features.items()},
+        "item_feature_codes": {
+            n: torch.from_numpy(np.array(f.codes)) for n, f in log.item_features.items()
+        },
+        "item_counts": torch.from_numpy(
+            np.bincount(log.item[data.split == TRAIN], minlength=log.num_items)
+        ),
+    }
 
 
 def _test_metrics(model: HSTURanker, task: Task, output_dir: Path | None = None) -> dict[str, Any]:

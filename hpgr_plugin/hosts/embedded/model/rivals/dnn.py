@@ -8,40 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from hpgr_plugin.components.checks import check_at_least
-from hpgr_plugin.hosts.embedded.model.rivals.interface import RivalEncoder, RivalTokens
+from hpgr_plugin.hosts.embedded.model.rivals.interface import RivalEncoder, RivalSizes, RivalTokens
 
 
 class DNN(RivalEncoder):
     """An embedding and MLP model: it knows what is in the history, but no order.
 
     Args:
-        embedding_dim, num_heads, dropout, max_history: see `RivalEncoder`.
+        sizes: see `RivalEncoder`.
         hidden_dim: width of the hidden layers.
         num_layers: hidden layers.
     """
 
-    def __init__(
-        self,
-        *,
-        embedding_dim: int,
-        num_heads: int,
-        dropout: float,
-        max_history: int,
-        hidden_dim: int = 256,
-        num_layers: int = 2,
-    ) -> None:
-        super().__init__(
-            embedding_dim=embedding_dim,
-            num_heads=num_heads,
-            dropout=dropout,
-            max_history=max_history,
-        )
+    def __init__(self, *, sizes: RivalSizes, hidden_dim: int = 256, num_layers: int = 2) -> None:
+        super().__init__(sizes=sizes)
         check_at_least(1, hidden_dim=hidden_dim, num_layers=num_layers)
-        widths = [3 * embedding_dim, *[hidden_dim] * num_layers]
+        widths = [3 * sizes.embedding_dim, *[hidden_dim] * num_layers]
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
-        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, embedding_dim))
+            layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(sizes.dropout)]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, sizes.embedding_dim))
 
     def forward(self, tokens: RivalTokens) -> Tensor:
         """See `RivalEncoder.forward`."""

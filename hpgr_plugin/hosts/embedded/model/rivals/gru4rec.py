@@ -9,6 +9,7 @@ from hpgr_plugin.components.checks import check_at_least
 from hpgr_plugin.hosts.embedded.model.rivals.interface import (
     Match,
     RivalEncoder,
+    RivalSizes,
     RivalTokens,
     token_table,
 )
@@ -21,30 +22,17 @@ class GRU4Rec(RivalEncoder):
     A learned start token (with the user's features) comes first, so an empty history has a state.
 
     Args:
-        embedding_dim, num_heads, dropout, max_history: see `RivalEncoder`.
+        sizes: see `RivalEncoder`.
         num_layers: recurrent layers.
     """
 
-    def __init__(
-        self,
-        *,
-        embedding_dim: int,
-        num_heads: int,
-        dropout: float,
-        max_history: int,
-        num_layers: int = 1,
-    ) -> None:
-        super().__init__(
-            embedding_dim=embedding_dim,
-            num_heads=num_heads,
-            dropout=dropout,
-            max_history=max_history,
-        )
+    def __init__(self, *, sizes: RivalSizes, num_layers: int = 1) -> None:
+        super().__init__(sizes=sizes)
         check_at_least(1, num_layers=num_layers)
-        self.start = token_table(1, embedding_dim)
-        self.gru = nn.GRU(embedding_dim, embedding_dim, num_layers, batch_first=True)
-        self.dropout = nn.Dropout(dropout)
-        self.match = Match(embedding_dim, dropout)
+        self.start = token_table(1, sizes.embedding_dim)
+        self.gru = nn.GRU(sizes.embedding_dim, sizes.embedding_dim, num_layers, batch_first=True)
+        self.dropout = nn.Dropout(sizes.dropout)
+        self.match = Match(sizes.embedding_dim, sizes.dropout)
 
     def forward(self, tokens: RivalTokens) -> Tensor:
         """See `RivalEncoder.forward`."""

@@ -76,19 +76,31 @@ class RivalTokens:
         return values, offsets, offsets[:-1][self.index.candidate_users] + self.index.visible
 
 
-class RivalEncoder(nn.Module):
-    """The interface of `hpgr.HSTURanker.encoder`, which takes a subclass.
+@dataclass(frozen=True, kw_only=True)
+class RivalSizes:
+    """The sizes of the ranker, which its encoder follows.
 
-    Args:
+    Attributes:
         embedding_dim: D.
         num_heads: attention heads, for those that have any.
         dropout: inside the encoder.
         max_history: longest history.
     """
 
-    def __init__(
-        self, *, embedding_dim: int, num_heads: int, dropout: float, max_history: int
-    ) -> None:
+    embedding_dim: int
+    num_heads: int
+    dropout: float
+    max_history: int
+
+
+class RivalEncoder(nn.Module):
+    """The interface of `hpgr.HSTURanker.encoder`, which takes a subclass.
+
+    Args:
+        sizes: of the ranker; a subclass adds arguments of its own, with defaults.
+    """
+
+    def __init__(self, *, sizes: RivalSizes) -> None:
         super().__init__()
 
     def forward(self, tokens: RivalTokens) -> Tensor:

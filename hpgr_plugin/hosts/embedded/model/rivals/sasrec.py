@@ -8,6 +8,7 @@ from hpgr_plugin.components.transformer import JaggedEncoder
 from hpgr_plugin.hosts.embedded.model.rivals.interface import (
     Match,
     RivalEncoder,
+    RivalSizes,
     RivalTokens,
     token_table,
 )
@@ -22,35 +23,22 @@ class SASRec(RivalEncoder):
     Positions are learned vectors, counted from the oldest item.
 
     Args:
-        embedding_dim, num_heads, dropout, max_history: see `RivalEncoder`.
+        sizes: see `RivalEncoder`.
         num_layers: attention layers.
     """
 
-    def __init__(
-        self,
-        *,
-        embedding_dim: int,
-        num_heads: int,
-        dropout: float,
-        max_history: int,
-        num_layers: int = 2,
-    ) -> None:
-        super().__init__(
-            embedding_dim=embedding_dim,
-            num_heads=num_heads,
-            dropout=dropout,
-            max_history=max_history,
-        )
-        self.start = token_table(1, embedding_dim)
-        self.positions = token_table(max_history + 1, embedding_dim)
+    def __init__(self, *, sizes: RivalSizes, num_layers: int = 2) -> None:
+        super().__init__(sizes=sizes)
+        self.start = token_table(1, sizes.embedding_dim)
+        self.positions = token_table(sizes.max_history + 1, sizes.embedding_dim)
         self.transformer = JaggedEncoder(
-            embedding_dim=embedding_dim,
-            num_heads=num_heads,
+            embedding_dim=sizes.embedding_dim,
+            num_heads=sizes.num_heads,
             num_layers=num_layers,
-            dropout=dropout,
+            dropout=sizes.dropout,
             final_norm=True,
         )
-        self.match = Match(embedding_dim, dropout)
+        self.match = Match(sizes.embedding_dim, sizes.dropout)
 
     def forward(self, tokens: RivalTokens) -> Tensor:
         """See `RivalEncoder.forward`."""

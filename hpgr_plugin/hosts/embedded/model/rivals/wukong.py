@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hpgr_plugin.components.checks import check_at_least
 from hpgr_plugin.hosts.embedded.model.rivals.interface import (
     RivalEncoder,
+    RivalSizes,
     RivalTokens,
     perceptron,
     token_table,
@@ -19,7 +20,7 @@ class Wukong(RivalEncoder):
     """Fields user, candidate, mean history and attended history through `num_layers` layers.
 
     Args:
-        embedding_dim, num_heads, dropout, max_history: see `RivalEncoder`.
+        sizes: see `RivalEncoder`.
         num_layers: layers.
         num_linear: n_L, fields that a layer makes by linear compression.
         num_factorised: n_F, fields that it makes by its factorisation machine.
@@ -30,22 +31,14 @@ class Wukong(RivalEncoder):
     def __init__(
         self,
         *,
-        embedding_dim: int,
-        num_heads: int,
-        dropout: float,
-        max_history: int,
+        sizes: RivalSizes,
         num_layers: int = 3,
         num_linear: int = 16,
         num_factorised: int = 16,
         rank: int = 24,
         hidden_dim: int = 128,
     ) -> None:
-        super().__init__(
-            embedding_dim=embedding_dim,
-            num_heads=num_heads,
-            dropout=dropout,
-            max_history=max_history,
-        )
+        super().__init__(sizes=sizes)
         check_at_least(
             1,
             num_layers=num_layers,
@@ -54,22 +47,22 @@ class Wukong(RivalEncoder):
             rank=rank,
             hidden_dim=hidden_dim,
         )
-        self.user = token_table(1, embedding_dim)  # the user field where there are no features
-        self.attended = AttentionPooling(embedding_dim)
+        self.user = token_table(1, sizes.embedding_dim)  # also where a log has no user features
+        self.attended = AttentionPooling(sizes.embedding_dim)
         fields = [4, *[num_factorised + num_linear] * num_layers]
         self.layers = nn.ModuleList(
             WukongLayer(
                 inputs,
-                embedding_dim,
+                sizes.embedding_dim,
                 num_linear=num_linear,
                 num_factorised=num_factorised,
                 rank=rank,
                 hidden_dim=hidden_dim,
-                dropout=dropout,
+                dropout=sizes.dropout,
             )
             for inputs in fields[:-1]
         )
-        self.output = nn.Linear(fields[-1] * embedding_dim, embedding_dim)
+        self.output = nn.Linear(fields[-1] * sizes.embedding_dim, sizes.embedding_dim)
 
     def forward(self, tokens: RivalTokens) -> Tensor:
         """See `RivalEncoder.forward`."""

@@ -1,0 +1,140 @@
+"""The trainings of an ablation as jobs, one after another or several at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpgr_plugin.config.bindings import as_text, restore
+from hpgr_plugin.config.registry import build, register
+from hpgr_plugin.config.scopes import config_scope
+from hpgr_plugin.hosts.embedded.report.evaluation import Task
+from hpgr_plugin.hosts.embedded.train.distributed import Process
+from hpgr_plugin.hosts.embedded.train.stages import Stage1, finetune, pretrain
+from hpgr_plugin.hosts.embedded.train.trainer import TrainingRun
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: stage 1 of a scope, or stage 2 of a row.
+
+    Attributes:
+        scope: gin scope in which everything is built.
+        title: label of its progress.
+        seed: of the training.
+        is_stage1: which stage.
+        handoff: what stage 2 starts from; None leaves the slot to gin.
+        learning_rate: of stage 2 in place of the bound one; None for the bound one.
+    """
+
+    scope: str
+    title: str
+    seed: int
+    is_stage1: bool = False
+    handoff: Path | None = None
+    learning_rate: float | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where it writes, below the folder of the ablation."""
+        rate = "" if self.learning_rate is None else f"_lr{self.learning_rate:g}"
+        return f"{self.scope}{rate}_seed{self.seed}"
+
+
+Result = Stage1 | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Runs jobs.
+
+    Attributes:
+        task: data, requests and metrics.
+        output_dir: of the ablation.
+        resume: continue from the last checkpoints.
+        workers: processes that train at the same time. 1 trains in this one, with all cores;
+            several share the cores, and the CUDA devices by turns.
+    """
+
+    task: Task
+    output_dir: Path
+    resume: bool
+    workers: int = 1
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
+        """Each job with its result, as they finish.
+
+        Args:
+            jobs: none needs the result of another.
+
+        Yields:
+            A `Stage1` for stage 1, metrics for stage 2.
+        """
+        if self.workers == 1:
+            for job in jobs:
+                yield job, self.run_one(job)
+            return
+        with ProcessPoolExecutor(
+            max_workers=min(self.workers, max(1, len(jobs))),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(replace(self, workers=1), as_text(), self.workers),
+        ) as pool:
+            futures = {pool.submit(_run_in_worker, job): job for job in jobs}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def run_one(self, job: Job) -> Result:
+        """Train in this process."""
+        run = TrainingRun(
+            seed=job.seed,
+            output_dir=self.output_dir / job.folder,
+            process=self.task.process,
+            title=f"{job.title} (seed {job.seed})",
+            resume=self.resume,
+        )
+        with config_scope(job.scope):
+            if job.is_stage1:
+                return pretrain(self.task, build("PretrainSettings"), run)
+            settings = build("FinetuneSettings")
+            if job.learning_rate is not None:
+                settings = replace(settings, learning_rate=job.learning_rate)
+            task = replace(self.task, requests=build("RequestSettings"))
+            return finetune(task, settings, run, pretrained=job.handoff)
+
+
+_jobs: Jobs | None = None
+
+
+def _start_worker(jobs: Jobs, bindings: str, workers: int) -> None:
+    """The configuration, device and share of the cores of a worker."""
+    global _jobs
+    register("components", "data", "embedded")
+    restore(bindings)
+    build("set_backends")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    device = jobs.task.process.device
+    if device.type == "cuda":
+        (number,) = multiprocessing.current_process()._identity
+        device = torch.device("cuda", (number - 1) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    _jobs = replace(jobs, task=replace(jobs.task, process=Process(0, 1, device)))
+
+
+def _run_in_worker(job: Job) -> Result:
+    assert _jobs is not None
+    result = _jobs.run_one(job)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return result

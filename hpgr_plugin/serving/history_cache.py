@@ -1,0 +1,102 @@
+"""What is kept of a user's history: keys and values of every layer, least recently used first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HistoryState:
+    """The encoded context and history of one user, N tokens.
+
+    Attributes:
+        tokens: `[N, D]`, what the layers were given. Equal tokens with equal marks have equal keys
+            and values, so a state is used where these are equal (tokens but for rounding: SEM sums
+            in another order when sessions are added), and only there.
+        marks: int64 `[N, columns]`, positions, times, orders and domains.
+        keys, values: `[H, N, d]` of every layer, H heads.
+    """
+
+    tokens: Tensor
+    marks: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tensors."""
+        tensors = (self.tokens, self.marks, *self.keys, *self.values)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def is_prefix_of(self, tokens: Tensor, marks: Tensor) -> bool:
+        """Whether these tokens begin with the ones of this state."""
+        count = len(self.tokens)
+        return (
+            count <= len(tokens)
+            and torch.equal(self.marks, marks[:count])
+            and torch.allclose(self.tokens, tokens[:count], rtol=1e-5, atol=1e-6)
+        )
+
+
+@dataclass
+class CacheCounts:
+    """How often a history was found whole, found in part, or not found; and states dropped."""
+
+    hits: int = 0
+    extended: int = 0
+    misses: int = 0
+    evicted: int = 0
+
+
+@dataclass
+class HistoryCache:
+    """States by user, within a bound on their memory.
+
+    Not made for several threads at once: the server scores in one.
+
+    Attributes:
+        max_bytes: bound on the memory of all states; 0 keeps none.
+        counts: since the start.
+    """
+
+    max_bytes: int
+    counts: CacheCounts = field(default_factory=CacheCounts)
+    num_bytes: int = field(default=0, init=False)
+    _states: OrderedDict[Hashable, HistoryState] = field(default_factory=OrderedDict, init=False)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def get(self, key: Hashable) -> HistoryState | None:
+        """The state of a user, which is now the most recently used."""
+        state = self._states.get(key)
+        if state is not None:
+            self._states.move_to_end(key)
+        return state
+
+    def put(self, key: Hashable, state: HistoryState) -> None:
+        """Keep a state in place of an older one; drop others until all fit."""
+        self.drop(key)
+        if state.num_bytes > self.max_bytes:
+            return
+        self._states[key] = state
+        self.num_bytes += state.num_bytes
+        while self.num_bytes > self.max_bytes:
+            self.drop(next(iter(self._states)))
+            self.counts.evicted += 1
+
+    def drop(self, key: Hashable) -> None:
+        """Forget the state of a user, if there is one."""
+        state = self._states.pop(key, None)
+        if state is not None:
+            self.num_bytes -= state.num_bytes
+
+    def clear(self) -> None:
+        """Forget all states."""
+        self._states.clear()
+        self.num_bytes = 0

@@ -1,0 +1,173 @@
+"""Requests in the log's own ids, and the batch that the model takes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from hpgr_plugin.data.batch import Batch, tensor
+from hpgr_plugin.data.log import offsets_of
+from hpgr_plugin.data.requests import RequestSettings
+from hpgr_plugin.serving.vocabulary import UNKNOWN, RequestError, Vocabulary
+
+_FEW = 2**62
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One user's history, and candidates to score.
+
+    Attributes:
+        history_items: ids, oldest first.
+        history_times: seconds, ascending.
+        candidates: item ids.
+        times: seconds, when the candidates are shown: one for all, or one each. History at or
+            after a candidate's time is hidden from it.
+        history_actions: what the user did with each item, as the log codes it; needed where the
+            model was trained with actions.
+        user_id: finds the user's kept history and, for a user of the log, the user's features.
+        user_features: values by name, in place of those in the log.
+    """
+
+    history_items: Sequence[int | str]
+    history_times: Sequence[int]
+    candidates: Sequence[int | str]
+    times: int | Sequence[int]
+    history_actions: Sequence[Any] | None = None
+    user_id: int | str | None = None
+    user_features: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EncodedRequest:
+    """A request in codes, cut to what the model reads.
+
+    Attributes:
+        history: int64 [3, N], items, times and actions.
+        candidates: int64 [2, C'], items and times of the known candidates.
+        known: bool [C], which candidates the log has.
+        user_features: codes by name.
+        unknown_history: items of the history that the log does not have; they are left out.
+        user: key of the kept history.
+        version: digest of the history; the same history has the same.
+    """
+
+    history: np.ndarray
+    candidates: np.ndarray
+    known: np.ndarray
+    user_features: dict[str, int]
+    unknown_history: int
+    user: tuple[str, int | str]
+    version: str
+
+    def split(self) -> Iterator[EncodedRequest]:
+        """The same with one candidate each, for models that number a history by its candidate."""
+        for place in range(self.candidates.shape[1]):
+            one = self.candidates[:, place : place + 1]
+            yield replace(self, candidates=one, known=np.ones(1, bool))
+
+
+def encode(
+    request: Request,
+    vocabulary: Vocabulary,
+    settings: RequestSettings,
+    *,
+    use_actions: bool,
+    hide_future: bool = True,
+) -> EncodedRequest:
+    """Check a request and code it, as requests of the training are cut.
+
+    Args:
+        request: in the log's ids.
+        vocabulary: of the log.
+        settings: of the training's requests: the longest history, and from where it counts.
+        use_actions: whether the model reads actions.
+        hide_future: whether the model hides from a candidate what is not before it.
+
+    Raises:
+        RequestError: naming the field.
+    """
+    items = vocabulary.items(request.history_items, "history.items")
+    times = _times(request.history_times, "history.times", len(items))
+    descents = np.flatnonzero(np.diff(times) < 0)
+    if len(descents):
+        place = int(descents[0]) + 1
+        raise RequestError(f"history.times[{place}]", "is before the one in front of it")
+    actions = np.zeros(len(items), np.int64)
+    if request.history_actions is not None:
+        _check_length(request.history_actions, "history.actions", len(items))
+        actions = vocabulary.actions(request.history_actions, "history.actions")
+    elif use_actions and len(items):
+        raise RequestError("history.actions", "is missing: the model was trained with actions")
+    candidates = vocabulary.items(request.candidates, "candidates")
+    shown = request.times
+    if isinstance(shown, int) and not isinstance(shown, bool):
+        shown = [shown] * len(candidates)
+    shown_at = _times(shown, "times", len(candidates))  # type: ignore[arg-type]
+    if not hide_future and len(set(shown_at.tolist())) > 1:
+        raise RequestError("times", "takes one time for all candidates: hide_future is False")
+    known = candidates != UNKNOWN
+    history = np.stack([items, times, actions])[:, _kept(items, times, shown_at, settings)]
+    digest = hashlib.blake2b(np.ascontiguousarray(history).tobytes(), digest_size=12).hexdigest()
+    key = ("history", digest) if request.user_id is None else ("user", request.user_id)
+    return EncodedRequest(
+        history=history,
+        candidates=np.stack([candidates, shown_at])[:, known],
+        known=known,
+        user_features=vocabulary.user_feature_codes(request.user_id, dict(request.user_features)),
+        unknown_history=int((items == UNKNOWN).sum()),
+        user=key,
+        version=digest,
+    )
+
+
+def batch_of(requests: Sequence[EncodedRequest]) -> Batch:
+    """The model's batch, requests in their order."""
+    history = np.concatenate([r.history for r in requests], 1)
+    candidates = np.concatenate([r.candidates for r in requests], 1)
+    names = requests[0].user_features
+    return Batch(
+        history_items=tensor(history[0]),
+        history_timestamps=tensor(history[1]),
+        history_actions=tensor(history[2]),
+        history_offsets=tensor(offsets_of(np.array([r.history.shape[1] for r in requests]))),
+        candidate_items=tensor(candidates[0]),
+        candidate_timestamps=tensor(candidates[1]),
+        candidate_labels=tensor(np.zeros(candidates.shape[1]), np.float32),
+        candidate_offsets=tensor(offsets_of(np.array([r.candidates.shape[1] for r in requests]))),
+        users=tensor(np.arange(len(requests))),
+        user_features={
+            name: tensor(np.array([r.user_features[name] for r in requests])) for name in names
+        },
+    )
+
+
+def _kept(
+    items: np.ndarray, times: np.ndarray, shown_at: np.ndarray, settings: RequestSettings
+) -> np.ndarray:
+    """Places of the history that the model reads: known, before the candidates, the most recent."""
+    bound = _FEW
+    if len(shown_at):
+        bound = int(shown_at.min() if settings.history == "request" else shown_at.max())
+    places = np.flatnonzero((items != UNKNOWN) & (times < bound))
+    return places[-settings.max_history :]
+
+
+def _times(values: Sequence[Any], name: str, length: int) -> np.ndarray:
+    """int64 seconds."""
+    _check_length(values, name, length)
+    for place, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise RequestError(f"{name}[{place}]", f"takes whole seconds, got {value!r}")
+        if not 0 <= value < 2**52:
+            raise RequestError(f"{name}[{place}]", f"takes seconds from 0 to 2^52, got {value}")
+    return np.asarray(values, dtype=np.int64)
+
+
+def _check_length(values: Sequence[Any], name: str, length: int) -> None:
+    if len(values) != length:
+        raise RequestError(name, f"takes one for each of the {length} items, got {len(values)}")

@@ -1,0 +1,144 @@
+"""`Scorer`: requests in the log's ids to probabilities, as the trainer's evaluation gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
+from hpgr_plugin.serving.cached_encoder import CachedEncoder
+from hpgr_plugin.serving.folder import ServedModel, read_folder
+from hpgr_plugin.serving.history_cache import HistoryCache
+from hpgr_plugin.serving.kept_rows import ServedPreferences, can_plan
+from hpgr_plugin.serving.requests import EncodedRequest, Request, batch_of, encode
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The answer to one request.
+
+    Attributes:
+        probabilities: float32 [C], NaN for candidates that the log does not have.
+        unknown_candidates: places of those candidates.
+        unknown_history: history items that the log does not have; they were left out.
+        history_length: items that were read.
+        history_version: digest of what was read; equal histories have equal ones.
+    """
+
+    probabilities: np.ndarray
+    unknown_candidates: list[int]
+    unknown_history: int
+    history_length: int
+    history_version: str
+
+
+class Scorer:
+    """Scores requests with one model.
+
+    Items that the log does not have cannot be scored: in the history they are left out, as
+    candidates they get NaN. A probability does not depend on the other candidates of the request,
+    nor on requests scored with it, but for MTGR, which reads the history that all candidates of a
+    request may see in another way than the rest.
+
+    Args:
+        served: model, vocabulary and settings.
+        device: where the model runs.
+        cache_mib: bound on the memory of kept histories; 0 encodes every history anew.
+    """
+
+    def __init__(
+        self, served: ServedModel, *, device: str | torch.device = "cpu", cache_mib: int = 256
+    ) -> None:
+        self.model = served.model.to(device)
+        self.settings = served.settings
+        self.vocabulary = served.vocabulary
+        self.manifest = served.manifest
+        self.device = torch.device(device)
+        self.cache = HistoryCache(cache_mib * _MIB)
+        self._encoder: CachedEncoder | None = None
+        if cache_mib and isinstance(self.model.encoder, SequenceEncoder):
+            self._encoder = CachedEncoder(self.model.encoder, self.cache)
+            # Modules of another kind with the same call.
+            self.model.encoder = self._encoder  # type: ignore[assignment]
+            hook = self.model.attention_hook
+            if can_plan(hook) and hook is not None and hook.layout == "shared_history":
+                self.model.attention_hook = ServedPreferences(hook)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        cache_mib: int = 256,
+    ) -> Scorer:
+        """The scorer of a folder that `python -m hpgr_plugin.serving.export` wrote.
+
+        Args:
+            folder: that was written.
+            device: None takes a GPU if there is one.
+            cache_mib: see the class.
+
+        Raises:
+            FolderError: no such folder, or a damaged one.
+        """
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(read_folder(Path(folder)), device=place, cache_mib=cache_mib)
+
+    def encode(self, request: Request) -> EncodedRequest:
+        """Check a request and code it; any thread may do so.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        use_actions = self.model.action_table is not None
+        return encode(
+            request,
+            self.vocabulary,
+            self.settings,
+            use_actions=use_actions,
+            hide_future=self.model.hide_future,
+        )
+
+    def score(self, requests: Sequence[Request]) -> list[Scores]:
+        """The answers to some requests, scored together.
+
+        Raises:
+            RequestError: naming the field of the first request that cannot be scored.
+        """
+        return self.score_encoded([self.encode(request) for request in requests])
+
+    @torch.inference_mode()
+    def score_encoded(self, requests: Sequence[EncodedRequest]) -> list[Scores]:
+        """The answers to some checked requests; one thread at a time."""
+        chosen = [request for request in requests if request.known.any()]
+        if not self.model.hide_future:
+            chosen = [one for request in chosen for one in request.split()]
+        logits = np.zeros(0, np.float32)
+        if chosen:
+            if self._encoder is not None:
+                self._encoder.for_users([request.user for request in chosen])
+            batch = batch_of(chosen).to(self.device)
+            logits = self.model(batch).float().sigmoid().cpu().numpy()
+        answers, start = [], 0
+        for request in requests:
+            count = int(request.known.sum())
+            probabilities = np.full(len(request.known), np.nan, np.float32)
+            probabilities[request.known] = logits[start : start + count]
+            start += count
+            answers.append(
+                Scores(
+                    probabilities=probabilities,
+                    unknown_candidates=np.flatnonzero(~request.known).tolist(),
+                    unknown_history=request.unknown_history,
+                    history_length=request.history.shape[1],
+                    history_version=request.version,
+                )
+            )
+        return answers

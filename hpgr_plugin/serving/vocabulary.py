@@ -1,0 +1,188 @@
+"""The log's own ids and values, and the codes by which the model knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hpgr_plugin.data.log import InteractionLog
+from hpgr_plugin.errors import HpgrError
+
+UNKNOWN = -1
+
+
+class RequestError(HpgrError):
+    """A request that cannot be scored.
+
+    Attributes:
+        field: of the request, such as "history.times" or "candidates[3]".
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class UserFeature:
+    """One categorical feature of the users.
+
+    Attributes:
+        values: text of code 1, 2 and so on; code 0 is "unknown".
+        codes: int32 [U], of the users in the log.
+    """
+
+    values: np.ndarray
+    codes: np.ndarray
+
+    def code(self, value: Any) -> int:
+        """The code of a value, 0 where it is not in the log."""
+        if value is None:
+            return 0
+        found = np.flatnonzero(self.values == str(value))
+        return int(found[0]) + 1 if len(found) else 0
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What requests may name.
+
+    Attributes:
+        item_ids: [V], ascending, integers or text.
+        action_values: [A], or None where the log does not know them: actions are then codes.
+        num_actions: A.
+        user_ids: [U], ascending, integers or text.
+        user_features: by name.
+    """
+
+    item_ids: np.ndarray
+    action_values: np.ndarray | None
+    num_actions: int
+    user_ids: np.ndarray
+    user_features: dict[str, UserFeature] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, log: InteractionLog) -> Vocabulary:
+        """The vocabulary of a log."""
+        return cls(
+            item_ids=np.asarray(log.item_ids),
+            action_values=None if log.action_values is None else np.asarray(log.action_values),
+            num_actions=log.num_actions,
+            user_ids=np.asarray(log.user_ids),
+            user_features={
+                name: UserFeature(
+                    np.zeros(0, np.str_) if feature.values is None else np.asarray(feature.values),
+                    np.asarray(feature.codes),
+                )
+                for name, feature in log.user_features.items()
+            },
+        )
+
+    def items(self, ids: Sequence[Any], name: str) -> np.ndarray:
+        """Codes int64 of item ids, `UNKNOWN` where the log has no such item.
+
+        Raises:
+            RequestError: an id of another type than the log's.
+        """
+        return _codes(self.item_ids, ids, name)
+
+    def actions(self, values: Sequence[Any], name: str) -> np.ndarray:
+        """Codes int64 of actions.
+
+        Raises:
+            RequestError: an action that the log does not have.
+        """
+        known: list[Any] = list(range(self.num_actions))
+        if self.action_values is not None:
+            known = self.action_values.tolist()
+        code = {value: place for place, value in enumerate(known)}
+        codes = np.empty(len(values), np.int64)
+        for place, value in enumerate(values):
+            try:
+                codes[place] = code[value]
+            except (KeyError, TypeError):
+                shown = ", ".join(map(repr, known[:20]))
+                raise RequestError(
+                    f"{name}[{place}]", f"takes one of {shown}, got {value!r}"
+                ) from None
+        return codes
+
+    def user_feature_codes(
+        self, user_id: int | str | None, given: dict[str, Any]
+    ) -> dict[str, int]:
+        """Codes of all features: of the given values, else those of a known user, else 0.
+
+        Raises:
+            RequestError: a feature that the model does not have.
+        """
+        for name in given:
+            if name not in self.user_features:
+                known = ", ".join(sorted(self.user_features)) or "none"
+                raise RequestError(f"user_features.{name}", f"no such feature; there are: {known}")
+        user = UNKNOWN
+        if user_id is not None and self.user_features:
+            user = int(_codes(self.user_ids, [user_id], "user_id", strict=False)[0])
+        codes = {}
+        for name, feature in self.user_features.items():
+            if name in given:
+                codes[name] = feature.code(given[name])
+            else:
+                codes[name] = 0 if user == UNKNOWN else int(feature.codes[user])
+        return codes
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For `numpy.savez`."""
+        arrays = {"item_ids": self.item_ids, "user_ids": self.user_ids}
+        arrays["num_actions"] = np.array(self.num_actions)
+        if self.action_values is not None:
+            arrays["action_values"] = self.action_values
+        for name, feature in self.user_features.items():
+            arrays[f"user_feature_values.{name}"] = feature.values
+            arrays[f"user_feature_codes.{name}"] = feature.codes
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Vocabulary:
+        """From `arrays`.
+
+        Raises:
+            KeyError: one of them is missing.
+        """
+        prefix = "user_feature_values."
+        names = [name.removeprefix(prefix) for name in arrays if name.startswith(prefix)]
+        return cls(
+            item_ids=arrays["item_ids"],
+            action_values=arrays.get("action_values"),
+            num_actions=int(arrays["num_actions"]),
+            user_ids=arrays["user_ids"],
+            user_features={
+                name: UserFeature(arrays[prefix + name], arrays[f"user_feature_codes.{name}"])
+                for name in names
+            },
+        )
+
+
+def _codes(known: np.ndarray, ids: Sequence[Any], name: str, strict: bool = True) -> np.ndarray:
+    """Places of ids in the ascending `known`, `UNKNOWN` where they are not in it."""
+    integers = bool(np.issubdtype(known.dtype, np.integer))
+    kind = int if integers else str
+    value: Any
+    for place, value in enumerate(ids):
+        if type(value) is not kind:
+            if not strict:
+                return np.full(len(ids), UNKNOWN)
+            expected = "an integer" if integers else "text"
+            raise RequestError(
+                f"{name}[{place}]", f"item ids of this model are {expected}, got {value!r}"
+            )
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise RequestError(f"{name}[{place}]", f"takes a 64-bit integer, got {value}")
+    if not len(ids) or not len(known):
+        return np.full(len(ids), UNKNOWN)
+    wanted = np.asarray(ids, dtype=np.int64 if integers else np.str_)
+    places = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+    return np.where(known[places] == wanted, places, UNKNOWN)
