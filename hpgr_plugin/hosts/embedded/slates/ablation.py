@@ -40,7 +40,7 @@ class SlateRow:
     """
 
     title: str
-    tokenizer: str | None = "crq_vae"
+    tokenizer: str | None = None
     start: str | None = None
     rival: bool = False
 
