@@ -84,23 +84,21 @@ def list_metrics(
 @torch.no_grad()
 def outcomes(model: SlateModel, loader: RequestLoader, process: Process) -> Outcomes:
     """Generate a slate for every request of a loader, on all processes."""
-    size, model_size = model.slate_size, np.zeros((0, model.slate_size), dtype=np.int64)
-    parts: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)], [], [], [], []]
-    parts[1:] = [[np.zeros(0, dtype=np.int64)], [model_size], [model_size], [model_size]]
+    nothing, no_slates = np.zeros(0, np.int64), np.zeros((0, model.slate_size), np.int64)
+    parts = [(nothing, nothing, no_slates, no_slates, no_slates)]  # a process may have no batch
     for batch in loader.batches():
         batch = batch.to(process.device)
-        slates = model.generate(batch)
-        target, lengths = padded_slates(batch, size)
-        slot = torch.arange(size, device=target.device)
+        target, lengths = padded_slates(batch, model.slate_size)
+        slot = torch.arange(model.slate_size, device=target.device)
         target = torch.where(slot < lengths.unsqueeze(1), target, -1)
-        liked = padded_labels(batch, size).long()
-        times = batch.candidate_timestamps[batch.candidate_offsets[:-1]]
-        found = (batch.users, times, slates.items, target, liked)
-        for part, value in zip(parts, found, strict=True):
-            part.append(value.cpu().numpy())
-    user, time, slate, target_, liked_ = gather_arrays([np.concatenate(part) for part in parts])
-    order = np.lexsort((target_[:, 0], time, user))
-    return Outcomes(user[order], slate[order], target_[order], liked_[order] > 0)
+        time = batch.candidate_timestamps[batch.candidate_offsets[:-1]]
+        labels = padded_labels(batch, model.slate_size).long()
+        columns = (batch.users, time, model.generate(batch).items, target, labels)
+        parts.append(tuple(column.cpu().numpy() for column in columns))  # type: ignore[arg-type]
+    whole = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    user, when, slate, taken, liked = gather_arrays(whole)
+    order = np.lexsort((taken[:, 0], when, user))
+    return Outcomes(user[order], slate[order], taken[order], liked[order] > 0)
 
 
 def save_outcomes(path: Path, found: Outcomes) -> None:
