@@ -1,5 +1,6 @@
 # make quickstart   the main job on real input: MovieLens-100K, two stages, one table
 # make evidence     the same data, five seeds, every row, intervals: under an hour
+# make slates       the same data, whole slates: HiGR and its rivals, minutes on 2 cores
 # make test         lint, types and tests
 # make host HOST=path/to/generative-recommenders   an environment for the host, and a check of both
 # Each makes its own virtual environment and needs nothing but Python 3.10+ and a network.
@@ -14,7 +15,7 @@ TEST := .venv-test
 HOST_ENV := .venv-host
 STAMP := .installed
 
-.PHONY: quickstart evidence test lint unit host clean
+.PHONY: quickstart evidence slates test lint unit host clean
 
 quickstart: $(RUN)/$(STAMP)
 	ML100K=$(ML100K) $(RUN)/bin/python -m hpgr_plugin.data.movielens_100k --out downloads/ml-100k
@@ -23,6 +24,10 @@ quickstart: $(RUN)/$(STAMP)
 evidence: $(RUN)/$(STAMP)
 	ML100K=$(ML100K) $(RUN)/bin/python -m hpgr_plugin.data.movielens_100k --out downloads/ml-100k
 	$(RUN)/bin/python -m hpgr_plugin.main --gin_config_file=configs/runs/ml-100k_evidence.gin $(ARGS)
+
+slates: $(RUN)/$(STAMP)
+	ML100K=$(ML100K) $(RUN)/bin/python -m hpgr_plugin.data.movielens_100k --out downloads/ml-100k
+	$(RUN)/bin/python -m hpgr_plugin.main --gin_config_file=configs/runs/ml-100k_slates.gin $(ARGS)
 
 test: lint unit
 

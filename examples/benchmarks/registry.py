@@ -22,7 +22,7 @@ import torch
 
 NAMES = (
     *("hosts", "embedded", "serving", "kernels", "plan", "stack", "rivals", "candidates"),
-    *("growth", "sem", "mim", "cpu"),
+    *("growth", "sem", "mim", "slates", "cpu"),
 )
 
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
     options = parser.parse_args(arguments)
     names = options.names or [
-        n for n in NAMES if n in ("cpu", "serving") or torch.cuda.is_available()
+        n for n in NAMES if n in ("cpu", "serving", "slates") or torch.cuda.is_available()
     ]
     for name in names:
         if name not in NAMES:

@@ -54,6 +54,8 @@ _SEQUENCES = ("prepared", "max_length", "users", "seed", "rank", "world_size")
 _MIM = ("num_items", "item_counts")
 _LAYER = ("embedding_dim", "num_heads", "dropout")
 _SIZES = ("sizes",)
+_DECODER = ("ids", "embedding_dim", "num_heads", "dropout", "slate_size")
+_SLATES = ("num_items", "num_actions", "vocabulary_digest", "ids", "decoder_arguments")
 _RANKER = (
     *("num_items", "num_actions", "vocabulary_digest"),
     *("user_feature_sizes", "item_feature_codes", "item_counts"),
@@ -66,6 +68,12 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.components.mim:MaskedItemModel", denylist=_MIM, root=True),
         Entry("hpgr_plugin.components.positions:TimeAwarePositionalEncoder", POSITIONS),
         Entry("hpgr_plugin.components.sem:SessionEnhancementModule", SEM),
+        Entry("hpgr_plugin.components.slates.decoder:FlatItemDecoder", denylist=_DECODER),
+        Entry("hpgr_plugin.components.slates.decoder:FlatSlateDecoder", denylist=_DECODER),
+        Entry("hpgr_plugin.components.slates.decoder:HierarchicalDecoder", denylist=_DECODER),
+        Entry("hpgr_plugin.components.slates.tokenizer:CRQVAE", denylist=("input_dim",)),
+        Entry("hpgr_plugin.components.slates.tokenizer:RQVAE", denylist=("input_dim",)),
+        Entry("hpgr_plugin.components.slates.tokenizer:ResidualKMeans", denylist=("input_dim",)),
         Entry("hpgr_plugin.ops.dispatch:set_backends", root=True),
     ),
     "data": (
@@ -82,6 +90,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.data:TableReader"),
         Entry("hpgr_plugin.data:YambdaReader"),
         Entry("hpgr_plugin.data:label_column"),
+        Entry("hpgr_plugin.data.titles:ItemTitles", root=True),
         Entry("hpgr_plugin.data:prepare_data", root=True),
         Entry("hpgr_plugin.data:rating_at_least"),
     ),
@@ -101,6 +110,11 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.hosts.embedded.model.token_features:GapFeatures", FEATURES, _SIZES),
         Entry("hpgr_plugin.hosts.embedded.report.ablation:AblationRow", root=True),
         Entry("hpgr_plugin.hosts.embedded.run:run", root=True),
+        Entry("hpgr_plugin.hosts.embedded.slates.ablation:SlateRow", root=True),
+        Entry("hpgr_plugin.hosts.embedded.slates.model:SlateModel", denylist=_SLATES, root=True),
+        Entry("hpgr_plugin.hosts.embedded.slates.stages:AlignSettings", root=True),
+        Entry("hpgr_plugin.hosts.embedded.slates.stages:SlateSettings", root=True),
+        Entry("hpgr_plugin.hosts.embedded.slates.tokenize:TokenizeSettings", root=True),
         Entry("hpgr_plugin.hosts.embedded.train.stages:FinetuneSettings", root=True),
         Entry("hpgr_plugin.hosts.embedded.train.stages:PretrainSettings", root=True),
     ),

@@ -9,14 +9,16 @@ from hpgr_plugin.config.registry import ConfigError
 
 __all__ = ["check_scopes", "config_scope", "operative_config_str"]
 
-_ROW = "hpgr.AblationRow"
+_ROWS = ("hpgr.AblationRow", "hpgr.SlateRow")
+_ENTERED = ("stage1", "tokenizer")  # parameters of rows that name a scope
 
 
 def check_scopes() -> None:
     """Check the scopes of all `hpgr` bindings.
 
     A scope is entered by a row of an ablation (also one that this run leaves out), by the stage 1
-    of a row, or by a reference such as `@scope/hpgr.Name()`.
+    or the tokenizer of a row, by `hpgr.run.tokenizers`, or by a reference such as
+    `@scope/hpgr.Name()`.
 
     Raises:
         ConfigError: a scope with bindings that nothing enters, or a scope that is entered and has
@@ -24,14 +26,15 @@ def check_scopes() -> None:
     """
     ours = {key: bound for key, bound in _CONFIG.items() if key[1].startswith("hpgr.")}
     bound = {scope for scope, _ in ours if scope}
-    rows = {scope: values for (scope, name), values in ours.items() if name == _ROW}
-    stage1 = {values["stage1"] for values in rows.values() if values.get("stage1") is not None}
+    rows = {scope: values for (scope, name), values in ours.items() if name in _ROWS}
+    named = {values[key] for values in rows.values() for key in _ENTERED if values.get(key)}
+    named |= set(_CONFIG.get(("", "hpgr.run"), {}).get("tokenizers", ()))
     references = {
         "/".join(reference.scopes)
         for reference in iterate_references(ours)
         if reference.scopes and reference.config_key[1].startswith("hpgr.")
     }
-    entered = {*rows, *stage1, *references}
+    entered = {*rows, *named, *references}
     for scope in sorted(entered - bound):
         raise ConfigError(
             f"gin scope {scope!r} is entered and has no bindings (a typo in a reference, or in "

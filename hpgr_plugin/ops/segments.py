@@ -21,7 +21,7 @@ PADDING_BUDGET = 0.2  # share of a bucket's slots that may be padding
 SMALL_BUCKET_SLOTS_CUDA = 2**15
 MAX_BUCKET_ROWS = 16384  # batch x heads stays inside the launch grid of every attention kernel
 # Without cuDNN: it compiles a plan for every new shape, and bucket shapes are new at every step.
-_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Bucket(NamedTuple):
@@ -169,7 +169,7 @@ def segment_attention(qkv: Tensor, layout: SegmentLayout) -> Tensor:
         padded = jagged_to_padded_dense(chunk, bucket.offsets, bucket.width)
         rows = padded.shape[0]
         q, k, v = padded.view(rows, bucket.width, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-        with sdpa_kernel(_BACKENDS):
+        with sdpa_kernel(SDPA_BACKENDS):
             attended = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bucket.mask, is_causal=bucket.is_causal
             )

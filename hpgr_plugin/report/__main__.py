@@ -17,6 +17,7 @@ from hpgr_plugin.report.figure6 import figure6
 from hpgr_plugin.report.figure7 import figure7
 from hpgr_plugin.report.figure8 import figure8
 from hpgr_plugin.report.finished import FinishedAblation
+from hpgr_plugin.report.slates import slates
 from hpgr_plugin.report.tokens import tokens
 
 FROM_RESULTS: dict[str, Callable[[FinishedAblation], Figure]] = {
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write one figure; 2 after a mistake of the user, said in one line."""
     chosen = _parser().parse_args(arguments)
     try:
+        if chosen.figure == "slates":
+            print("wrote", *slates(chosen.results, chosen.out))
+            return 0
         if chosen.figure == "figure5":
             figure = figure5(chosen.handoff, chosen.before)
         else:
@@ -58,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         command = figures.add_parser(name, help=(function.__doc__ or "").splitlines()[0])
         command.add_argument("--results", type=Path, required=True, help="folder of an ablation")
         _add_out(command)
+    command = figures.add_parser("slates", help=(slates.__doc__ or "").splitlines()[0])
+    command.add_argument("--results", type=Path, required=True, help="folder of a slate ablation")
+    _add_out(command)
     command = figures.add_parser("figure5", help=(figure5.__doc__ or "").splitlines()[0])
     command.add_argument("--handoff", type=Path, required=True, help="hand-over of stage 1")
     command.add_argument("--before", type=Path, help="checkpoint of a ranker without stage 1")

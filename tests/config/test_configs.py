@@ -17,6 +17,9 @@ from gin import config_parser
 
 from hpgr_plugin.cli import load_configs
 from hpgr_plugin.components.mim import MaskedItemModel
+from hpgr_plugin.components.slates.semantic_ids import SemanticIds
+from hpgr_plugin.components.slates.tokenizer import ItemTokenizer
+from hpgr_plugin.config.bindings import check_unused
 from hpgr_plugin.config.registry import ENCODER, GROUPS, SLOTS, build, load, register
 from hpgr_plugin.config.scopes import check_scopes
 from hpgr_plugin.data import build_requests
@@ -31,6 +34,7 @@ DATA, MODELS, RUNS, UPSTREAM = (
     for folder in ("data", "models", "runs", "upstream")
 )
 RIVALS = "configs/models/rivals.gin"
+SLATES = "configs/models/slates.gin"
 ENTRIES = {entry.name: entry for group in GROUPS.values() for entry in group}
 # The configured data, replaced by a small log that needs no files.
 SYNTHETIC = [
@@ -118,6 +122,37 @@ def describe_models(configs: list[str], bindings: Sequence[str] = ()) -> None:
         if row is None or row.stage1 is not None:
             assert stage1.item_table.weight.shape == ranker.item_table.weight.shape
             assert ranker.sem is None or stage1.sem is not None
+
+
+@pytest.mark.parametrize("config", [run for run in RUNS if "slates" in run])
+def test_slate_files_describe_slate_models(config: str) -> None:
+    """Every row of `configs/models/slates.gin` is built with random tokens, and is trained on."""
+    rows = [line.scope for line in statements(SLATES) if line.selector == "hpgr.SlateRow"]
+    load_configs([config], [*SYNTHETIC, f"hpgr.run.rows = {list(dict.fromkeys(rows))}"])
+    check_scopes()
+    replaced = ["MovieLensReader", "KuaiRandReader", "rating_at_least"]  # by SYNTHETIC
+    check_unused([*gin.query_parameter("hpgr.run.allow_unused"), *replaced])
+    task = Task(build("prepare_data"), build("RequestSettings"), Process(0, 1, torch.device("cpu")))
+    log, batch = task.data.log, next(iter(task.loader("test").batches()))
+    digits = torch.randint(0, 8, (log.num_items, 3))
+    for scope in gin.query_parameter("hpgr.run.rows"):
+        with gin.config_scope(scope):
+            row = build("SlateRow")
+            build("AlignSettings" if row.start else "SlateSettings")
+            model = build(
+                "SlateModel",
+                num_items=log.num_items,
+                num_actions=log.num_actions,
+                vocabulary_digest=log.item_vocabulary_digest,
+                ids=None if row.tokenizer is None else SemanticIds(digits, codebook_size=8),
+            )
+        assert torch.isfinite(model(batch)[0])
+        if row.tokenizer is not None:
+            with gin.config_scope(row.tokenizer):
+                assert build("TokenizeSettings").tokenizer(input_dim=4).codebook_size >= 64
+    for scope in gin.query_parameter("hpgr.run.tokenizers"):
+        with gin.config_scope(scope):
+            assert issubclass(build("TokenizeSettings").tokenizer, ItemTokenizer)
 
 
 def statements(config: str) -> list[config_parser.BindingStatement]:

@@ -1,4 +1,4 @@
-"""The code blocks of docs/gin.md and docs/figures.md."""
+"""The code blocks of docs/gin.md and docs/figures.md, and the gin of docs/slates.md."""
 
 import re
 from collections.abc import Iterator
@@ -12,10 +12,11 @@ from hpgr_plugin.config.scopes import check_scopes
 
 DOCS = Path(__file__).parents[2] / "docs"
 GUIDE = (DOCS / "gin.md").read_text() + (DOCS / "figures.md").read_text()
+SLATES = (DOCS / "slates.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)
+def blocks(language: str, text: str = GUIDE) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def _clear_gin() -> Iterator[None]:
     gin.clear_config()
 
 
-@pytest.mark.parametrize("text", blocks("gin"))
+@pytest.mark.parametrize("text", [*blocks("gin"), *blocks("gin", SLATES)])
 def test_gin_blocks_are_valid(text: str) -> None:
     load_configs(["configs/models/hpgr_base.gin"], ["MAX_HISTORY = 9"])
     with gin.unlock_config():

@@ -16,6 +16,9 @@ from hpgr_plugin.data.events import require
 from hpgr_plugin.hosts.embedded.report.ablation import run_ablation
 from hpgr_plugin.hosts.embedded.report.evaluation import GaucBy, Task
 from hpgr_plugin.hosts.embedded.report.results import write_results
+from hpgr_plugin.hosts.embedded.slates.ablation import run_slate_ablation
+from hpgr_plugin.hosts.embedded.slates.stages import align, train_slates
+from hpgr_plugin.hosts.embedded.slates.tokenize import tokenize
 from hpgr_plugin.hosts.embedded.train.distributed import Process, process_group
 from hpgr_plugin.hosts.embedded.train.run_directory import (
     RunIdentity,
@@ -27,6 +30,7 @@ from hpgr_plugin.hosts.embedded.train.trainer import TrainingRun
 
 LOG = logging.getLogger(__name__)
 MODES = ("pretrain", "finetune", "evaluate", "ablation")
+SLATE_MODES = ("tokenize", "slates", "align", "slate_ablation")
 
 
 def run(
@@ -35,6 +39,7 @@ def run(
     output_dir: str,
     seeds: Sequence[int] = (0,),
     rows: Sequence[str] = (),
+    tokenizers: Sequence[str] = (),
     overwrite: bool = False,
     session_gap_seconds: int = 1800,
     gauc_by: GaucBy = "user",
@@ -47,10 +52,13 @@ def run(
     An evaluation writes `evaluation.json` instead, so that the results of the training stay.
 
     Args:
-        mode: "pretrain", "finetune", "evaluate" or "ablation".
+        mode: "pretrain", "finetune", "evaluate" or "ablation"; of slates "tokenize", "slates",
+            "align" or "slate_ablation".
         output_dir: folder of everything that the run writes.
         seeds: of an ablation, one training of each row per seed; other modes take the first one.
         rows: gin scopes of an ablation, one per row of its table.
+        tokenizers: gin scopes of tokenizers that an ablation of slates measures, besides those
+            of its rows.
         overwrite: start anew. Otherwise an unfinished run of the same configuration, data, seeds
             and number of processes continues from its checkpoints, a finished one is left as it
             is, and one that differs is an error.
@@ -67,8 +75,8 @@ def run(
         ConfigError: an argument out of its range, or a gin scope that does nothing.
         RunError: `output_dir` is in use, or holds a run that differs.
     """
-    if mode not in MODES:
-        raise ConfigError(f"hpgr.run.mode takes one of {list(MODES)}, got {mode!r}")
+    if mode not in MODES + SLATE_MODES:
+        raise ConfigError(f"hpgr.run.mode takes one of {[*MODES, *SLATE_MODES]}, got {mode!r}")
     if not seeds:
         raise ConfigError("hpgr.run.seeds takes at least one seed, got none")
     for seed in seeds:
@@ -103,6 +111,7 @@ def run(
                 )
                 return
             resume = state == "unfinished"
+            where: dict[str, Any] = {"seeds": seeds, "output_dir": directory, "resume": resume}
             if mode == "ablation":
                 require(
                     workers == 1 or process.world_size == 1,
@@ -113,12 +122,12 @@ def run(
                 metrics = run_ablation(
                     task,
                     rows,
-                    seeds=seeds,
-                    output_dir=directory,
-                    resume=resume,
+                    **where,
                     learning_rates=learning_rates,
                     workers=workers,
                 )
+            elif mode == "slate_ablation":
+                metrics = run_slate_ablation(task, rows, tokenizers, **where)
             else:
                 training = TrainingRun(seeds[0], directory, process, title=mode, resume=resume)
                 metrics = _single(mode, task, training)
@@ -139,6 +148,17 @@ def _single(mode: str, task: Task, training: TrainingRun) -> dict[str, Any]:
         stage1 = pretrain(task, build("PretrainSettings"), training)
         LOG.info("wrote %s", stage1.handoff)
         return {**asdict(stage1), "handoff": str(stage1.handoff)}
+    if mode == "tokenize":
+        made = tokenize(task.data, build("TokenizeSettings"), training)
+        LOG.info("wrote %s", made.tokens)
+        return _shown({**made.metrics, "tokens": str(made.tokens)}, task.process)
+    if mode in ("slates", "align"):
+        if mode == "slates":
+            slates = train_slates(task, build("SlateSettings"), training)
+        else:
+            slates = align(task, build("AlignSettings"), training)
+        LOG.info("wrote %s", slates.model)
+        return _shown({**slates.metrics, "model": str(slates.model)}, task.process)
     return _shown(finetune(task, build("FinetuneSettings"), training), task.process)
 
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from hpgr_plugin.data import RequestLoader, SequenceLoader
+from hpgr_plugin.data.batches import Loader
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.train.checkpoint import (
     CheckpointError,
@@ -134,7 +134,7 @@ class Trainer:
 
     model: nn.Module
     groups: list[dict[str, Any]]
-    loader: RequestLoader | SequenceLoader
+    loader: Loader[Any]
     loss: Callable[[nn.Module, Any, int], tuple[Tensor, int]]
     validate: Callable[[], dict[str, float]]
     monitor: tuple[str, bool]

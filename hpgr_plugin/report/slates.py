@@ -1,0 +1,54 @@
+"""The tables of a finished slate ablation, from its results.json and the slates on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.files import atomic_write
+from hpgr_plugin.hosts.embedded.slates.table import slate_tables
+
+
+def slates(folder: Path, out: Path) -> list[Path]:
+    """Tokenizers and slates by model: `slates.md`, and `slates.csv` with every seed.
+
+    Args:
+        folder: `hpgr.run.output_dir` of a finished slate ablation.
+        out: where the files go.
+
+    Raises:
+        HpgrError: the folder holds none.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise HpgrError(f"--results takes the folder of a finished slate ablation: no {path}")
+    try:
+        content = json.loads(path.read_text())
+        metrics, environment = content["metrics"], content["environment"]
+        rows, tokenizers = metrics["rows"], metrics["tokenizers"]
+        text = slate_tables(rows, tokenizers, metrics["best_rival"])
+        command, device = environment["command"], environment["device"]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise HpgrError(f"{path} is not of a slate ablation: {error!r}") from error
+    lines = [f"# {command}; {device}; seeds {content['seeds']}", "kind,scope,seed,metric,value"]
+    measured = [("tokenizer", scope, seeds) for scope, seeds in tokenizers.items()]
+    measured += [("slates", row["scope"], row["seeds"]) for row in rows]
+    for kind, scope, seeds in measured:
+        for seed, values in zip(content["seeds"], seeds, strict=False):
+            lines += [
+                f"{kind},{scope},{seed},{name},{value}"
+                for name, value in values.items()
+                if isinstance(value, int | float)
+            ]
+    example = metrics.get("example") or ""
+    written = {
+        "slates.md": "\n\n".join([text, f"`{command}`, {device}.", example]).rstrip() + "\n",
+        "slates.csv": "\n".join(lines) + "\n",
+        "slates.gin": content["operative_config"],
+    }
+    for name, body in written.items():
+        with atomic_write(out / name) as file:
+            file.write_text(body)
+    print(text)
+    return [out / name for name in written]
