@@ -123,7 +123,8 @@ class PaddedRanker(nn.Module):
         if isinstance(self.hook, PreferenceGuidedSparseAttention):
             settings = self.hook.settings
             kernel = gaussian_kernel(settings.sigma, settings.eps, model.max_history)
-            self.register_buffer("kernel", kernel.float(), persistent=False)
+            kernel = kernel.float().to(model.item_table.weight.device)
+            self.register_buffer("kernel", kernel, persistent=False)
         if self.encoder.bias is not None:
             buckets = distance_buckets(self.encoder.bias(0), model.item_table.weight.device)
             self.register_buffer("buckets", buckets, persistent=False)

@@ -110,7 +110,7 @@ class TestGraphs:
     def test_replayed_steps_are_the_steps(self) -> None:
         parameters, form = on_gpu()
         captured = CapturedStack()
-        for seed, lengths in enumerate(([30, 40, 26], [31, 39, 27], [1, 5], [30, 40, 26], [500])):
+        for seed, lengths in enumerate(([30, 40, 26], [29, 41, 26], [1, 5], [30, 40, 26], [500])):
             inputs = inputs_of(lengths, seed, **form)
             ours, wanted = (
                 captured.run(inputs, parameters, FORM, ALPHA),
