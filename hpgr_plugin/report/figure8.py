@@ -1,4 +1,4 @@
-"""Figure 8: time of a step in training and in inference."""
+"""Figure 8: time per step in training and in inference."""
 
 from __future__ import annotations
 

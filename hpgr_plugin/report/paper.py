@@ -43,7 +43,7 @@ DEPTH = {
     "d=128": {4: 0.8283, 8: 0.8361, 16: 0.8369, 32: 0.8377},
     "d=64": {4: 0.8275, 8: 0.8308, 16: 0.8360, 32: 0.8373},
 }
-# Figure 8: seconds a step.
+# Figure 8: seconds per step.
 STEP = {
     "training": {"MTGR": 0.95, "HPGR": 1.64},
     "inference": {"MTGR": 0.72, "HPGR": 1.47},

@@ -280,8 +280,8 @@ class PaddedRanker(nn.Module):
                 else:
                     gain = gain * weights.unsqueeze(1)
                 among = (F.silu(scores) * gain) @ kept["v"]
-                alone = (q * self.encoder.alpha * k).sum(3, keepdim=True) + self._own_bias(depth)
-                total = among + F.silu(alone) / self.encoder.norm_length * v
+                itself = (q * self.encoder.alpha * k).sum(3, keepdim=True) + self._own_bias(depth)
+                total = among + F.silu(itself) / self.encoder.norm_length * v
                 return total.transpose(1, 2).flatten(2).flatten(0, 1)
 
             history, candidates = (

@@ -273,7 +273,7 @@ class HierarchicalDecoder(SlateDecoder):
 class FlatItemDecoder(SlateDecoder):
     """Flat autoregression over the digits of one item, as in TIGER: its best M are the slate.
 
-    Training predicts every item of the slate from the context alone.
+    Training predicts every item of the slate from the context only.
 
     Args:
         ids, embedding_dim, num_heads, dropout, slate_size: see `SlateDecoder`.

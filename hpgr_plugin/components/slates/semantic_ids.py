@@ -34,7 +34,7 @@ class SemanticIds(nn.Module):
     """The SID of every item and their trie, L = D + 1 digits; on the device of its model.
 
     Nodes are numbered by level, in the order of their SIDs, so that the children of a node are
-    neighbours. Level 0 is the root alone, the nodes of level L are the items.
+    neighbours. Level 0 is the root only, the nodes of level L are the items.
 
     Args:
         digits: int64 `[V, D]`, from a tokenizer.

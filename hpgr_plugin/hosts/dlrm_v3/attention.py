@@ -241,7 +241,7 @@ class PreferenceSTULayer(STULayer):
         return plain and not (x.is_cuda and any(size not in _KERNEL_SIZES for size in sizes))
 
     def read_candidates(self, x: Tensor, sequences: RowSequences, step: StepAttention) -> Tensor:
-        """As `forward`, the candidates' rows alone: `[L, D]` -> `[C, D]`."""
+        """As `forward`, the candidates' rows only: `[L, D]` -> `[C, D]`."""
         rows = sequences.parts.candidate_rows()
         u, attention = self._saving_memory(self._read, x, rows, sequences, step)
         return self._output(attention, u, x.index_select(0, rows))

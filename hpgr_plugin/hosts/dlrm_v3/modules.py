@@ -235,7 +235,7 @@ class PreferenceTransducer(HSTUTransducer):
         seq_embeddings: Tensor,
         num_targets: Tensor,
     ) -> Tensor:
-        """`[L, D]` -> `[L, D]`, or the candidates alone `[C, D]` with a request."""
+        """`[L, D]` -> `[L, D]`, or the candidates only `[C, D]` with a request."""
         request = self._request
         if request is None:
             return super()._hstu_compute(

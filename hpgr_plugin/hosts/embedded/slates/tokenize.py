@@ -170,7 +170,7 @@ def read_vectors(path: Path, data: PreparedData) -> Tensor:
 def _train_autoencoder(
     tokenizer: RQVAE, vectors: Tensor, settings: TokenizeSettings, seed: int
 ) -> None:
-    """Train encoder and decoder alone; it is short and repeats exactly, so nothing is saved."""
+    """Train encoder and decoder only: short, and the same in every run, so nothing is saved."""
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=settings.learning_rate)
     loader = ItemLoader(len(vectors), passes=1, batch_items=settings.batch_items, seed=seed)
     for number in range(settings.autoencoder_passes):
