@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -11,9 +12,15 @@ from torch import Tensor, nn
 from hpgr_plugin.components.checks import check_at_least, check_choice
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
+from hpgr_plugin.components.sharded_table import RowShardedTable, Tables, build_sharded_table
 from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
 from hpgr_plugin.errors import HpgrError
-from hpgr_plugin.ops.item_softmax import MeanLoss, mean_cross_entropy, sampled_cross_entropy
+from hpgr_plugin.ops.item_softmax import (
+    MeanLoss,
+    mean_cross_entropy,
+    sampled_cross_entropy_of_rows,
+    sharded_cross_entropy,
+)
 from hpgr_plugin.ops.jagged import segment_ids, segment_positions
 from hpgr_plugin.ops.segments import segment_layout
 
@@ -24,7 +31,8 @@ class MaskedItemOutput(NamedTuple):
     """The result of masked item modelling on one batch.
 
     Attributes:
-        loss: scalar, mean over the masked items; zero when there are none.
+        loss: scalar, mean over the masked items; zero when there are none. Where a sharded table
+            has a softmax over all items, over the masked items of all processes.
         num_masked: the number of masked items.
         accuracy: scalar without gradient, the share of masked items that score highest (among the
             sampled items, where the softmax is sampled).
@@ -132,13 +140,17 @@ class MaskedItemModel(nn.Module):
         num_sampled: negatives of a sampled softmax, shared by the batch.
         item_counts: `[V]`, how often each item occurs; negatives are drawn in proportion to
             count + 1, or uniformly when None.
+        tables: "dense" holds the whole item table in every process. "torchrec" divides its rows
+            among the processes by torchrec, "rows" without it: both for tables that no single GPU
+            holds. All processes then call `forward` at the same time.
 
     Raises:
-        ValueError: an argument out of its range, or a SEM of another size.
+        ValueError: an argument out of its range, a SEM of another size, or an output bias for a
+            table that is not dense.
     """
 
-    log_proposal: Tensor
-    cumulative_proposal: Tensor
+    log_proposal: Tensor | None
+    cumulative_proposal: Tensor | None
 
     def __init__(
         self,
@@ -160,6 +172,7 @@ class MaskedItemModel(nn.Module):
         full_softmax_max_items: int = 200_000,
         num_sampled: int = 8192,
         item_counts: Tensor | None = None,
+        tables: Tables = "dense",
     ) -> None:
         super().__init__()
         check_at_least(2, num_items=num_items)
@@ -173,6 +186,9 @@ class MaskedItemModel(nn.Module):
         if gap_seconds is not None:
             check_at_least(0, gap_seconds=gap_seconds)
         check_choice(get_args(Masking), masking=masking)
+        check_choice(get_args(Tables), tables=tables)
+        if output_bias and tables != "dense":
+            raise HpgrError(f"output_bias = True takes tables = 'dense', got {tables!r}")
         if not 0.0 < mask_ratio < 1.0:
             raise HpgrError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")
         shares = (mask_vector_share, random_item_share)
@@ -196,10 +212,17 @@ class MaskedItemModel(nn.Module):
         self.gap_seconds = sem_gap if gap_seconds is None else gap_seconds
         self.num_sampled = num_sampled if num_items > full_softmax_max_items else None
 
-        self.item_table = nn.Embedding(num_items, embedding_dim)
+        self.item_table: nn.Embedding | RowShardedTable
+        if tables == "dense":
+            self.item_table = nn.Embedding(num_items, embedding_dim)
+            nn.init.normal_(self.item_table.weight, std=INIT_STD)
+        else:
+            self.item_table = build_sharded_table(
+                tables, num_embeddings=num_items, embedding_dim=embedding_dim, std=INIT_STD
+            )
         self.mask_vector = nn.Parameter(torch.empty(embedding_dim))
         self.position = nn.Parameter(torch.empty(max_sequence_length, embedding_dim))
-        for weight in (self.item_table.weight, self.mask_vector, self.position):
+        for weight in (self.mask_vector, self.position):
             nn.init.normal_(weight, std=INIT_STD)
         self.sem = sem
         self.encoder = JaggedEncoder(
@@ -210,11 +233,12 @@ class MaskedItemModel(nn.Module):
             final_norm=True,
         )
         self.output_bias = nn.Parameter(torch.zeros(num_items)) if output_bias else None
-        if self.num_sampled is not None:
-            counts = torch.zeros(num_items) if item_counts is None else item_counts
-            proposal = (counts.double() + 1.0) / (counts.double() + 1.0).sum()
-            self.register_buffer("log_proposal", proposal.log(), persistent=False)
-            self.register_buffer("cumulative_proposal", proposal.cumsum(0), persistent=False)
+        log_proposal = cumulative_proposal = None
+        if self.num_sampled is not None and item_counts is not None:
+            proposal = (item_counts.double() + 1.0) / (item_counts.double() + 1.0).sum()
+            log_proposal, cumulative_proposal = proposal.log(), proposal.cumsum(0)
+        self.register_buffer("log_proposal", log_proposal, persistent=False)
+        self.register_buffer("cumulative_proposal", cumulative_proposal, persistent=False)
 
     def forward(
         self,
@@ -319,12 +343,38 @@ class MaskedItemModel(nn.Module):
     def _score(
         self, hidden: Tensor, targets: Tensor, generator: torch.Generator | None
     ) -> MeanLoss:
-        table, bias = self.item_table.weight, self.output_bias
-        if self.num_sampled is None:
-            return mean_cross_entropy(hidden, table, targets, bias)
-        draw = _rand(self.num_sampled, hidden.device, generator)
-        negatives = torch.searchsorted(self.cumulative_proposal, draw).clamp(max=self.num_items - 1)
-        scored = sampled_cross_entropy(hidden, table, targets, negatives, self.log_proposal, bias)
+        table, bias = self.item_table, self.output_bias
+        if self.num_sampled is not None:
+            return self._score_sampled(hidden, targets, self.num_sampled, generator)
+        if isinstance(table, RowShardedTable):
+            return sharded_cross_entropy(
+                hidden,
+                table.weight,
+                targets,
+                first_row=table.first_row,
+                num_items=self.num_items,
+            )
+        return mean_cross_entropy(hidden, table.weight, targets, bias)
+
+    def _score_sampled(
+        self, hidden: Tensor, targets: Tensor, count: int, generator: torch.Generator | None
+    ) -> MeanLoss:
+        draw = _rand(count, hidden.device, generator)
+        if self.cumulative_proposal is None or self.log_proposal is None:
+            negatives = (draw * self.num_items).long()
+            log_proposal = torch.full_like(draw, -math.log(self.num_items))
+        else:
+            negatives = torch.searchsorted(self.cumulative_proposal, draw)
+            negatives = negatives.clamp(max=self.num_items - 1)
+            log_proposal = self.log_proposal[negatives]
+        # One look-up, so that a sharded table exchanges its rows once.
+        rows = self.item_table(torch.cat([targets, negatives]))
+        target_rows, negative_rows = rows[: len(targets)], rows[len(targets) :]
+        bias = self.output_bias
+        biases = None if bias is None else (bias[targets], bias[negatives])
+        scored = sampled_cross_entropy_of_rows(
+            hidden, target_rows, negative_rows, targets, negatives, log_proposal, biases
+        )
         return MeanLoss(scored.losses.sum() / max(1, len(targets)), scored.hits.sum())
 
 

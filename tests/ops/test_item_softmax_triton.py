@@ -5,7 +5,7 @@ import torch
 from triton_device import DEVICE
 
 from hpgr_plugin.ops.item_softmax import triton as softmax_triton
-from hpgr_plugin.ops.item_softmax.torch import softmax_slope
+from hpgr_plugin.ops.item_softmax.torch import TorchShardKernel, softmax_slope
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -47,3 +47,23 @@ def test_no_rows() -> None:
         with_slope=True,
     )  # fmt: skip
     assert losses.shape == hits.shape == (0,)
+
+
+@pytest.mark.parametrize("size", [0, 2, 41, 200])
+def test_the_kernels_over_a_shard(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some targets are in other shards (-1), whose scores only the normaliser knows."""
+    monkeypatch.setattr(softmax_triton, "_BLOCK", 64)
+    scores = 5 * torch.randn(9, size, device=DEVICE)
+    targets = torch.randint(-1, max(1, size), (9,), device=DEVICE) if size else torch.full((9,), -1)
+    targets[0] = -1
+    if size:
+        scores[1, -1] = 100.0
+        scores[2] = -1e4 * torch.rand(size, device=DEVICE)
+    kernel, formula = softmax_triton.TritonShardKernel(), TorchShardKernel()
+    found = kernel.statistics(scores.clone(), targets)
+    wanted = formula.statistics(scores.clone(), targets)
+    for got, want in zip(found[:3], wanted[:3], strict=True):
+        torch.testing.assert_close(got, want)
+    normaliser = torch.maximum(wanted.top + wanted.total.log(), torch.zeros(9, device=DEVICE)) + 1
+    got, want = (k.slope(f, normaliser, targets) for k, f in ((kernel, found), (formula, wanted)))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -57,13 +57,44 @@ def sampled_cross_entropy(
     Returns:
         A loss per position; hits are counted among the target and the negatives.
     """
+    return sampled_cross_entropy_of_rows(
+        hidden,
+        F.embedding(targets, item_table),
+        F.embedding(negatives, item_table),
+        targets,
+        negatives,
+        log_proposal[negatives],
+        None if bias is None else (bias[targets], bias[negatives]),
+    )
+
+
+def sampled_cross_entropy_of_rows(
+    hidden: Tensor,
+    target_rows: Tensor,
+    negative_rows: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    log_proposal: Tensor,
+    biases: tuple[Tensor, Tensor] | None = None,
+) -> ItemLosses:
+    """`sampled_cross_entropy` from rows that are looked up already.
+
+    Args:
+        hidden: `[M, D]`.
+        target_rows: `[M, D]`.
+        negative_rows: `[K, D]`.
+        targets: int64 `[M]`.
+        negatives: int64 `[K]`.
+        log_proposal: log Q of the negatives, `[K]`.
+        biases: of the targets, `[M]`, and of the negatives, `[K]`.
+    """
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    target_scores = (hidden * F.embedding(targets, item_table)).to(exact).sum(1)
-    scores = F.linear(hidden, F.embedding(negatives, item_table)).to(exact)
-    if bias is not None:
-        target_scores = target_scores + bias[targets]
-        scores = scores + bias[negatives]
-    correction = log_proposal[negatives] + math.log(len(negatives))
+    target_scores = (hidden * target_rows).to(exact).sum(1)
+    scores = F.linear(hidden, negative_rows).to(exact)
+    if biases is not None:
+        target_scores = target_scores + biases[0]
+        scores = scores + biases[1]
+    correction = log_proposal + math.log(len(negatives))
     same = negatives == targets.unsqueeze(1)
     corrected = (scores - correction.to(exact)).masked_fill(same, -torch.inf)
     normaliser = torch.cat([target_scores.unsqueeze(1), corrected], 1).logsumexp(1)

@@ -5,6 +5,11 @@ import torch
 from hpgr_plugin.ops.item_softmax.losses import MeanLoss, SoftmaxInputs
 
 
+def why_not_sharded_cross_entropy(*_: object) -> str:
+    """The reference of the sharded loss is `mean_cross_entropy` over the whole table."""
+    return "it has no form for shards"
+
+
 def mean_cross_entropy(inputs: SoftmaxInputs) -> MeanLoss:
     """`-log(exp(s_target) / sum_j exp(s_j))`, averaged over positions; in one chunk."""
     hidden, item_table, targets, bias, _ = inputs
