@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,16 @@ FORMAT_VERSION = 1
 _HEADER_KEY = "hpgr"
 _CHECKSUM_KEY = "hpgr_checksum"  # of the header's text
 _TABLE = "item_table"
+_ITEM_IDS = "item_ids"
 _SEM_PREFIX = "sem."
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}  # as safetensors names them
 _HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
     "num_items": int,
     "embedding_dim": int,
@@ -78,27 +87,73 @@ def save_handoff(
     """
     if item_table.dim() != 2:
         raise ValueError(f"item_table must be [V, D], got {list(item_table.shape)}")
-    if sem is not None and sem.causal is None:
-        raise ValueError("sem.causal is undecided: a hand-over needs the form that was trained")
-    tensors = {_TABLE: item_table}
-    if sem is not None:
-        tensors |= {_SEM_PREFIX + name: value for name, value in sem.state_dict().items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    header = json.dumps(
-        {
-            "format_version": FORMAT_VERSION,
-            "num_items": item_table.shape[0],
-            "embedding_dim": item_table.shape[1],
-            "vocabulary_digest": vocabulary_digest,
-            "gap_seconds": gap_seconds,
-            "sem": None if sem is None else sem_settings(sem),
-            "extra": extra or {},
-            "checksums": {name: _checksum(value) for name, value in tensors.items()},
-        }
+    tensors = {_TABLE: _for_file(item_table), **_sem_tensors(sem)}
+    header = _header(
+        shape=tuple(item_table.shape),
+        sem=sem,
+        vocabulary_digest=vocabulary_digest,
+        gap_seconds=gap_seconds,
+        extra=extra,
     )
-    metadata = {_HEADER_KEY: header, _CHECKSUM_KEY: str(zlib.crc32(header.encode()))}
-    with atomic_write(Path(path)) as partial:
-        partial.write_bytes(save(tensors, metadata))  # save_file would ignore the umask
+    checksums = {name: _checksum(value) for name, value in tensors.items()}
+    with atomic_write(Path(path)) as partial:  # save_file would ignore the umask
+        partial.write_bytes(save(tensors, _metadata(header, checksums)))
+
+
+def save_handoff_in_blocks(
+    path: str | os.PathLike[str],
+    *,
+    blocks: Iterable[Tensor],
+    shape: tuple[int, int],
+    sem: SessionEnhancementModule | None,
+    vocabulary_digest: str,
+    gap_seconds: int,
+    extra: dict[str, Any] | None = None,
+    item_ids: Tensor | None = None,
+) -> None:
+    """`save_handoff` of a table that is never in memory as a whole.
+
+    Args:
+        path: an existing file is replaced.
+        blocks: float32 `[., D]` each, the rows of the table in order.
+        shape: V and D.
+        sem, vocabulary_digest, gap_seconds, extra: see `save_handoff`.
+        item_ids: int64 `[V]`, what a reader finds as `extra["item_ids"]`: as text, the ids of many
+            items would be more than the header of a safetensors file may hold.
+
+    Raises:
+        ValueError: blocks that do not make up a float32 table of this shape.
+    """
+    others = _sem_tensors(sem)
+    if item_ids is not None:
+        others[_ITEM_IDS] = _for_file(item_ids)
+    header = _header(
+        shape=shape,
+        sem=sem,
+        vocabulary_digest=vocabulary_digest,
+        gap_seconds=gap_seconds,
+        extra=extra,
+    )
+    checksums = {name: _checksum(value) for name, value in others.items()}
+    # The table's checksum comes before the table: room for the longest is left.
+    longest = _file_header(shape, others, _metadata(header, {_TABLE: 2**32 - 1} | checksums))
+    room = -(-(len(longest) + len(str(2**32))) // 8) * 8
+    with atomic_write(Path(path)) as partial, partial.open("wb") as file:
+        file.write(room.to_bytes(8, "little") + b" " * room)
+        rows = checksum = 0
+        for block in blocks:
+            if block.dtype != torch.float32 or block.shape[1:] != shape[1:]:
+                raise ValueError(f"blocks must be float32 [., {shape[1]}], got {block.dtype}")
+            data = _bytes(_for_file(block))
+            checksum, rows = zlib.crc32(data, checksum), rows + len(block)
+            file.write(data)
+        if rows != shape[0]:
+            raise ValueError(f"blocks must have {shape[0]} rows together, got {rows}")
+        for value in others.values():
+            file.write(_bytes(value))
+        metadata = _metadata(header, {_TABLE: checksum} | checksums)
+        file.seek(8)
+        file.write(_file_header(shape, others, metadata).ljust(room))
 
 
 def load_handoff(
@@ -134,6 +189,8 @@ def load_handoff(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     _check_tensors(path, tensors, header)
     table = tensors.pop(_TABLE)
+    if (item_ids := tensors.pop(_ITEM_IDS, None)) is not None:
+        header["extra"][_ITEM_IDS] = item_ids.tolist()
     sem_state = {name.removeprefix(_SEM_PREFIX): value for name, value in tensors.items()}
     return Handoff(table, sem_state if header["sem"] is not None else None, header)
 
@@ -184,6 +241,56 @@ def sem_settings(sem: SessionEnhancementModule) -> dict[str, Any]:
         "max_sessions",
     )
     return {name: getattr(sem, name) for name in names}
+
+
+def _header(
+    *,
+    shape: tuple[int, ...],
+    sem: SessionEnhancementModule | None,
+    vocabulary_digest: str,
+    gap_seconds: int,
+    extra: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The header without checksums."""
+    if sem is not None and sem.causal is None:
+        raise ValueError("sem.causal is undecided: a hand-over needs the form that was trained")
+    return {
+        "format_version": FORMAT_VERSION,
+        "num_items": shape[0],
+        "embedding_dim": shape[1],
+        "vocabulary_digest": vocabulary_digest,
+        "gap_seconds": gap_seconds,
+        "sem": None if sem is None else sem_settings(sem),
+        "extra": extra or {},
+    }
+
+
+def _metadata(header: Mapping[str, Any], checksums: Mapping[str, int]) -> dict[str, str]:
+    text = json.dumps({**header, "checksums": checksums})
+    return {_HEADER_KEY: text, _CHECKSUM_KEY: str(zlib.crc32(text.encode()))}
+
+
+def _file_header(
+    shape: tuple[int, int], others: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> bytes:
+    """The header of a safetensors file: a float32 table of this shape, then the other tensors."""
+    end = 4 * shape[0] * shape[1]
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    entries[_TABLE] = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+    for name, value in others.items():
+        start, end = end, end + value.nbytes
+        kind = _DTYPES[value.dtype]
+        entries[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [start, end]}
+    return json.dumps(entries).encode()
+
+
+def _sem_tensors(sem: SessionEnhancementModule | None) -> dict[str, Tensor]:
+    state = {} if sem is None else sem.state_dict()
+    return {_SEM_PREFIX + name: _for_file(value) for name, value in state.items()}
+
+
+def _for_file(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous()
 
 
 @contextmanager
@@ -237,7 +344,11 @@ def _check_tensors(
 
 def _checksum(value: Tensor) -> int:
     """CRC-32 of the tensor's bytes."""
-    return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data)
+    return zlib.crc32(_bytes(value))
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return value.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:

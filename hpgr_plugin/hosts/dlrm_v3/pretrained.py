@@ -43,7 +43,7 @@ class Pretrained(NamedTuple):
             embedding_dim=width,
             vocabulary_digest=header["vocabulary_digest"],
         )
-        ids = header["extra"].get(_ITEM_IDS, range(header["num_items"]))
+        ids = handoff.header["extra"].get(_ITEM_IDS, range(header["num_items"]))
         rows = torch.tensor([int(item) for item in ids], dtype=torch.int64)
         if rows.numel() != header["num_items"]:
             raise HandoffError(

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpgr_plugin.components.mim import MaskedItemModel
+from hpgr_plugin.components.sharded_table import RowShardedTable
 from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.data import (
     Batch,
@@ -27,15 +29,16 @@ from hpgr_plugin.data.log import TRAIN
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.evaluation import Task, inference_seconds, kept_tokens
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, load_weights
-from hpgr_plugin.hosts.embedded.train.distributed import barrier, seed_everything
+from hpgr_plugin.hosts.embedded.train.distributed import Process, barrier, seed_everything
 from hpgr_plugin.hosts.embedded.train.losses import listwise_loss, pairwise_loss
 from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT
+from hpgr_plugin.hosts.embedded.train.shards import gather_blocks
 from hpgr_plugin.hosts.embedded.train.trainer import (
     Trainer,
     TrainingRun,
     TrainSettings,
 )
-from hpgr_plugin.transfer.handoff import save_handoff
+from hpgr_plugin.transfer.handoff import save_handoff, save_handoff_in_blocks
 from hpgr_plugin.transfer.learning_rates import parameter_groups
 
 HELD_OUT_USERS = 0.05
@@ -134,15 +137,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
     )
     cost = trainer.fit()
     handoff = run.output_dir / "handoff.safetensors"
-    if process.is_main:
-        save_handoff(
-            handoff,
-            item_table=model.item_table.weight,
-            sem=model.sem,
-            vocabulary_digest=data.log.item_vocabulary_digest,
-            gap_seconds=model.gap_seconds,
-            extra=_source_ids(data.log),
-        )
+    _write_handoff(handoff, model, data.log, process)
     barrier()
     return Stage1(handoff, cost | trainer.best)
 
@@ -283,10 +278,41 @@ def _test_metrics(model: HSTURanker, task: Task, output_dir: Path | None = None)
     }
 
 
+def _write_handoff(
+    path: Path, model: MaskedItemModel, log: InteractionLog, process: Process
+) -> None:
+    """Write the hand-over; a sharded table goes through the first process block by block."""
+    table = model.item_table
+    common: dict[str, Any] = {
+        "sem": model.sem,
+        "vocabulary_digest": log.item_vocabulary_digest,
+        "gap_seconds": model.gap_seconds,
+    }
+    if not isinstance(table, RowShardedTable):
+        if process.is_main:
+            save_handoff(path, item_table=table.weight, extra=_source_ids(log), **common)
+        return
+    blocks = gather_blocks(table)
+    if not process.is_main:
+        for _ in blocks:  # sends its rows
+            pass
+        return
+    save_handoff_in_blocks(
+        path,
+        blocks=blocks,
+        shape=(table.num_embeddings, table.embedding_dim),
+        item_ids=torch.from_numpy(log.item_ids.astype(np.int64)) if _are_numbers(log) else None,
+        **common,
+    )
+
+
 def _source_ids(log: InteractionLog) -> dict[str, Any]:
     """The item ids of the source if they are numbers: another host may use the same ids."""
-    ids = log.item_ids
-    return {"item_ids": ids.tolist()} if np.issubdtype(ids.dtype, np.integer) else {}
+    return {"item_ids": log.item_ids.tolist()} if _are_numbers(log) else {}
+
+
+def _are_numbers(log: InteractionLog) -> bool:
+    return np.issubdtype(log.item_ids.dtype, np.integer)
 
 
 def _mask_seed(seed: int, step: int, rank: int) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from hpgr_plugin.hosts.embedded.train.checkpoint import (
 )
 from hpgr_plugin.hosts.embedded.train.distributed import Process, sum_over_ranks
 from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT
+from hpgr_plugin.hosts.embedded.train.shards import clip_gradients, data_parallel
 
 LOG = logging.getLogger(__name__)
 
@@ -153,8 +153,7 @@ class Trainer:
         self._clock = 0.0
         self._forward = self.model
         if self.process.world_size > 1:
-            # A batch without history leaves some weights without a gradient.
-            self._forward = DistributedDataParallel(self.model, find_unused_parameters=True)
+            self._forward = data_parallel(self.model)
 
     def fit(self) -> dict[str, float]:
         """Train to the end and load the weights of the best validation into the model.
@@ -240,7 +239,7 @@ class Trainer:
         loss = loss_sum / terms_everywhere.clamp(min=1)
         self.optimizer.zero_grad(set_to_none=True)
         (loss * self.process.world_size).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        clip_gradients(self.model, self.settings.clip_norm)
         self.optimizer.step()
         self.progress.step += 1
         self.progress.examples += terms * self.process.world_size
