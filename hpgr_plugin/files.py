@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,10 +41,13 @@ def crc32(path: Path, *, leave_out: int = 0) -> int:
 
 
 def remove_temporary_files(directory: Path) -> None:
-    """Remove what killed runs left of `atomic_write` anywhere below a folder.
+    """Remove files and folders "NAME.<process>.tmp" of killed runs anywhere below a folder.
 
     Call it only while no other process writes there.
     """
-    for path in directory.rglob("*.tmp"):
-        if path.is_file() and path.suffixes[-2:-1] and path.suffixes[-2][1:].isdigit():
-            path.unlink(missing_ok=True)
+    for path in list(directory.rglob("*.tmp")):
+        if path.suffixes[-2:-1] and path.suffixes[-2][1:].isdigit():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

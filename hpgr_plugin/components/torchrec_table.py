@@ -61,7 +61,8 @@ class TorchrecTable(RowShardedTable):
         return rows.view(len(items), self.embedding_dim)
 
     def _empty_weight(self, shape: tuple[int, int]) -> nn.Parameter:
-        parallel = _parallel(self.num_embeddings, self.embedding_dim)
+        with torch.random.fork_rng():  # torchrec draws rows that are drawn again, block by block
+            parallel = _parallel(self.num_embeddings, self.embedding_dim)
         self._outside = (parallel,)  # a tuple: torch does not look into it
         kernel = parallel.module.collection._lookups[0]._emb_modules[0]
         weight = nn.Parameter(kernel._emb_module.weights.detach().view(shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -96,7 +96,8 @@ def run(
         LOG.info("%s", data.summary())
         task = Task(data, build("RequestSettings"), process, session_gap_seconds, gauc_by)
         bindings = bound_values() | {"hpgr.run.mode": "finetune" if mode == "evaluate" else mode}
-        identity = RunIdentity(bindings, data.digest(), list(seeds), process.world_size)
+        processes = None if _reshards(mode, bindings) else process.world_size
+        identity = RunIdentity(bindings, data.digest(), list(seeds), processes)
         if mode == "evaluate":
             check_trained_with(directory, identity)
             metrics = _shown(evaluate(task, directory), process)
@@ -132,6 +133,11 @@ def run(
                 training = TrainingRun(seeds[0], directory, process, title=mode, resume=resume)
                 metrics = _single(mode, task, training)
             _write("results.json", metrics, directory, seeds, process)
+
+
+def _reshards(mode: str, bindings: Mapping[str, str]) -> bool:
+    """Whether other numbers of processes can continue the run: a stage 1 with a sharded table."""
+    return mode == "pretrain" and bindings.get("hpgr.MaskedItemModel.tables", "dense") != "dense"
 
 
 def _write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,24 @@ from hpgr_plugin.hosts.embedded.train.distributed import Process, broadcast
 
 RECORD = "run.json"
 CHECKPOINT = "checkpoint.pt"
+_FOLDER_PREFIX = "checkpoint-"  # of a sharded training
 State = Literal["new", "unfinished", "finished"]
+
+
+def checkpoint_folders(directory: Path) -> list[Path]:
+    """The complete checkpoints of a sharded training, the oldest first."""
+    found = [path for path in directory.glob(f"{_FOLDER_PREFIX}*") if path.suffix != ".tmp"]
+    return sorted(found, key=_number)
+
+
+def next_checkpoint(directory: Path) -> Path:
+    """The folder that comes after the complete checkpoints."""
+    found = checkpoint_folders(directory)
+    return directory / f"{_FOLDER_PREFIX}{_number(found[-1]) + 1 if found else 1}"
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix(_FOLDER_PREFIX))
 
 
 class RunError(HpgrError):
@@ -32,13 +50,13 @@ class RunIdentity:
         bindings: every gin binding that can change the result, as text.
         data: digest of the prepared data.
         seeds: of the trainings.
-        world_size: number of processes.
+        world_size: number of processes; None where any number can continue the run.
     """
 
     bindings: dict[str, str]
     data: str
     seeds: list[int]
-    world_size: int
+    world_size: int | None
 
     def differences(self, other: RunIdentity) -> list[str]:
         """One phrase for everything in which `other`, the recorded run, differs."""
@@ -50,8 +68,9 @@ class RunIdentity:
         ]
 
     def _flat(self) -> dict[str, str]:
+        processes = "any" if self.world_size is None else str(self.world_size)
         others = {"the data": self.data, "the seeds": str(self.seeds)}
-        return {**self.bindings, **others, "the number of processes": str(self.world_size)}
+        return {**self.bindings, **others, "the number of processes": processes}
 
 
 @contextmanager
@@ -112,10 +131,10 @@ def check_trained_with(directory: Path, identity: RunIdentity) -> None:
 def _enter(directory: Path, identity: RunIdentity, overwrite: bool) -> State:
     remove_temporary_files(directory)
     state: State = "new"
-    checkpoints = list(directory.rglob(CHECKPOINT))
+    checkpoints = [*directory.rglob(CHECKPOINT), *directory.rglob(f"{_FOLDER_PREFIX}*")]
     if overwrite:
         for path in checkpoints:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     elif (directory / RECORD).exists():
         recorded, finished = _read(directory)
         hint = "bind hpgr.run.overwrite = True to start anew, or another hpgr.run.output_dir"

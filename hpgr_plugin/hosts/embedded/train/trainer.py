@@ -27,7 +27,12 @@ from hpgr_plugin.hosts.embedded.train.checkpoint import (
 )
 from hpgr_plugin.hosts.embedded.train.distributed import Process, sum_over_ranks
 from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT
-from hpgr_plugin.hosts.embedded.train.shards import clip_gradients, data_parallel
+from hpgr_plugin.hosts.embedded.train.sharded_checkpoint import ShardedCheckpoints
+from hpgr_plugin.hosts.embedded.train.shards import (
+    clip_gradients,
+    data_parallel,
+    sharded_tables,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -152,6 +157,14 @@ class Trainer:
         self._writer: SummaryWriter | None = None
         self._clock = 0.0
         self._forward = self.model
+        self._sharded: ShardedCheckpoints | None = None
+        if sharded_tables(self.model):
+            self._sharded = ShardedCheckpoints(
+                self.run.output_dir,
+                model=self.model,
+                optimizer=self.optimizer,
+                process=self.process,
+            )
         if self.process.world_size > 1:
             self._forward = data_parallel(self.model)
 
@@ -162,8 +175,8 @@ class Trainer:
             The cost: "steps", "seconds_per_step" (with loading, without validation) and
             "examples_per_second" (terms of the loss, over all processes).
         """
-        if self.run.resume and self._checkpoint.exists():
-            self._restore()
+        if self.run.resume:
+            self._resume()
         if self.process.is_main:
             # Events after the checkpoint are dropped: their steps are trained again.
             folder, step = str(self.run.output_dir / "tb"), self.progress.step
@@ -180,6 +193,8 @@ class Trainer:
                 self._epoch(bar)
         if self._writer is not None:
             self._writer.close()
+        if self._sharded is not None:
+            self._sharded.wait()
         self.model.load_state_dict(self.best_state)
         progress = self.progress
         return {
@@ -300,25 +315,38 @@ class Trainer:
                 self._writer.add_scalar(name, float(value), self.progress.step)
 
     def _save(self) -> None:
-        save_checkpoint(
-            self._checkpoint,
-            {
-                "stage": self.run.stage,
-                "model": self.model.state_dict(),
-                "best_model": self.best_state,
-                "optimizer": self.optimizer.state_dict(),
-                "progress": vars(self.progress),
-            },
-            self.process,
-        )
+        state = {"stage": self.run.stage, "progress": vars(self.progress)}
+        if self._sharded is not None:
+            self._sharded.save(self.best_state, state)
+            return
+        parts = {
+            "model": self.model.state_dict(),
+            "best_model": self.best_state,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        save_checkpoint(self._checkpoint, {**state, **parts}, self.process)
+
+    def _resume(self) -> None:
+        """Continue from the checkpoint, if there is one."""
+        if self._sharded is None:
+            if self._checkpoint.exists():
+                self._restore()
+        elif (path := self._sharded.latest()) is not None:
+            state, self.best_state = self._sharded.restore(path)
+            self._check_stage(path, state["stage"])
+            self.progress = Progress(**state["progress"])
+            # Every process takes another number of batches of an epoch.
+            done = self.progress.batch * state["world_size"]
+            self.progress.batch = done // self.process.world_size
+
+    def _check_stage(self, path: Path, stage: str) -> None:
+        if stage != self.run.stage:
+            raise CheckpointError(f"{path} is of stage {stage!r}, this is {self.run.stage!r}")
 
     def _restore(self) -> None:
         path = self._checkpoint
         state = load_checkpoint(path, self.process.device)
-        if state["stage"] != self.run.stage:
-            raise CheckpointError(
-                f"{path} is of stage {state['stage']!r}, this is {self.run.stage!r}"
-            )
+        self._check_stage(path, state["stage"])
         load_weights(path, self.model, state["model"])
         self.best_state = state["best_model"]
         try:

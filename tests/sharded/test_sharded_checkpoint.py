@@ -1,0 +1,141 @@
+"""Checkpoints of a sharded training: other numbers of processes, asynchronous, killed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from several_processes import in_processes
+from torch.distributed.checkpoint import filesystem
+
+from hpgr_plugin.components.mim import MaskedItemModel
+from hpgr_plugin.hosts.embedded.train.checkpoint import CheckpointError
+from hpgr_plugin.hosts.embedded.train.distributed import Process
+from hpgr_plugin.hosts.embedded.train.run_directory import checkpoint_folders
+from hpgr_plugin.hosts.embedded.train.sharded_checkpoint import ShardedCheckpoints
+
+V, D = 45, 16
+STATE = {"stage": "pretrain", "progress": {"step": 3}}
+
+
+def make(folder: Path, *, num_items: int = V) -> ShardedCheckpoints:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    torch.manual_seed(world)
+    model = MaskedItemModel(num_items=num_items, embedding_dim=D, num_layers=1, tables="rows")
+    return ShardedCheckpoints(
+        folder,
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters()),
+        process=Process(rank, world, torch.device("cpu")),
+    )
+
+
+def numbered(checkpoints: ShardedCheckpoints, offset: float) -> dict[str, torch.Tensor]:
+    """Weights, moments and best weights say what they are and, in the table, which row."""
+    table = checkpoints.model.item_table
+    rows = (table.first_row + torch.arange(len(table.weight.detach())))[:, None].expand(-1, D)
+    best = {}
+    for number, (name, parameter) in enumerate(checkpoints.model.named_parameters()):
+        what = rows if name == "item_table.weight" else torch.full(parameter.shape, number)
+        with torch.no_grad():
+            parameter.copy_(what + offset)
+        if number != 1:  # a weight that never had a gradient
+            checkpoints.optimizer.state[parameter] = {
+                "step": torch.tensor(offset),
+                "exp_avg": parameter.detach() + 0.25,
+                "exp_avg_sq": parameter.detach() + 0.5,
+            }
+        best[name] = parameter.detach() + 0.75
+    return best
+
+
+def save(folder: str) -> None:
+    checkpoints = make(Path(folder))
+    for offset in (100.0, 200.0):
+        best = numbered(checkpoints, offset)
+        checkpoints.save(best, STATE)
+        numbered(checkpoints, -1.0)  # training goes on while it is written
+        for value in best.values():
+            value.fill_(-1.0)
+    checkpoints.wait()
+
+
+def check(folder: str) -> None:
+    checkpoints = make(Path(folder))
+    path = checkpoints.latest()
+    assert path is not None
+    assert path.name == "checkpoint-2"
+    state, best = checkpoints.restore(path)
+    assert state["progress"] == STATE["progress"]
+    assert state["world_size"] == 2
+    wanted = make(Path(folder))
+    wanted_best = numbered(wanted, 200.0)
+    pairs: list[tuple[Any, Any]] = [(best, wanted_best)]
+    pairs.append((checkpoints.model.state_dict(), wanted.model.state_dict()))
+    states = [
+        {
+            f"{name}.{key}": value
+            for name, parameter in which.model.named_parameters()
+            for key, value in which.optimizer.state.get(parameter, {}).items()
+        }
+        for which in (checkpoints, wanted)
+    ]
+    for got, want in [*pairs, tuple(states)]:
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert torch.equal(got[name], value), name
+
+
+def test_written_by_two_read_by_one_two_and_four(tmp_path: Path) -> None:
+    in_processes(2, save, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    check(str(tmp_path))
+    in_processes(2, check, str(tmp_path))
+    in_processes(4, check, str(tmp_path))
+
+
+def test_before_the_first_validation(tmp_path: Path) -> None:
+    """There are no best weights yet."""
+    checkpoints = make(tmp_path)
+    numbered(checkpoints, 1.0)
+    checkpoints.save({}, STATE)
+    checkpoints.wait()
+    assert checkpoints.restore(checkpoint_folders(tmp_path)[0])[1] == {}
+
+
+def test_of_another_model_or_damaged(tmp_path: Path) -> None:
+    checkpoints = make(tmp_path)
+    checkpoints.save(numbered(checkpoints, 1.0), STATE)
+    checkpoints.wait()
+    (path,) = checkpoint_folders(tmp_path)
+    shapes = (
+        rf"another model: model/item_table\.weight is \[{V}, {D}\] there, \[{V + 1}, {D}\] here"
+    )
+    with pytest.raises(CheckpointError, match=shapes):
+        make(tmp_path, num_items=V + 1).restore(path)
+    (path / ".metadata").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="checkpoint-1 is damaged or of another model"):
+        checkpoints.restore(path)
+    (path / "state.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
+        checkpoints.restore(path)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when the tensors are written."""
+    checkpoints = make(tmp_path)
+    best = numbered(checkpoints, 1.0)
+    checkpoints.save(best, STATE)
+    checkpoints.wait()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(filesystem, "_write_files_from_queue", full)
+    checkpoints.save(best, STATE)
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left"):
+        checkpoints.wait()
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-1"]
