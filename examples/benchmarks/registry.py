@@ -22,7 +22,7 @@ import torch
 
 NAMES = (
     *("hosts", "embedded", "serving", "kernels", "plan", "stack", "rivals", "candidates"),
-    *("growth", "sem", "mim", "slates", "cpu"),
+    *("growth", "sem", "mim", "sharded", "slates", "cpu"),
 )
 
 

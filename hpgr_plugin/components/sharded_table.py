@@ -109,7 +109,8 @@ def build_sharded_table(
         reason = why_no_torchrec(shard_device()) if dist.is_initialized() else "one process"
         if reason is None:
             return TorchrecTable(**sizes, std=std)
-        LOG.warning("tables = 'torchrec' cannot be had here, 'rows' is used: %s", reason)
+        if rank() == 0:
+            LOG.warning("tables = 'torchrec' cannot be had here, 'rows' is used: %s", reason)
     return RowShardedTable(**sizes, std=std)
 
 

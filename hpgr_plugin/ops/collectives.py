@@ -30,12 +30,21 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def largest_over_processes(value: Tensor) -> Tensor:
+    """The largest of `value` over all processes, element by element, without gradient."""
+    value = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
 def stack_over_processes(value: Tensor) -> Tensor:
     """`[W, ...]`: the values of all processes, of one shape, without gradient."""
     if world_size() == 1:
         return value.detach().unsqueeze(0)
     gathered = value.new_empty((world_size(), *value.shape))
-    _all_gather()(gathered.flatten(0, 1) if value.dim() else gathered, value.contiguous())
+    if value.numel():
+        _all_gather()(gathered.flatten(0, 1) if value.dim() else gathered, value.contiguous())
     return gathered
 
 
@@ -60,7 +69,8 @@ def scatter_sum(values: Tensor) -> Tensor:
     if world_size() == 1:
         return values[0]
     own = torch.empty_like(values[0])
-    _reduce_scatter()(own, values.flatten(0, 1))
+    if own.numel():
+        _reduce_scatter()(own, values.flatten(0, 1))
     return own
 
 

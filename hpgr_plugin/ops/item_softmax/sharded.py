@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from hpgr_plugin.ops.collectives import (
     gather_rows,
+    largest_over_processes,
     rank,
     row_counts,
     scatter_sum,
-    stack_over_processes,
     sum_over_processes,
     world_size,
 )
@@ -133,8 +133,6 @@ class _ShardedCrossEntropy(torch.autograd.Function):
 
 def _joined(found: ShardStatistics) -> tuple[Tensor, Tensor, Tensor]:
     """Normaliser, target's score and largest score over all shards, `[M]` each."""
-    own = torch.stack([found.top, found.total, found.target_score])
-    tops, totals, target_scores = stack_over_processes(own).unbind(1)
-    top = tops.amax(0)
-    total = (totals * (tops - top).exp()).sum(0)
-    return top + total.log(), target_scores.amax(0), top
+    top, target_score = largest_over_processes(torch.stack([found.top, found.target_score]))
+    total = sum_over_processes(found.total * (found.top - top).exp())
+    return top + total.log(), target_score, top
