@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Literal
 
@@ -109,9 +110,15 @@ def build_sharded_table(
         reason = why_no_torchrec(shard_device()) if dist.is_initialized() else "one process"
         if reason is None:
             return TorchrecTable(**sizes, std=std)
-        if rank() == 0:
-            LOG.warning("tables = 'torchrec' cannot be had here, 'rows' is used: %s", reason)
+        _report(reason)
     return RowShardedTable(**sizes, std=std)
+
+
+@functools.cache
+def _report(reason: str) -> None:
+    """Once, in the first process."""
+    if rank() == 0:
+        LOG.warning("tables = 'torchrec' cannot be had here, 'rows' is used: %s", reason)
 
 
 def shard_device() -> torch.device:
