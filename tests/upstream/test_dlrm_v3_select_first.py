@@ -21,8 +21,9 @@ from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, attention
-from hpgr_plugin.hosts.dlrm_v3.attention import StepAttention
-from hpgr_plugin.hosts.dlrm_v3.modules import PreferenceTransducer, Request, RowSequences
+from hpgr_plugin.hosts.dlrm_v3.attention import RowSequences, StepAttention
+from hpgr_plugin.hosts.dlrm_v3.modules import PreferenceTransducer
+from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.hosts.dlrm_v3.selection import RankingBatch
 from hpgr_plugin.ops.compact.parts import joined_parts, short_sequences
 
@@ -44,11 +45,11 @@ class EncodeFirst(DlrmHSTU):
         data = RankingBatch(*args, **kwargs)
         plan, hook = self._plan(data), self.attention_hook
         assert hook is not None
-        times, query_times = self._times(data)
+        times, query_times = self.features.times(data)
         parts = joined_parts(
             data.history_offsets,
             data.candidate_offsets,
-            contextual_len=self._contextual_seq_len(),
+            contextual_len=self.features.contextual_len,
             num_history=len(times),
             num_candidates=len(query_times),
         )

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from generative_recommenders.modules.hstu_transducer import HSTUTransducer
 from generative_recommenders.modules.preprocessors import InputPreprocessor
 from torch import Tensor
 
-from hpgr_plugin.components.attention_hooks import Layout, MaskPosition
 from hpgr_plugin.components.sem import SessionContext, SessionEnhancementModule
 from hpgr_plugin.hosts.dlrm_v3.attention import (
     CandidateRows,
@@ -21,7 +19,7 @@ from hpgr_plugin.hosts.dlrm_v3.attention import (
 )
 from hpgr_plugin.hosts.dlrm_v3.fused import FusedLayers
 from hpgr_plugin.hosts.dlrm_v3.positions import set_places
-from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
+from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.hosts.seams import host_has_seam
 from hpgr_plugin.ops.compact.parts import (
     SequenceParts,
@@ -96,39 +94,6 @@ class SessionPreprocessor(InputPreprocessor):
     def interleave_targets(self) -> bool:
         """As the host's preprocessor says."""
         return bool(self._preprocessor.interleave_targets())
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the transducer should do in one forward pass.
-
-    Attributes:
-        parts: Of the sequences `[contextual | history | candidates]` that its layers get.
-        plan: By the histories of these sequences; its rows are candidates, or users; None keeps all
-            history.
-        max_targets: The most candidates of a user, or more.
-        layout: That of the plan.
-        mask_position: "post" A' = SiLU(s) * M, "pre" A' = SiLU(M * s).
-        hide_future: Whether, without a plan of candidates, history at or after a candidate's own
-            time is hidden from it (a plan of candidates hides it already).
-        by_user: Whether row b of the plan keeps the whole history of sequence b, as it is here.
-        full_length: The longest sequence before any was shortened; None: none was.
-        longest_row: An upper bound of the items in a row of the plan; None: unknown.
-        places: Where the rows are in the full sequences; None: the sequences are whole.
-        context: SEM's, of the full histories; None: SEM runs on the sequences as they come.
-    """
-
-    parts: SequenceParts
-    plan: PreferencePlan | None
-    max_targets: int
-    layout: Layout = "shared_history"
-    mask_position: MaskPosition = "post"
-    hide_future: bool = True
-    by_user: bool = False
-    full_length: int | None = None
-    longest_row: int | None = None
-    places: FullPlaces | None = None
-    context: SessionContext | None = None
 
 
 class PreferenceTransducer(HSTUTransducer):
