@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpgr_plugin.components.checks import check_at_least, check_choice
-from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.components.sem import SessionEnhancementModule, SessionPlan
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
 from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.item_softmax import MeanLoss, mean_cross_entropy, sampled_cross_entropy
 from hpgr_plugin.ops.jagged import segment_ids, segment_positions
-from hpgr_plugin.ops.segments import segment_layout
+from hpgr_plugin.ops.segments import SegmentLayout, segment_layout
 
 Masking = Literal["item", "session", "mixed"]
 
@@ -47,6 +47,36 @@ class Corruption(NamedTuple):
     items: Tensor
     masked: Tensor
     hidden: Tensor
+
+
+class HistoryIndex(NamedTuple):
+    """The index arithmetic of encoding B histories.
+
+    Attributes:
+        from_end: int64 `[T]`, the place of every item counted from the end of its history.
+        layout: of the encoder.
+        sessions: of SEM, or None without one.
+    """
+
+    from_end: Tensor
+    layout: SegmentLayout
+    sessions: SessionPlan | None
+
+
+class MaskPlan(NamedTuple):
+    """All that a step needs beside embeddings: what is masked, drawn, and read where.
+
+    Attributes:
+        corruption: of the histories.
+        places: int64 `[M]`, the items to predict.
+        histories: of the same histories.
+        draws: float64, uniform, one for each negative of a sampled softmax; None without one.
+    """
+
+    corruption: Corruption
+    places: Tensor
+    histories: HistoryIndex
+    draws: Tensor | None
 
 
 def choose_masked(
@@ -223,6 +253,7 @@ class MaskedItemModel(nn.Module):
         timestamps: Tensor,
         *,
         generator: torch.Generator | None = None,
+        plan: MaskPlan | None = None,
     ) -> MaskedItemOutput:
         """Mask, encode and score B histories.
 
@@ -231,19 +262,73 @@ class MaskedItemModel(nn.Module):
             offsets: `[B + 1]`; a user may have no items.
             timestamps: int64 `[T]`, seconds.
             generator: draws masks, random items and negatives, all but dropout.
+            plan: of these histories, see `plan`, in place of the generator; None makes it here.
 
         Raises:
             ValueError: a history longer than `max_sequence_length`, or from `partition_sessions`.
         """
-        corruption = self.corrupt(items, offsets, timestamps, generator=generator)
-        places = corruption.masked.nonzero().squeeze(1)
-        encoded = self.encode(items, corruption, offsets, timestamps, read=places)
-        scored = self._score(encoded, items[places], generator)
+        if plan is None:
+            plan = self.plan(items, offsets, timestamps, generator=generator)
+        places = plan.places
+        encoded = self._encode(
+            items, plan.corruption, offsets, timestamps, index=plan.histories, read=places
+        )
+        scored = self._score(encoded, items[places], plan.draws)
         return MaskedItemOutput(
             loss=scored.loss,
             num_masked=places.numel(),
             accuracy=scored.hits / max(1, places.numel()),
         )
+
+    @torch.no_grad()
+    def plan(
+        self,
+        items: Tensor,
+        offsets: Tensor,
+        timestamps: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        device_type: str | None = None,
+    ) -> MaskPlan:
+        """What `forward` masks and draws, and its index arithmetic; reads no weights.
+
+        Its sizes depend on the data. Planned for tensors on the host, and moved together with them,
+        a step on a CUDA device has nothing to wait for.
+
+        Args:
+            items, offsets, timestamps, generator: as in `forward`.
+            device_type: "cuda" or "cpu", where the step will run; None: where the offsets are.
+
+        Raises:
+            ValueError: as in `forward`.
+        """
+        corruption = self.corrupt(items, offsets, timestamps, generator=generator)
+        draws = None
+        if self.num_sampled is not None:
+            draws = _rand(self.num_sampled, items.device, generator)
+        return MaskPlan(
+            corruption=corruption,
+            places=corruption.masked.nonzero().squeeze(1),
+            histories=self._index(offsets, timestamps, device_type),
+            draws=draws,
+        )
+
+    def _index(
+        self, offsets: Tensor, timestamps: Tensor, device_type: str | None = None
+    ) -> HistoryIndex:
+        lengths = offsets.diff()
+        if (lengths > self.max_sequence_length).any():
+            row = int(lengths.argmax())
+            raise HpgrError(
+                f"a history must have at most max_sequence_length = {self.max_sequence_length} "
+                f"items, user row {row} has {int(lengths[row])}"
+            )
+        total = timestamps.numel()
+        from_end = lengths[segment_ids(offsets, total)] - 1 - segment_positions(offsets, total)
+        sessions = None
+        if self.sem is not None:
+            sessions = self.sem.plan(offsets, timestamps, device_type=device_type)
+        return HistoryIndex(from_end, segment_layout(offsets, device_type=device_type), sessions)
 
     @torch.no_grad()
     def corrupt(
@@ -292,38 +377,40 @@ class MaskedItemModel(nn.Module):
         Raises:
             ValueError: as in `forward`.
         """
-        lengths = offsets.diff()
-        if (lengths > self.max_sequence_length).any():
-            row = int(lengths.argmax())
-            raise HpgrError(
-                f"a history must have at most max_sequence_length = {self.max_sequence_length} "
-                f"items, user row {row} has {int(lengths[row])}"
-            )
+        index = self._index(offsets, timestamps)
+        return self._encode(items, corruption, offsets, timestamps, index=index, read=read)
+
+    def _encode(
+        self,
+        items: Tensor,
+        corruption: Corruption,
+        offsets: Tensor,
+        timestamps: Tensor,
+        *,
+        index: HistoryIndex,
+        read: Tensor | None,
+    ) -> Tensor:
         hidden = corruption.hidden.unsqueeze(1)
         if self.mask_before_sem:
             x = torch.where(hidden, self.mask_vector, self.item_table(corruption.items))
         else:
             x = self.item_table(items)
         if self.sem is not None:
-            x = self.sem(x, offsets, timestamps)
+            x = self.sem(x, offsets, timestamps, plan=index.sessions)
         if not self.mask_before_sem:
             replaced = (corruption.items != items).unsqueeze(1)
             x = torch.where(replaced, self.item_table(corruption.items), x)
             x = torch.where(hidden, self.mask_vector, x)
-        total = items.numel()
-        from_end = lengths[segment_ids(offsets, total)] - 1 - segment_positions(offsets, total)
-        x = x + F.embedding(from_end, self.position)
-        encoded: Tensor = self.encoder(x, segment_layout(offsets), read)
+        x = x + F.embedding(index.from_end, self.position)
+        encoded: Tensor = self.encoder(x, index.layout, read)
         return encoded
 
-    def _score(
-        self, hidden: Tensor, targets: Tensor, generator: torch.Generator | None
-    ) -> MeanLoss:
+    def _score(self, hidden: Tensor, targets: Tensor, draws: Tensor | None) -> MeanLoss:
         table, bias = self.item_table.weight, self.output_bias
-        if self.num_sampled is None:
+        if draws is None:
             return mean_cross_entropy(hidden, table, targets, bias)
-        draw = _rand(self.num_sampled, hidden.device, generator)
-        negatives = torch.searchsorted(self.cumulative_proposal, draw).clamp(max=self.num_items - 1)
+        negatives = torch.searchsorted(self.cumulative_proposal, draws)
+        negatives = negatives.clamp(max=self.num_items - 1)
         scored = sampled_cross_entropy(hidden, table, targets, negatives, self.log_proposal, bias)
         return MeanLoss(scored.losses.sum() / max(1, len(targets)), scored.hits.sum())
 

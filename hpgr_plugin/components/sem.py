@@ -35,6 +35,29 @@ class _EncodedSessions(NamedTuple):
     user_offsets: Tensor
 
 
+class SessionPlan(NamedTuple):
+    """The index arithmetic of SEM for B histories; on the host, it is planned without waiting.
+
+    Attributes:
+        session_offsets: int64 `[S + 1]`, the sessions' tokens.
+        spans: the encoded tokens of the S' sessions that some token's summary needs.
+        encoded_offsets: int64 `[B + 1]`, whose sessions these are.
+        encoded_user: int64 `[S']`, the same by session.
+        number: int64 `[S']`, the row of the session's position.
+        layout: of the inter-session encoder.
+        read: int64 `[S]`, whose summary the tokens of a session get: a row of the inter-session
+            encoder, where 0 is no session (causal), or a row or user (otherwise).
+    """
+
+    session_offsets: Tensor
+    spans: Spans
+    encoded_offsets: Tensor
+    encoded_user: Tensor
+    number: Tensor
+    layout: SegmentLayout
+    read: Tensor
+
+
 class SessionContext(NamedTuple):
     """What SEM adds to the tokens of each session.
 
@@ -162,13 +185,21 @@ class SessionEnhancementModule(nn.Module):
                 f"{reason}, so SEM would show predictions their own future"
             )
 
-    def forward(self, embeddings: Tensor, offsets: Tensor, timestamps: Tensor) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        offsets: Tensor,
+        timestamps: Tensor,
+        *,
+        plan: SessionPlan | None = None,
+    ) -> Tensor:
         """Enhance the tokens of B histories.
 
         Args:
             embeddings: `[T, D]`, tokens in order of time inside every user.
             offsets: `[B + 1]`; a user may have no tokens.
             timestamps: int64 `[T]`, seconds.
+            plan: of the same histories, see `plan`; None makes it here.
 
         Returns:
             H_enhanced `[T, D]`, in the dtype of `embeddings`.
@@ -177,27 +208,78 @@ class SessionEnhancementModule(nn.Module):
             ValueError: from `partition_sessions`, embeddings that are not `[T, D]`, or `causal`
                 still undecided.
         """
-        return self.fuse(embeddings, self.context(embeddings, offsets, timestamps))
+        return self.fuse(embeddings, self.context(embeddings, offsets, timestamps, plan=plan))
 
-    def context(self, embeddings: Tensor, offsets: Tensor, timestamps: Tensor) -> SessionContext:
+    def context(
+        self,
+        embeddings: Tensor,
+        offsets: Tensor,
+        timestamps: Tensor,
+        *,
+        plan: SessionPlan | None = None,
+    ) -> SessionContext:
         """What `fuse` adds to the tokens of B histories; arguments as in `forward`."""
-        if self.causal is None:
-            raise ValueError(
-                "causal is undecided: pass causal=True or False, or let the host call decide_causal"
-            )
         if embeddings.shape != (timestamps.numel(), self.embedding_dim):
             raise ValueError(
                 f"embeddings must be [{timestamps.numel()}, {self.embedding_dim}], one row per "
                 f"timestamp, got {list(embeddings.shape)}"
             )
-        sessions = partition_sessions(timestamps, offsets, self.gap_seconds)
+        if plan is None:
+            plan = self.plan(offsets, timestamps)
         history = embeddings.to(self.session_cls.dtype)
-        encoded = self._choose(sessions)
-        vectors = self._encode_sessions(history, encoded.spans)
-        summary = self._summarise(vectors, encoded, sessions)
+        vectors = self._encode_sessions(history, plan.spans)
+        summary = self._summarise(vectors, plan)
         if self.fusion == "gate":
             summary = F.layer_norm(summary, summary.shape[1:])
-        return SessionContext(summary, sessions.session_offsets)
+        return SessionContext(summary, plan.session_offsets)
+
+    @torch.no_grad()
+    def plan(
+        self, offsets: Tensor, timestamps: Tensor, *, device_type: str | None = None
+    ) -> SessionPlan:
+        """The index arithmetic of `forward`, on the device of its arguments.
+
+        Args:
+            offsets: `[B + 1]`.
+            timestamps: int64 `[T]`, seconds.
+            device_type: see `segment_layout`.
+
+        Raises:
+            ValueError: as in `forward`.
+        """
+        if self.causal is None:
+            raise ValueError(
+                "causal is undecided: pass causal=True or False, or let the host call decide_causal"
+            )
+        sessions = partition_sessions(timestamps, offsets, self.gap_seconds)
+        encoded = self._choose(sessions)
+        count = encoded.spans.starts.numel()
+        user = segment_ids(encoded.user_offsets, count)
+        place = torch.arange(count, device=offsets.device)
+        if self.causal:
+            number = (place - encoded.user_offsets[user]).clamp(max=self.max_sessions - 1)
+        else:
+            number = encoded.user_offsets[user + 1] - 1 - place
+        leads = int(self.pooling == "cls")
+        rows = encoded.user_offsets
+        if leads:
+            rows = rows + torch.arange(len(rows), device=rows.device)
+        layout = segment_layout(
+            rows,
+            causal=bool(self.causal),
+            window=self.max_sessions if self.causal else None,
+            sink=bool(self.causal) and leads == 1,
+            device_type=device_type,
+        )
+        return SessionPlan(
+            session_offsets=sessions.session_offsets,
+            spans=encoded.spans,
+            encoded_offsets=encoded.user_offsets,
+            encoded_user=user,
+            number=number,
+            layout=layout,
+            read=self._read_rows(sessions, rows, leads),
+        )
 
     def fuse(self, embeddings: Tensor, context: SessionContext) -> Tensor:
         """H_enhanced of tokens `[P, D]`, all of the histories or those `context.of_rows` is for."""
@@ -234,36 +316,27 @@ class SessionEnhancementModule(nn.Module):
         x = self.intra_encoder.final_norm(layer.finish_pooled(pooled.lead, pooled.means, weights))
         return x if pooled.place is None else x.index_select(0, pooled.place)
 
-    def _summarise(self, vectors: Tensor, encoded: _EncodedSessions, sessions: Sessions) -> Tensor:
-        """Eq. 2: vectors of the encoded sessions `[S', D]` -> F for the tokens of each `[S, D]`."""
+    def _read_rows(self, sessions: Sessions, rows: Tensor, leads: int) -> Tensor:
+        """`SessionPlan.read`; rows: `[B + 1]` of the inter-session encoder."""
         count = sessions.session_offsets.numel() - 1
         user = segment_ids(sessions.user_offsets, count)
-        x, rows = self._number_sessions(vectors, encoded.user_offsets)
+        if not self.causal:
+            return user if leads else rows[user]
+        earlier = segment_positions(sessions.user_offsets, count)
+        return torch.where(earlier > 0, rows[user] + leads + earlier, 0)
+
+    def _summarise(self, vectors: Tensor, plan: SessionPlan) -> Tensor:
+        """Eq. 2: vectors of the encoded sessions `[S', D]` -> F for the tokens of each `[S, D]`."""
+        x = vectors + F.embedding(plan.number, self.session_position)
+        if self.pooling == "cls":
+            x, _ = lead_with(self.history_cls, x, plan.encoded_offsets, plan.encoded_user)
         # F.embedding instead of indexing: its backward adds up in a fixed order on CUDA too.
         if self.causal:
-            leads = int(self.pooling == "cls")
-            layout = segment_layout(rows, causal=True, window=self.max_sessions, sink=leads == 1)
-            x = self._pool_all(x, layout)
-            earlier = segment_positions(sessions.user_offsets, count)
-            row = torch.where(earlier > 0, rows[user] + leads + earlier, 0)
-            return F.embedding(row, torch.cat([x.new_zeros(1, x.shape[1]), x]))
-        layout = segment_layout(rows)
+            x = self._pool_all(x, plan.layout)
+            return F.embedding(plan.read, torch.cat([x.new_zeros(1, x.shape[1]), x]))
         if self.pooling == "cls":
-            return F.embedding(user, self.inter_encoder.first_tokens(x, layout))
-        return F.embedding(rows[user], self._pool_all(x, layout))
-
-    def _number_sessions(self, vectors: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Add positions to the session vectors, and the second [CLS] in front for pooling "cls"."""
-        user = segment_ids(offsets, len(vectors))
-        place = torch.arange(len(vectors), device=offsets.device)
-        if self.causal:
-            number = (place - offsets[user]).clamp(max=self.max_sessions - 1)
-        else:
-            number = offsets[user + 1] - 1 - place
-        x = vectors + F.embedding(number, self.session_position)
-        if self.pooling == "mean":
-            return x, offsets
-        return lead_with(self.history_cls, x, offsets, user)
+            return F.embedding(plan.read, self.inter_encoder.first_tokens(x, plan.layout))
+        return F.embedding(plan.read, self._pool_all(x, plan.layout))
 
     def _pool_all(self, x: Tensor, layout: SegmentLayout) -> Tensor:
         """The pooled summary of the rows that each row sees, `[R, D]` -> `[R, D]`."""

@@ -6,10 +6,13 @@ from itertools import accumulate
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpgr_plugin.components.mim import MaskedItemModel, choose_masked
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.components.sessions import partition_sessions
+from hpgr_plugin.data import SequenceBatch
+from hpgr_plugin.hosts.embedded.train.planned import SequencePlanner
 
 V, D = 30, 8
 LENGTHS = [0, 1, 23, 2, 0, 40, 5, 1, 3]
@@ -124,6 +127,59 @@ def test_the_generator_decides():
     first, again, other = (model(*batch, generator=rng(s)).loss for s in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("limit", [V, V - 1])
+@pytest.mark.parametrize("with_sem", [True, False])
+def test_a_plan_made_before_the_step_changes_no_bit(with_sem, limit):
+    model, batch = build(with_sem, full_softmax_max_items=limit, num_sampled=64), histories()
+
+    def step(**arguments):
+        output = model(*batch, **arguments)
+        grads = torch.autograd.grad(output.loss, tuple(model.parameters()))
+        return [output.loss, output.accuracy, *grads]
+
+    planned = step(plan=model.plan(*batch, generator=rng(3)))
+    for here, before in zip(step(generator=rng(3)), planned, strict=True):
+        assert torch.equal(here, before)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators whose result the host reads, or whose size depends on the data."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        waits = name in self.NAMES
+        waits |= name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name.startswith("index") and isinstance(args[1], list | tuple):
+            waits |= any(i is not None and i.dtype == torch.bool for i in args[1])
+        if waits:
+            self.seen.append(name)
+        return func(*args, **kwargs)
+
+
+def test_a_planned_step_waits_for_nothing():
+    """On CUDA each of these operators would make the host wait for the device."""
+    counts = {}
+    for with_sem in (False, True):
+        model, batch = build(with_sem), histories()
+        plan = model.plan(*batch, generator=rng())
+        with Waits() as planned:
+            model(*batch, plan=plan).loss.backward()
+        with Waits() as unplanned:
+            model(*batch, generator=rng())
+        counts[with_sem] = len(planned.seen), len(unplanned.seen)
+    assert counts[False][0] == 0
+    assert counts[False][1] > 5
+    # The sessions are pooled in buckets here, and by a kernel on CUDA.
+    assert counts[True][0] <= 4
 
 
 # What is computed ---------------------------------------------------------------------------
@@ -308,3 +364,18 @@ def test_bfloat16_autocast_on_cuda():
         got = model(*batch, generator=rng()).loss
     got.backward()
     torch.testing.assert_close(got, want, rtol=0.02, atol=0.0)
+
+
+@pytest.mark.gpu
+def test_a_planned_step_waits_for_nothing_on_cuda():
+    model = build().float().cuda()
+    planner = SequencePlanner(model, torch.device("cuda"))
+    items, offsets, timestamps = histories(lengths=[7, 0, 40, 1, 23] * 50)
+    sequences = SequenceBatch(items, timestamps, offsets, torch.arange(250))
+    planned = [planner.plan(sequences, rng(seed)) for seed in range(2)]
+    try:
+        for batch, mode in zip(planned, ("default", "error"), strict=True):  # the first compiles
+            torch.cuda.set_sync_debug_mode(mode)
+            batch.to(planner.device).output_of(model).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -7,6 +7,7 @@ from pathlib import Path
 import gin
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpgr_plugin.config.registry import build
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
@@ -88,6 +89,36 @@ def test_resuming_gives_the_same_numbers(
         for name in ("whole", "killed")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_resuming_stage_1_inside_an_epoch_gives_the_same_numbers(
+    configure: Configure, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks belong to a step, wherever the batches before it were planned."""
+
+    def train(folder: str, resume: bool = False) -> dict:
+        task = configure("hpgr.PretrainSettings.checkpoint_every = 3")
+        with gin.config_scope("mim_sem"):
+            run = training(folder, resume=resume)
+            return without_costs(pretrain(task, build("PretrainSettings"), run).metrics)
+
+    whole = train("whole")
+    step = Trainer._step
+
+    def killed_at_step_4(self: Trainer, *args: object) -> torch.Tensor:
+        if self.progress.step == 4:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", killed_at_step_4)
+        with pytest.raises(KeyboardInterrupt):
+            train("killed")
+    assert train("killed", resume=True) == whole
+    shown = EventAccumulator(str(tmp_path / "whole" / "tb"))
+    shown.Reload()
+    steps = [event.step for event in shown.Scalars("train/loss")]
+    assert steps == list(range(10, int(whole["steps"]) + 1, 10)) != []
 
 
 def test_stage_2_starts_from_stage_1(configure: Configure, training: Training) -> None:

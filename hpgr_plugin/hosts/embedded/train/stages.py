@@ -29,6 +29,7 @@ from hpgr_plugin.hosts.embedded.report.evaluation import Task, inference_seconds
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, load_weights
 from hpgr_plugin.hosts.embedded.train.distributed import barrier, seed_everything
 from hpgr_plugin.hosts.embedded.train.losses import listwise_loss, pairwise_loss
+from hpgr_plugin.hosts.embedded.train.planned import PlannedSequences, SequencePlanner
 from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT
 from hpgr_plugin.hosts.embedded.train.trainer import (
     Trainer,
@@ -104,20 +105,25 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
     check_sequences(train)
     validation = build("SequenceLoader", **sequences, users=held_out)
 
-    def loss(forward: nn.Module, batch: SequenceBatch, step: int) -> tuple[Tensor, int]:
+    planner = SequencePlanner(model, process.device)
+
+    def prepare(batch: SequenceBatch, step: int) -> PlannedSequences:
         masks = torch.Generator().manual_seed(_mask_seed(run.seed, step, process.rank))
-        output = forward(batch.items, batch.offsets, batch.timestamps, generator=masks)
+        return planner.plan(batch, masks)
+
+    def loss(forward: nn.Module, batch: PlannedSequences, step: int) -> tuple[Tensor, int]:
+        output = batch.output_of(forward)
         return output.loss * output.num_masked, output.num_masked
 
     def validate() -> dict[str, float]:
         masks = torch.Generator().manual_seed(run.seed)
-        losses = hits = masked = 0.0
-        for batch in validation.batches():
-            batch = batch.to(process.device)
-            output = model(batch.items, batch.offsets, batch.timestamps, generator=masks)
-            losses += output.loss.item() * output.num_masked
-            hits += output.accuracy.item() * output.num_masked
+        sums = torch.zeros(2, dtype=torch.float64, device=process.device)
+        masked = 0
+        for batch in validation.map_batches(lambda batch, _: planner.plan(batch, masks)):
+            output = batch.to(process.device).output_of(model)
+            sums += torch.stack([output.loss, output.accuracy]).double() * output.num_masked
             masked += output.num_masked
+        losses, hits = sums.tolist()  # the only wait for the device
         return {"loss": losses / max(1, masked), "accuracy": hits / max(1, masked)}
 
     trainer = Trainer(
@@ -127,6 +133,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
         ),
         loader=train,
         loss=loss,
+        prepare=prepare,
         validate=validate,
         monitor=("loss", False),
         settings=settings,
