@@ -224,6 +224,38 @@ def test_rows_that_are_made_again_in_the_backward(
     assert_equal(*results)
 
 
+class _ReadInInferenceMode(torch.autograd.Function):
+    """Asks for what it saved in inference mode, as the host's Triton attention does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            (x,) = ctx.saved_tensors
+        assert not x.is_inference()
+        return grad.clone()
+
+
+def test_rows_are_made_again_for_a_backward_in_inference_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = batch([9, 4], [2, 1], later=False)
+    attend = attention.hstu_mha
+    expected = step(build(DlrmHSTU, dtype=torch.float64, **filled("per_candidate")), data)
+    monkeypatch.setattr(attention, "_ROWS_TO_RECOMPUTE", 0)
+    monkeypatch.setattr(
+        attention,
+        "hstu_mha",
+        lambda *, q, **others: attend(q=_ReadInInferenceMode.apply(q), **others),
+    )
+    model = build(DlrmHSTU, dtype=torch.float64, **filled("per_candidate"))
+    assert_equal(expected, step(model, data))
+
+
 class Wrapped(torch.nn.Module):
     """A stack inside another module, which this package does not look into."""
 

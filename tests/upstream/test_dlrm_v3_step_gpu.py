@@ -10,11 +10,12 @@ import pytest
 import torch
 from generative_recommenders.common import HammerKernel
 from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostDlrmHSTU
-from small_ranker import WIDTH, batch, build, small_config, step
+from small_ranker import TABLE_DIM, WIDTH, batch, build, small_config, step
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
-from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
+from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, attention
 from hpgr_plugin.hosts.dlrm_v3.positions import PlacedHSTUPositionalEncoder
 from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
 from hpgr_plugin.ops.compact.parts import sequence_parts
@@ -106,6 +107,48 @@ def test_filled_slots_add_at_most_a_hundred_launches(layout: str) -> None:
     assert mine <= host + 100
 
 
+CAPTURED = ["hook", "positions", "sem"]
+
+
+def captured_slots(kind: str) -> dict[str, Any]:
+    torch.manual_seed(3)
+    filled = slots("per_candidate")
+    if kind == "hook":
+        del filled["positional_encoder"]
+    if kind == "sem":
+        filled["sem"] = SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2)
+    return filled
+
+
+@pytest.mark.parametrize("candidates", [ONE_EACH, SEVERAL], ids=["one-each", "several"])
+@pytest.mark.parametrize("kind", CAPTURED)
+def test_captured_steps_are_the_steps(kind: str, candidates: list[int]) -> None:
+    plain = make(DlrmHSTU, **captured_slots(kind))
+    mine = make(DlrmHSTU, capture=True, **captured_slots(kind))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-2) for model in (plain, mine)]
+    graphs = mine._hstu_transducer.captured._function._graphs
+    for seed in (0, 1, 2, 0):
+        lengths = [n + seed for n in LENGTHS]
+        data = batch(lengths, candidates, seed=seed, device="cuda")
+        reference, got = step(plain, data), step(mine, data)
+        for a, b in zip(got[0], reference[0], strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2e-2)
+        assert got[1].keys() == reference[1].keys()
+        for name, wanted in reference[1].items():
+            error = (got[1][name].float() - wanted.float()).norm()
+            assert error <= 5e-2 * wanted.float().norm() + 1e-4, name
+        for optimizer in optimizers:
+            optimizer.step()
+    assert 1 <= len(graphs) <= 4
+
+
+def test_captured_steps_wait_no_more_than_the_others() -> None:
+    data = batch(LENGTHS, ONE_EACH, device="cuda")
+    mine = make(DlrmHSTU, capture=True, **slots("per_candidate"))
+    assert len(waits(mine, data)) <= len(waits(make(HostDlrmHSTU), data)) + 1
+    assert mine._hstu_transducer.captured._function._graphs
+
+
 def test_empty_slots_add_no_launch() -> None:
     data = batch(LENGTHS, ONE_EACH, device="cuda")
     assert launches(make(DlrmHSTU), data) == launches(make(HostDlrmHSTU), data)
@@ -140,6 +183,18 @@ def test_many_candidates_take_no_more_memory_than_the_host(count: int) -> None:
     mine = peak(DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention(top_k=8, recent=32))
     print(f"host {host:.0f} MiB, auto {mine:.0f} MiB")
     assert mine < 1.05 * host
+
+
+@pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
+def test_the_hosts_layers_make_their_projections_again(
+    monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    data, results = batch(LENGTHS, SEVERAL, device="cuda"), []
+    for least in (2**16, 0):
+        monkeypatch.setattr(attention, "_ROWS_TO_RECOMPUTE", least)
+        results.append(step(make(DlrmHSTU, layers="host", **slots(layout)), data))
+    for name, wanted in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], wanted, rtol=2e-2, atol=2e-3)
 
 
 def test_places_are_those_of_the_hosts_kernel() -> None:

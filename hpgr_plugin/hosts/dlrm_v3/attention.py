@@ -195,7 +195,13 @@ class PreferenceSTULayer(STULayer):
         """Run `function(x, ...)`; of a large batch only x is kept for the backward."""
         if not self.recomputes(x):
             return function(x, *args, **kw)
-        return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=False, **kw)
+
+        def with_gradient(x: Tensor) -> Any:
+            # The host's Triton attention asks for what it saved in inference mode.
+            with torch.inference_mode(False):
+                return function(x, *args, **kw)
+
+        return checkpoint(with_gradient, x, use_reentrant=False, preserve_rng_state=False)
 
     def _attend(
         self,

@@ -7,6 +7,10 @@ from torch import Tensor
 from hpgr_plugin.hosts.dlrm_v3.selection import RankingBatch
 from hpgr_plugin.ops.compact.parts import SequenceParts, joined_parts
 
+# Payloads that this package adds: item ids for a hook with a frozen table.
+HISTORY_IDS = "hpgr_history_ids"
+CANDIDATE_IDS = "hpgr_candidate_ids"
+
 
 class Features:
     """What a batch of the host's ranking model holds for the slots.
@@ -39,6 +43,22 @@ class Features:
     def of_history(self) -> list[str]:
         """The features that have one row per history item."""
         return [name for name, _ in self._config.merge_uih_candidate_feature_mapping]
+
+    @property
+    def of_candidates(self) -> list[str]:
+        """The features that have one row per candidate."""
+        return [name for _, name in self._config.merge_uih_candidate_feature_mapping]
+
+    @property
+    def side_embeddings(self) -> list[str]:
+        """Looked-up features of the items, one row per row of the sequences."""
+        looked_up = self._config.user_embedding_feature_names
+        return [name for name in self.of_history if name in looked_up]
+
+    @property
+    def contextual(self) -> list[str]:
+        """The features of the tokens in front of every history."""
+        return list(self._config.contextual_feature_to_max_length)
 
     @property
     def contextual_len(self) -> int:

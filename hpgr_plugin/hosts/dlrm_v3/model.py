@@ -20,9 +20,10 @@ from hpgr_plugin.hosts.dlrm_v3.attention import PreferenceSTULayer, StepAttentio
 from hpgr_plugin.hosts.dlrm_v3.cached import cached_candidates
 from hpgr_plugin.hosts.dlrm_v3.checks import TimesCheck
 from hpgr_plugin.hosts.dlrm_v3.config_fields import set_fields, set_table_fields
-from hpgr_plugin.hosts.dlrm_v3.features import Features
+from hpgr_plugin.hosts.dlrm_v3.features import CANDIDATE_IDS, HISTORY_IDS, Features
 from hpgr_plugin.hosts.dlrm_v3.fused import FusedLayers, Layers
 from hpgr_plugin.hosts.dlrm_v3.modules import PreferenceTransducer, SessionPreprocessor
+from hpgr_plugin.hosts.dlrm_v3.padded import CapturedPasses
 from hpgr_plugin.hosts.dlrm_v3.positions import (
     PlacedHSTUPositionalEncoder,
     TimeAwareHSTUPositionalEncoder,
@@ -39,8 +40,6 @@ from hpgr_plugin.transfer.learning_rates import check_lr_ratio, mark_inherited
 _NAME = "hpgr.DlrmHSTU"
 _WHY_CAUSAL = f"{_NAME}.hide_future is True: a history may reach past a candidate's time"
 _CHECKPOINT_PATHS = ("load_dmp_checkpoint.path", "load_nonsparse_checkpoint.path")
-_HISTORY_IDS = "hpgr_history_ids"
-_CANDIDATE_IDS = "hpgr_candidate_ids"
 _MIN_LENGTHS = "_contextual_feature_to_min_uih_length"  # an attribute of the host's preprocessor
 
 
@@ -73,8 +72,9 @@ class DlrmHSTU(host.DlrmHSTU):
             host's kernels, or "fused", those of this package, which compute only the candidates in
             the last layer. None: "fused" where its Triton kernels can run the step and a slot
             changes the attention or the positions, else "host"; the log says once which.
-        capture: Whether fused layers over short sequences, one per candidate, run as CUDA graphs.
-            It saves launches, and takes memory for every size of a batch.
+        capture: Whether training steps over short sequences, one per candidate, replay the
+            transducer from CUDA graphs where its layers are fused. It saves launches, and takes
+            memory for every size of a batch.
         model_config: Fields of the host's `DlrmHSTUConfig` to set, by name.
         table_config: Fields of an embedding table's `EmbeddingConfig` to set, by table and name.
             As with `model_config`, the objects handed in are changed, because the host's data
@@ -145,8 +145,11 @@ class DlrmHSTU(host.DlrmHSTU):
                 self._hstu_transducer._stu_module,
                 layers,
                 binding=f"{_NAME}.layers",
-                capture=capture,
             )
+            if capture:
+                self._hstu_transducer.captured = CapturedPasses(
+                    self.features, binding=f"{_NAME}.capture"
+                )
         self._fill_attention_hook(attention_hook)
         if positional_encoder is not None:
             self._fill_positional_encoder(positional_encoder, is_inference)
@@ -210,8 +213,8 @@ class DlrmHSTU(host.DlrmHSTU):
         if hook is not None and hook.frozen_table is not None:
             payloads, last = outputs[1], len(hook.frozen_table) - 1
             history, candidates = self.features.items
-            payloads[_HISTORY_IDS] = uih_features[history].values().clamp(max=last)
-            payloads[_CANDIDATE_IDS] = candidates_features[candidates].values().clamp(max=last)
+            payloads[HISTORY_IDS] = uih_features[history].values().clamp(max=last)
+            payloads[CANDIDATE_IDS] = candidates_features[candidates].values().clamp(max=last)
         return outputs
 
     def main_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -255,8 +258,8 @@ class DlrmHSTU(host.DlrmHSTU):
                 batch.candidate_offsets,
                 times if has_times else None,
                 query_times if has_times else None,
-                history_ids=batch.payload_features.get(_HISTORY_IDS),
-                candidate_ids=batch.payload_features.get(_CANDIDATE_IDS),
+                history_ids=batch.payload_features.get(HISTORY_IDS),
+                candidate_ids=batch.payload_features.get(CANDIDATE_IDS),
                 max_history=batch.max_uih_len,
                 max_candidates=batch.max_num_candidates,
             )

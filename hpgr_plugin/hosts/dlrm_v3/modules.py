@@ -18,6 +18,7 @@ from hpgr_plugin.hosts.dlrm_v3.attention import (
     StepAttention,
 )
 from hpgr_plugin.hosts.dlrm_v3.fused import FusedLayers
+from hpgr_plugin.hosts.dlrm_v3.padded import CapturedPasses
 from hpgr_plugin.hosts.dlrm_v3.positions import set_places
 from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.hosts.seams import host_has_seam
@@ -107,11 +108,37 @@ class PreferenceTransducer(HSTUTransducer):
     Attributes:
         contextual_seq_len: Tokens in front of every history.
         layers: Runs the layers where it can; None: the host's own do.
+        captured: Replays passes with a request from CUDA graphs where it can; None: never.
     """
 
     contextual_seq_len: int = 0
     layers: FusedLayers | None = None
+    captured: CapturedPasses | None = None
     _request: Request | None = None
+
+    def forward(self, **call: Any) -> Any:
+        """As the host's: the candidates `[C, D]`, and None with a request."""
+        if self._request is not None and self._can_capture(call["seq_embeddings"]):
+            assert self.captured is not None
+            candidates = self.captured.run(self, call, self._request)
+            if candidates is not None:
+                return candidates, None
+        return super().forward(**call)
+
+    def _can_capture(self, rows: Tensor) -> bool:
+        if self.captured is None or self.layers is None or torch.jit.is_tracing():
+            return False
+        return self.layers.expected(self._stu_module, rows.device)
+
+    def run_request(self, call: dict[str, Any], request: Request) -> Tensor:
+        """Candidates `[C, D]` of these arguments of `forward` and their request."""
+        before = self._request
+        try:
+            with self.requested(request):
+                candidates: Tensor = super().forward(**call)[0]
+        finally:
+            self._request = before
+        return candidates
 
     @contextlib.contextmanager
     def requested(self, request: Request) -> Iterator[None]:
@@ -217,7 +244,7 @@ class PreferenceTransducer(HSTUTransducer):
         )
         weights, plan = None, request.plan
         if request.by_user and plan is not None:
-            weights, plan = _weights_of_rows(request.parts, plan), None
+            weights, plan = _scaled(_weights_of_rows(request.parts, plan), request), None
         step = StepAttention(
             column_weights=weights,
             mask_position=request.mask_position,
@@ -256,7 +283,7 @@ class PreferenceTransducer(HSTUTransducer):
             1,
         )
         step = StepAttention(
-            column_weights=rows.weights,
+            column_weights=_scaled(rows.weights, request),
             mask_position=request.mask_position,
             norm_ratio=rows.max_len / (request.full_length or max_seq_len),
         )
@@ -298,6 +325,10 @@ class PreferenceTransducer(HSTUTransducer):
             seq_timestamps=seq_timestamps.index_select(0, self._request.parts.candidate_rows()),
             seq_payloads=seq_payloads,
         )
+
+
+def _scaled(weights: Tensor, request: Request) -> Tensor:
+    return weights if request.weight_scale is None else weights * request.weight_scale
 
 
 def _weights_of_rows(parts: SequenceParts, plan: PreferencePlan) -> Tensor:

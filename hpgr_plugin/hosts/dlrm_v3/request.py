@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from hpgr_plugin.components.attention_hooks import AttentionHook, Layout, MaskPosition
 from hpgr_plugin.components.sem import SessionContext
 from hpgr_plugin.hosts.dlrm_v3.features import Features
@@ -30,6 +32,8 @@ class Request:
         longest_row: An upper bound of the items in a row of the plan; None: unknown.
         places: Where the rows are in the full sequences; None: the sequences are whole.
         context: SEM's, of the full histories; None: SEM runs on the sequences as they come.
+        weight_scale: Factor `[1]` of the weights of all rows, or None. A padded pass brings in
+            with it what `full_length` would be.
     """
 
     parts: SequenceParts
@@ -43,6 +47,7 @@ class Request:
     longest_row: int | None = None
     places: FullPlaces | None = None
     context: SessionContext | None = None
+    weight_scale: Tensor | None = None
 
 
 def whole_request(
