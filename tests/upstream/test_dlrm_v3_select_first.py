@@ -250,7 +250,7 @@ def test_rows_are_made_again_for_a_backward_in_inference_mode(
     monkeypatch.setattr(
         attention,
         "hstu_mha",
-        lambda *, q, **others: attend(q=_ReadInInferenceMode.apply(q), **others),
+        lambda **arguments: _ReadInInferenceMode.apply(attend(**arguments)),
     )
     model = build(DlrmHSTU, dtype=torch.float64, **filled("per_candidate"))
     assert_equal(expected, step(model, data))
