@@ -13,7 +13,7 @@ from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.components.slates.alignment import SlateLogProbs
 from hpgr_plugin.components.slates.beam import Allowed
 from hpgr_plugin.components.slates.blocks import Context
-from hpgr_plugin.components.slates.decoder import SlateDecoder, Slates
+from hpgr_plugin.components.slates.decoder import DecoderSizes, SlateDecoder, Slates
 from hpgr_plugin.components.slates.semantic_ids import SemanticIds
 from hpgr_plugin.components.transformer import INIT_STD
 from hpgr_plugin.data.batch import Batch
@@ -134,10 +134,12 @@ class SlateModel(nn.Module):
                 raise SlotError(f"{_NAME}.decoder needs semantic ids (hpgr.SlateSettings.tokens)")
             self.decoder = decoder(
                 ids=ids,
-                embedding_dim=embedding_dim,
-                num_heads=num_heads,
-                dropout=dropout,
-                slate_size=slate_size,
+                sizes=DecoderSizes(
+                    embedding_dim=embedding_dim,
+                    num_heads=num_heads,
+                    dropout=dropout,
+                    slate_size=slate_size,
+                ),
                 **(decoder_arguments or {}),
             )
         self.inherited: tuple[str, ...] = ()
