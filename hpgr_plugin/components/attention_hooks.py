@@ -208,7 +208,23 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         self.frozen_table = table_weight.detach().clone()
 
     def plan(self, inputs: HookInputs) -> PreferencePlan:
-        """One row per candidate, see `plan_preferences`.
+        """One row per candidate, see `plan_preferences`; raises as `scored` does."""
+        inputs = self.scored(inputs)
+        has_times = inputs.candidate_timestamps is not None
+        return plan_preferences(
+            inputs.history_embeddings,
+            inputs.candidate_embeddings,
+            inputs.history_offsets,
+            inputs.candidate_offsets,
+            **self.settings._asdict(),
+            history_timestamps=inputs.history_timestamps if has_times else None,
+            candidate_timestamps=inputs.candidate_timestamps,
+            max_history=inputs.max_history,
+            max_candidates=inputs.max_candidates,
+        )
+
+    def scored(self, inputs: HookInputs) -> HookInputs:
+        """The inputs with the embeddings that choose anchors, by `table` and `score`.
 
         Raises:
             ValueError: table="frozen" without a copy of the table, or without ids.
@@ -229,18 +245,7 @@ class PreferenceGuidedSparseAttention(AttentionHook):
                 history_embeddings=_unit(inputs.history_embeddings),
                 candidate_embeddings=_unit(inputs.candidate_embeddings),
             )
-        has_times = inputs.candidate_timestamps is not None
-        return plan_preferences(
-            inputs.history_embeddings,
-            inputs.candidate_embeddings,
-            inputs.history_offsets,
-            inputs.candidate_offsets,
-            **self.settings._asdict(),
-            history_timestamps=inputs.history_timestamps if has_times else None,
-            candidate_timestamps=inputs.candidate_timestamps,
-            max_history=inputs.max_history,
-            max_candidates=inputs.max_candidates,
-        )
+        return inputs
 
     def longest_row(self, plan: PreferencePlan, max_history: int) -> int:
         """See `AttentionHook`."""

@@ -11,19 +11,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.components.slates.alignment import (
-    OBJECTIVES,
-    Objective,
-    SlateLogProbs,
-    by_feedback,
-    dpo_loss,
-    nearest_items,
-    orpo_loss,
-    other_order,
-    replaced,
-    simpo_loss,
-    too_similar,
-)
+from hpgr_plugin.components.slates import alignment
+from hpgr_plugin.components.slates.alignment import OBJECTIVES, Objective, SlateLogProbs
 from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.data import Batch
 from hpgr_plugin.data.events import require
@@ -198,7 +187,7 @@ class WorseSlates:
         self, settings: AlignSettings, tokens: Tokens, run: TrainingRun, slate_size: int
     ) -> None:
         self.settings, self.run = settings, run
-        self.near = nearest_items(
+        self.near = alignment.nearest_items(
             tokens.vectors, slate_size - 1, farthest=settings.diversity == "dissimilar"
         ).to(run.process.device)
 
@@ -215,9 +204,9 @@ class WorseSlates:
         seed = (self.run.seed << 32) + (step << 8) + self.run.process.rank
         rng = torch.Generator().manual_seed(seed)
         made = {
-            "order": other_order(better, lengths, rng),
-            "interest": replaced(better, self._disliked(batch), rng),
-            "diversity": too_similar(better, self.near),
+            "order": alignment.other_order(better, lengths, rng),
+            "interest": alignment.replaced(better, self._disliked(batch), rng),
+            "diversity": alignment.too_similar(better, self.near),
         }
         options = torch.stack([made[name] for name in self.settings.objectives])
         drawn = torch.randint(len(options), (len(better),), generator=rng).to(better.device)
@@ -256,7 +245,7 @@ class _Alignment(nn.Module):
         slates, lengths = padded_slates(batch, size)
         labels = padded_labels(batch, size)
         labels[torch.arange(size, device=labels.device) >= lengths.unsqueeze(1)] = -1
-        better = by_feedback(slates, labels)
+        better = alignment.by_feedback(slates, labels)
         worse = self.worse.draw(batch, better, lengths, step)
         losses = self._losses(batch, better, worse, lengths)
         liked = (labels > 0).any(1)
@@ -269,10 +258,10 @@ class _Alignment(nn.Module):
             with torch.no_grad():
                 first, second = self._pair(reference, batch, better, worse, lengths)
             totals = first.total(), second.total()
-            return dpo_loss(*pair, totals, beta=settings.beta)
+            return alignment.dpo_loss(*pair, totals, beta=settings.beta)
         if settings.loss == "simpo":
-            return simpo_loss(*pair, beta=settings.beta, margin=settings.margin)
-        return orpo_loss(*pair, alpha=settings.alpha)
+            return alignment.simpo_loss(*pair, beta=settings.beta, margin=settings.margin)
+        return alignment.orpo_loss(*pair, alpha=settings.alpha)
 
     @staticmethod
     def _pair(
