@@ -45,8 +45,7 @@ class SlateSettings(TrainSettings):
     """`TrainSettings` of the pre-training of a slate model.
 
     Attributes:
-        tokens: tokens.safetensors of the stage `tokenize`; None without a decoder, or where the
-            stage before gives it.
+        tokens: tokens.safetensors of the stage `tokenize`; None without a decoder.
     """
 
     tokens: str | None = None
@@ -57,7 +56,7 @@ class AlignSettings(TrainSettings):
     """`TrainSettings` of preference alignment, and its loss.
 
     Attributes:
-        model: slates.safetensors of the stage `slates`; None: the stage before gives it.
+        model: slates.safetensors of the stage `slates`.
         tokens: tokens.safetensors, whose vectors say which items are similar.
         loss: "orpo", "dpo" or "simpo", see `components.slates.alignment`.
         alpha: weight of the odds in ORPO.
@@ -105,12 +104,7 @@ class TrainedSlates:
 
 
 def train_slates(
-    task: Task,
-    settings: SlateSettings,
-    run: TrainingRun,
-    *,
-    tokens: Path | None = None,
-    pretrained: Path | None = None,
+    task: Task, settings: SlateSettings, run: TrainingRun, *, pretrained: Path | None = None
 ) -> TrainedSlates:
     """Train a slate model by -log P of the slates that users took.
 
@@ -118,11 +112,10 @@ def train_slates(
         task: data and requests: the candidates of a request are a slate.
         settings: how it is trained.
         run: seed, folder and process.
-        tokens: in place of `settings.tokens`.
         pretrained: hand-over of stage 1; None leaves the slot to gin.
     """
     seed_everything(run.seed)
-    model = build_slate_model(task, tokens=tokens or settings.tokens, pretrained=pretrained)
+    model = build_slate_model(task, tokens=settings.tokens, pretrained=pretrained)
 
     def loss(forward: nn.Module, batch: Batch, step: int) -> tuple[Tensor, int]:
         return cast("tuple[Tensor, int]", forward(batch))
@@ -130,14 +123,7 @@ def train_slates(
     return _fit(model, task, settings, loss, replace(run, stage="slates"))
 
 
-def align(
-    task: Task,
-    settings: AlignSettings,
-    run: TrainingRun,
-    *,
-    model: Path | None = None,
-    tokens: Path | None = None,
-) -> TrainedSlates:
+def align(task: Task, settings: AlignSettings, run: TrainingRun) -> TrainedSlates:
     """Align a trained slate model with feedback.
 
     y+ is the slate with its liked items first; slates without a liked item are left out.
@@ -146,14 +132,12 @@ def align(
         task: as in `train_slates`.
         settings: how it is trained.
         run: seed, folder and process.
-        model: in place of `settings.model`.
-        tokens: in place of `settings.tokens`.
 
     Raises:
         HpgrError: no model or no tokens, or they are of other items.
     """
     seed_everything(run.seed)
-    source, vectors = model or settings.model, tokens or settings.tokens
+    source, vectors = settings.model, settings.tokens
     if source is None or vectors is None:
         name = "model" if source is None else "tokens"
         raise HpgrError(f"hpgr.AlignSettings.{name} takes a file of the stage before, got None")
