@@ -54,7 +54,7 @@ _SEQUENCES = ("prepared", "max_length", "users", "seed", "rank", "world_size")
 _MIM = ("num_items", "item_counts")
 _LAYER = ("embedding_dim", "num_heads", "dropout")
 _SIZES = ("sizes",)
-_DECODER = ("ids", "embedding_dim", "num_heads", "dropout", "slate_size")
+_DECODER = ("ids", "sizes")
 _SLATES = ("num_items", "num_actions", "vocabulary_digest", "ids", "decoder_arguments")
 _RANKER = (
     *("num_items", "num_actions", "vocabulary_digest"),

@@ -9,11 +9,9 @@ by rounding only.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hpgr_plugin.components.attention_hooks import (
@@ -46,20 +44,7 @@ class ServedPreferences(AttentionHook):
         hook = self.hook
         if not can_plan(hook) or inputs.history_ids is None or inputs.candidate_ids is None:
             return hook.plan(inputs)
-        if hook.table == "frozen":
-            assert hook.frozen_table is not None
-            inputs = replace(
-                inputs,
-                history_embeddings=hook.frozen_table[inputs.history_ids],
-                candidate_embeddings=hook.frozen_table[inputs.candidate_ids],
-            )
-        if hook.score == "cosine":
-            inputs = replace(
-                inputs,
-                history_embeddings=F.normalize(inputs.history_embeddings.float(), dim=1),
-                candidate_embeddings=F.normalize(inputs.candidate_embeddings.float(), dim=1),
-            )
-        return plan_histories(inputs, hook.settings)
+        return plan_histories(hook.scored(inputs), hook.settings)
 
 
 def can_plan(hook: AttentionHook | None) -> bool:

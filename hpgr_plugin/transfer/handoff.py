@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.errors import HpgrError
@@ -168,6 +168,25 @@ def load_sem_state(sem: SessionEnhancementModule, handoff: Handoff) -> None:
     _compare("the SEM of the hand-over has other weights", shapes_there, shapes_here)
     sem.load_state_dict(handoff.sem_state, strict=True)
     sem.causal = here["causal"]
+
+
+def inherit(
+    handoff: Handoff, *, item_table: nn.Embedding, sem: SessionEnhancementModule | None
+) -> tuple[str, ...]:
+    """Take over the item table and, where both sides have one, SEM.
+
+    Returns:
+        The names of what was taken: "item_table", "sem".
+
+    Raises:
+        HandoffError: see `load_sem_state`.
+    """
+    with torch.no_grad():
+        item_table.weight.copy_(handoff.item_table)
+    if sem is None or handoff.sem_state is None:
+        return ("item_table",)
+    load_sem_state(sem, handoff)
+    return "item_table", "sem"
 
 
 def sem_settings(sem: SessionEnhancementModule) -> dict[str, Any]:

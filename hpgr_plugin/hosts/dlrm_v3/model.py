@@ -316,11 +316,7 @@ class DlrmHSTU(host.DlrmHSTU):
         if hook is None:
             return
         config = self._hstu_configs
-        hook.decide_layout(
-            max_history=config.max_seq_len,
-            max_candidates=config.max_num_candidates,
-            device_type="cuda" if torch.cuda.is_available() else "cpu",
-        )
+        hook.decide_layout(max_history=config.max_seq_len, max_candidates=config.max_num_candidates)
         self.tell_layers_the_layout()
         self.register_load_state_dict_post_hook(_after_loading)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from hpgr_plugin.components.attention_hooks import (
@@ -36,7 +35,7 @@ from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes, TokenF
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.preference_plan import PreferencePlan
-from hpgr_plugin.transfer.handoff import Handoff, load_handoff, load_sem_state
+from hpgr_plugin.transfer.handoff import inherit, load_handoff
 
 _NAME = "hpgr.HSTURanker"
 Statistics = Literal["linear", "network"]
@@ -217,26 +216,16 @@ class HSTURanker(nn.Module):
             nn.init.zeros_(self.item_bias.weight)
         self.inherited: tuple[str, ...] = ()
         if pretrained is not None:
-            self._inherit(
-                load_handoff(
-                    pretrained,
-                    num_items=num_items,
-                    embedding_dim=embedding_dim,
-                    vocabulary_digest=vocabulary_digest,
-                )
+            handoff = load_handoff(
+                pretrained,
+                num_items=num_items,
+                embedding_dim=embedding_dim,
+                vocabulary_digest=vocabulary_digest,
             )
+            self.inherited = inherit(handoff, item_table=self.item_table, sem=sem)
         if getattr(attention_hook, "table", None) == "frozen":
             assert isinstance(attention_hook, PreferenceGuidedSparseAttention)
             attention_hook.freeze(self.item_table.weight)
-
-    def _inherit(self, handoff: Handoff) -> None:
-        """Take over the item table and, where both sides have one, SEM."""
-        with torch.no_grad():
-            self.item_table.weight.copy_(handoff.item_table)
-        self.inherited = ("item_table",)
-        if self.sem is not None and handoff.sem_state is not None:
-            load_sem_state(self.sem, handoff)
-            self.inherited += ("sem",)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits `[C]` of the batch's candidates: the paper's Figure 2, top to bottom."""

@@ -38,7 +38,7 @@ class TokenizeSettings(TrainSettings):
 
     Attributes:
         embeddings: a stage-1 hand-over, or a .npy file [V, E] with a row for every item of the
-            log, in the order of its codes. None: the stage before gives them.
+            log, in the order of its codes.
         tokenizer: the class `CRQVAE`, `RQVAE` or `ResidualKMeans`.
         index_size: most items that may share their digits.
         passes: times that every item comes in an epoch.
@@ -85,29 +85,21 @@ class Tokenized:
     metrics: dict[str, Any]
 
 
-def tokenize(
-    data: PreparedData,
-    settings: TokenizeSettings,
-    run: TrainingRun,
-    *,
-    embeddings: Path | None = None,
-) -> Tokenized:
+def tokenize(data: PreparedData, settings: TokenizeSettings, run: TrainingRun) -> Tokenized:
     """Train a tokenizer and write the semantic ids of all items.
 
     Args:
         data: whose items they are, and what goes together.
         settings: how it is trained.
         run: seed, folder and process.
-        embeddings: in place of `settings.embeddings`.
 
     Raises:
         HpgrError: no embeddings, or they are of other items.
     """
     seed_everything(run.seed)
-    source = embeddings or settings.embeddings
-    if source is None:
+    if settings.embeddings is None:
         raise HpgrError("hpgr.TokenizeSettings.embeddings takes a hand-over or a .npy file")
-    vectors = read_vectors(Path(source), data).to(run.process.device)
+    vectors = read_vectors(Path(settings.embeddings), data).to(run.process.device)
     if settings.tokenizer is None:
         raise HpgrError("hpgr.TokenizeSettings.tokenizer takes @hpgr.CRQVAE, without brackets")
     tokenizer = settings.tokenizer(input_dim=vectors.shape[1]).to(run.process.device)

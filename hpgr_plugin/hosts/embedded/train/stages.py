@@ -254,7 +254,6 @@ def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
         model.attention_hook.decide_layout(
             max_history=task.requests.max_history,
             max_candidates=task.requests.max_candidates,
-            device_type=task.process.device.type,
         )
     return model.to(task.process.device)
 
