@@ -4,7 +4,7 @@ The host's ranking model on its own Triton kernels, forward and backward from em
 loss, without the optimizer; 5 layers, D = 512, 4 heads of 128, tables of width 256, bfloat16.
 "x host" is the host's wall time over the row's, in one process: larger is faster. "busy ms" is the
 time in which a kernel runs, "launches" counts kernels per step, both from one profiled step.
-"x; host's layers" and "x; captured" are row x with `layers = "host"` and with `capture = True`.
+"x; host's layers" and "x; no graphs" are row x with `layers = "host"` and with `capture = False`.
 Tensor descriptors are off for every row, see NOTES.md. The host's kernels are tuned among all of
 their configurations for the host's row of the first size, then among the six fastest there.
 """
@@ -61,7 +61,7 @@ HOOKS: dict[str, Callable[[], nn.Module | None]] = {
 }
 # Rows once more with other layers than the default: their name, the row's hook, and what is bound.
 OTHER_LAYERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    (f"{AUTO}; captured", AUTO, {"capture": True}),
+    (f"{AUTO}; no graphs", AUTO, {"capture": False}),
     (f"{AUTO}; host's layers", AUTO, {"layers": "host"}),
 )
 

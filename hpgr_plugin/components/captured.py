@@ -7,12 +7,16 @@ of a few sizes. Parameters are read where they are.
 
 from __future__ import annotations
 
+import functools
+import logging
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _MOST_GRAPHS = 24
 
@@ -39,7 +43,7 @@ class PaddedInput(NamedTuple):
 
 
 Inputs = Mapping[str, PaddedInput]
-Function = Callable[[dict[str, Tensor]], Tensor]
+Function = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 
 
 def padded_size(count: int) -> int:
@@ -86,15 +90,16 @@ class CapturedFunction:
         return vars(CapturedFunction(self._binding))
 
     def run(
-        self, function: Function, inputs: Inputs, parameters: Sequence[Tensor], key: Hashable
+        self, function: Function, inputs: Inputs, parameters: Mapping[str, Tensor], key: Hashable
     ) -> Tensor | None:
         """`function` of the padded inputs, or None where it has to run launch by launch.
 
         Args:
-            function: of tensors by name to one tensor; it must not wait for the device, and what it
-                computes depends on the inputs, on `parameters` and on `key` only.
+            function: of inputs and parameters by name to one tensor; it must not wait for the
+                device, and what it computes depends on these and on `key` only.
             inputs: by name, on one CUDA device.
-            parameters: leaves that it reads and that need a gradient.
+            parameters: by name, leaves that need a gradient. The function gets others with the same
+                memory: what another pass has recorded for these must not enter a graph.
             key: what tells calls apart beside sizes and dtypes.
 
         Raises:
@@ -102,7 +107,7 @@ class CapturedFunction:
         """
         if self._busy() or not torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
             return None
-        addresses = tuple(p.data_ptr() for p in parameters)
+        addresses = tuple(p.data_ptr() for p in parameters.values())
         if addresses != self._addresses:  # a graph would go on reading the old ones
             self._graphs.clear()
             self._addresses = addresses
@@ -113,20 +118,25 @@ class CapturedFunction:
         key = key, forms
         if key not in self._graphs:
             if len(self._graphs) >= _MOST_GRAPHS:
+                _say(f"{self._binding}: {_MOST_GRAPHS} sizes have a graph, others run without one")
                 return None
             self._graphs[key] = self._capture(function, inputs, parameters)
         graph = self._graphs[key]
         flight = _Flight(graph)
         self._in_flight = weakref.ref(flight)
         learned = [inputs[name].values for name in graph.learned]
-        output: Tensor = _Replay.apply(flight, inputs, self._binding, *learned, *parameters)
+        output: Tensor = _Replay.apply(
+            flight, inputs, self._binding, *learned, *parameters.values()
+        )
         return output
 
     def _busy(self) -> bool:
         flight = None if self._in_flight is None else self._in_flight()
         return flight is not None and flight.graph is not None
 
-    def _capture(self, function: Function, inputs: Inputs, parameters: Sequence[Tensor]) -> _Graph:
+    def _capture(
+        self, function: Function, inputs: Inputs, parameters: Mapping[str, Tensor]
+    ) -> _Graph:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
@@ -143,12 +153,11 @@ class _Graph:
     """The function for inputs of certain sizes, captured forward and backward."""
 
     def __init__(
-        self, function: Function, inputs: Inputs, parameters: Sequence[Tensor], pool: Any
+        self, function: Function, inputs: Inputs, parameters: Mapping[str, Tensor], pool: Any
     ) -> None:
         self.inputs = {name: given.empty() for name, given in inputs.items()}
         self.learned = [name for name, given in self.inputs.items() if given.requires_grad]
         load(inputs, self.inputs)
-        wanted = [*(self.inputs[name] for name in self.learned), *parameters]
         # Weights that autocast keeps between calls would be read where they no longer are.
         autocast = torch.autocast(
             "cuda",
@@ -157,25 +166,39 @@ class _Graph:
             cache_enabled=False,
         )
         with torch.enable_grad(), autocast:
-            self._warm_up(function, wanted)
+            self._warm_up(function, parameters)
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             # Threads of a data loader or of a process group may use the device meanwhile.
             settings: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
+            own = _same_memory(parameters)
             with torch.cuda.graph(self.forward, **settings):
-                output = function(self.inputs)
+                output = function(self.inputs, own)
             self.grad = torch.zeros_like(output)
             with torch.cuda.graph(self.backward, **settings):
-                self.grads = torch.autograd.grad(output, wanted, self.grad, allow_unused=True)
+                self.grads = self._gradients(output, own, self.grad)
         self.output = output.detach()
 
-    def _warm_up(self, function: Function, wanted: list[Tensor]) -> None:
+    def _warm_up(self, function: Function, parameters: Mapping[str, Tensor]) -> None:
         """Compile kernels and create handles, on another stream as a capture needs it."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            output = function(self.inputs)
-            torch.autograd.grad(output, wanted, torch.zeros_like(output), allow_unused=True)
+            own = _same_memory(parameters)
+            output = function(self.inputs, own)
+            self._gradients(output, own, torch.zeros_like(output))
         torch.cuda.current_stream().wait_stream(stream)
+
+    def _gradients(
+        self, output: Tensor, parameters: Mapping[str, Tensor], grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Of the learned inputs, then of the parameters; None where the output does not depend."""
+        wanted = [*(self.inputs[name] for name in self.learned), *parameters.values()]
+        return torch.autograd.grad(output, wanted, grad, allow_unused=True)
+
+
+def _same_memory(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New leaves over the memory of these."""
+    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
 
 
 class _Flight:
@@ -216,6 +239,12 @@ class _Replay(torch.autograd.Function):
         ctx.flight.graph = None
         copied = iter(copies)
         return None, None, None, *(None if g is None else next(copied) for g in grads)
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Log it once in this process."""
+    logger.info(message)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -58,9 +58,11 @@ class TestGraphs:
             "scale": PaddedInput(torch.full((1,), 2.0, device="cuda"), 1),
         }
         output = captured.run(
-            lambda copies: model(copies["rows"]) * copies["scale"],
+            lambda copies, own: (
+                torch.func.functional_call(model, own, copies["rows"]) * copies["scale"]
+            ),
             inputs,
-            list(model.parameters()),
+            dict(model.named_parameters()),
             "key",
         )
         return None if output is None else output[: len(rows)]
@@ -122,9 +124,9 @@ class TestGraphs:
         captured, rows = CapturedFunction("hpgr.A.capture"), self.rows(20)
         with pytest.raises(RuntimeError, match=r"bind hpgr\.A\.capture = False"):
             captured.run(
-                lambda copies: copies["rows"] * float(copies["rows"].sum().item()),
+                lambda copies, _: copies["rows"] * float(copies["rows"].sum().item()),
                 {"rows": PaddedInput(rows, 32)},
-                [],
+                {},
                 "key",
             )
 

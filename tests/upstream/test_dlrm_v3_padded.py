@@ -41,7 +41,7 @@ class Eager(CapturedFunction):
             copies[name] = torch.cat([given.values, rest])  # keeps the gradient
             assert len(copies[name]) == given.size
         self.passes = getattr(self, "passes", 0) + 1
-        return function(copies)
+        return function(copies, dict(parameters))
 
 
 def slots(kind: str) -> dict[str, Any]:

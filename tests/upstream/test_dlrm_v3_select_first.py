@@ -224,8 +224,8 @@ def test_rows_that_are_made_again_in_the_backward(
     assert_equal(*results)
 
 
-class _ReadInInferenceMode(torch.autograd.Function):
-    """Asks for what it saved in inference mode, as the host's Triton attention does."""
+class _ReadsTwice(torch.autograd.Function):
+    """Asks for what it saved twice, once in inference mode, as the host's Triton attention does."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -237,10 +237,11 @@ class _ReadInInferenceMode(torch.autograd.Function):
         with torch.inference_mode():
             (x,) = ctx.saved_tensors
         assert not x.is_inference()
+        assert torch.equal(x, ctx.saved_tensors[0])
         return grad.clone()
 
 
-def test_rows_are_made_again_for_a_backward_in_inference_mode(
+def test_rows_are_made_again_for_the_hosts_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = batch([9, 4], [2, 1], later=False)
@@ -250,7 +251,7 @@ def test_rows_are_made_again_for_a_backward_in_inference_mode(
     monkeypatch.setattr(
         attention,
         "hstu_mha",
-        lambda **arguments: _ReadInInferenceMode.apply(attend(**arguments)),
+        lambda **arguments: _ReadsTwice.apply(attend(**arguments)),
     )
     model = build(DlrmHSTU, dtype=torch.float64, **filled("per_candidate"))
     assert_equal(expected, step(model, data))

@@ -196,12 +196,14 @@ class PreferenceSTULayer(STULayer):
         if not self.recomputes(x):
             return function(x, *args, **kw)
 
-        def with_gradient(x: Tensor) -> Any:
-            # The host's Triton attention asks for what it saved in inference mode.
-            with torch.inference_mode(False):
-                return function(x, *args, **kw)
-
-        return checkpoint(with_gradient, x, use_reentrant=False, preserve_rng_state=False)
+        # The host's Triton attention asks for what it saved more than once, and in inference mode,
+        # which only the reentrant form allows: its backward runs the whole function anew.
+        return checkpoint(
+            lambda rows: function(rows, *args, **kw),
+            x,
+            use_reentrant=True,
+            preserve_rng_state=False,
+        )
 
     def _attend(
         self,

@@ -103,7 +103,7 @@ class DlrmHSTU(host.DlrmHSTU):
         time_unit: Literal["s", "ms"] | None = None,
         max_blind_share: float = 0.5,
         layers: Layers | None = None,
-        capture: bool = False,
+        capture: bool = True,
         model_config: Mapping[str, Any] | None = None,
         table_config: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:

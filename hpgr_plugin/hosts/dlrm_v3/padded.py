@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpgr_plugin.components.captured import CapturedFunction, PaddedInput, padded_size
 from hpgr_plugin.components.sem import SessionContext
@@ -288,14 +288,28 @@ class CapturedPasses:
             return None
         padded = PaddedPass(call, request, self._features)
 
-        def run_padded(copies: dict[str, Tensor]) -> Tensor:
-            arguments, padded_request = padded.arguments(copies)
-            candidates: Tensor = transducer.run_request(arguments, padded_request)
+        def run_padded(copies: dict[str, Tensor], parameters: dict[str, Tensor]) -> Tensor:
+            candidates: Tensor = torch.func.functional_call(
+                _Requests(transducer), parameters, padded.arguments(copies)
+            )
             return candidates
 
-        parameters = [p for p in transducer.parameters() if p.requires_grad]
+        named = _Requests(transducer).named_parameters()
+        parameters = {name: p for name, p in named if p.requires_grad}
         output = self._function.run(run_padded, padded.inputs, parameters, padded.key)
         return None if output is None else output[: padded.num_candidates]
+
+
+class _Requests(nn.Module):
+    """Calls `run_request` of a transducer as a module, so that its parameters can be exchanged."""
+
+    def __init__(self, transducer: Any) -> None:
+        super().__init__()
+        self.transducer = transducer
+
+    def forward(self, call: dict[str, Any], request: Request) -> Tensor:
+        candidates: Tensor = self.transducer.run_request(call, request)
+        return candidates
 
 
 def can_pad(request: Request) -> bool:
