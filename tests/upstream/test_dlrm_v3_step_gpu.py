@@ -109,6 +109,12 @@ def test_filled_slots_add_at_most_a_hundred_launches(layout: str) -> None:
     assert mine <= host + 100
 
 
+def assert_close_in_norm(got: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
+    """Of bfloat16 steps that add up in another order."""
+    error = (got.float() - wanted.float()).norm()
+    assert error <= 5e-2 * wanted.float().norm() + 1e-4, name
+
+
 CAPTURED = ["hook", "positions", "sem"]
 
 
@@ -137,8 +143,7 @@ def test_captured_steps_are_the_steps(kind: str, candidates: list[int]) -> None:
             torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2e-2)
         assert got[1].keys() == reference[1].keys()
         for name, wanted in reference[1].items():
-            error = (got[1][name].float() - wanted.float()).norm()
-            assert error <= 5e-2 * wanted.float().norm() + 1e-4, name
+            assert_close_in_norm(got[1][name], wanted, name)
         for optimizer in optimizers:
             optimizer.step()
     assert 1 <= len(graphs) <= 4
@@ -196,7 +201,7 @@ def test_the_hosts_layers_make_their_projections_again(
         monkeypatch.setattr(attention, "_ROWS_TO_RECOMPUTE", least)
         results.append(step(make(DlrmHSTU, layers="host", **slots(layout)), data))
     for name, wanted in results[0][1].items():
-        torch.testing.assert_close(results[1][1][name], wanted, rtol=2e-2, atol=2e-3)
+        assert_close_in_norm(results[1][1][name], wanted, name)
 
 
 def test_places_are_those_of_the_hosts_kernel() -> None:
