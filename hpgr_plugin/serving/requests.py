@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from hpgr_plugin.data.requests import RequestSettings
 from hpgr_plugin.serving.vocabulary import UNKNOWN, RequestError, Vocabulary
 
 _FEW = 2**62
+_LATEST = 2**52
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +162,15 @@ def _kept(
 def _times(values: Sequence[Any], name: str, length: int) -> np.ndarray:
     """int64 seconds."""
     _check_length(values, name, length)
+    if set(map(type, values)) <= {int}:
+        with suppress(OverflowError):
+            times = np.asarray(values, dtype=np.int64)
+            if not len(times) or (times.min() >= 0 and times.max() < _LATEST):
+                return times
     for place, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise RequestError(f"{name}[{place}]", f"takes whole seconds, got {value!r}")
-        if not 0 <= value < 2**52:
+        if not 0 <= value < _LATEST:
             raise RequestError(f"{name}[{place}]", f"takes seconds from 0 to 2^52, got {value}")
     return np.asarray(values, dtype=np.int64)
 

@@ -1,103 +1,126 @@
-"""Attention of candidates over the rows that a plan keeps of one history, without padding."""
+"""Attention of candidates over the slots that a plan fills with rows of one history."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids
-from hpgr_plugin.ops.preference_plan import PreferencePlan
+from hpgr_plugin.ops.hstu_attention import MaskPosition
+from hpgr_plugin.serving.kept_rows import UserPlan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeptRows:
-    """A CSR matrix, c candidates by the rows of one history (context first).
+    """What each of c candidates reads of N rows, context and then history.
 
     Attributes:
-        index: int64 `[P]`, ascending in each row.
-        weights: `[P]`, M_j; 1 for context.
-        offsets: int64 `[c + 1]`.
-        rows: int64 `[P]`, the candidate of each entry.
+        near: int64 `[W]`, rows that every candidate reads with weight 1.
+        index: int64 `[c, S]`, rows of its own; 0 in empty slots.
+        weights: `[c, S]`, M_j; 0 in empty slots.
+        num_rows: N.
+        num_heads: of the attention, H.
     """
 
+    near: Tensor
     index: Tensor
     weights: Tensor
-    offsets: Tensor
-    rows: Tensor
+    num_rows: int
+    num_heads: int
 
     @classmethod
-    def of(cls, plan: PreferencePlan, chosen: slice, shift: Tensor, context: int) -> KeptRows:
-        """Of the candidates `chosen` of a plan.
-
-        Args:
-            plan: of a batch.
-            chosen: its rows.
-            shift: what leads from the plan's columns to those of the history.
-            context: context tokens in front of the history; all are kept.
-        """
-        offsets = plan.offsets[chosen.start : chosen.stop + 1]
-        counts = offsets.diff()
-        first, last = torch.stack([offsets[0], offsets[-1]]).tolist()
-        index = plan.index[first:last].long() + shift
-        weights = plan.weights[first:last]
+    def of(cls, plan: UserPlan, *, context: int, num_rows: int, num_heads: int) -> KeptRows:
+        """Of a user's plan, behind the context tokens, all of which are read."""
+        device = plan.places.device
+        near = torch.arange(len(plan.recent), device=device) + (context + plan.recent.start)
         if context:
-            total = complete_cumsum(counts + context)
-            entries = last - first + context * len(counts)
-            kept = ranges(total[:-1] + context, counts)
-            columns = torch.arange(context, device=index.device).repeat(len(counts))
-            places = ranges(total[:-1], torch.full_like(counts, context))
-            index = index.new_empty(entries).scatter_(0, kept, index).scatter_(0, places, columns)
-            weights = weights.new_ones(entries).scatter_(0, kept, weights)
-            offsets = total
-        else:
-            offsets = offsets - first
-        return cls(index, weights, offsets, segment_ids(offsets, len(index)))
+            near = torch.cat([torch.arange(context, device=device), near])
+        return cls(near, plan.places + context, plan.weights, num_rows, num_heads)
 
     def take(self, rows: slice) -> KeptRows:
         """Some of the candidates."""
-        first, last = self.offsets[rows.start].item(), self.offsets[rows.stop].item()
-        part = slice(int(first), int(last))
-        return KeptRows(
-            self.index[part],
-            self.weights[part],
-            self.offsets[rows.start : rows.stop + 1] - first,
-            self.rows[part] - rows.start,
-        )
+        index, weights = self.index[rows], self.weights[rows]
+        return KeptRows(self.near, index, weights, self.num_rows, self.num_heads)
+
+    @property
+    def few(self) -> bool:
+        """Whether gathering the slots costs less than a product with all rows."""
+        return 2 * self.index.shape[1] < self.num_rows
+
+    def dense(self) -> Tensor:
+        """The weights of all rows, `[c, N]`."""
+        weights = self.weights.new_zeros(len(self.index), self.num_rows)
+        return weights.scatter_add_(1, self.index, self.weights).index_fill_(1, self.near, 1.0)
+
+    @cached_property
+    def index_of_heads(self) -> Tensor:
+        """The slots' rows among those of all heads, one head behind the other, `[H * c, S]`."""
+        first = torch.arange(self.num_heads, device=self.index.device) * self.num_rows
+        return (first.view(-1, 1, 1) + self.index).flatten(0, 1)
+
+    @cached_property
+    def pattern(self) -> Tensor:
+        """A CSR matrix `[H * c, H * N]` with an entry for every slot; its values are written to."""
+        rows, slots = self.index_of_heads.shape
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
+            return torch.sparse_csr_tensor(
+                torch.arange(0, rows * slots + 1, max(1, slots)),
+                self.index_of_heads.flatten(),
+                self.weights.new_zeros(rows * slots),
+                (rows, self.num_heads * self.num_rows),
+            )
 
 
-def kept_scores(q: Tensor, k: Tensor, kept: KeptRows) -> Tensor:
-    """`q . k` of every kept pair, `[H, P]`; q `[H, c, d]`, k `[H, N, d]`."""
+def attend_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: KeptRows,
+    *,
+    bias: Tensor | None,
+    norm_length: float,
+    mask_position: MaskPosition,
+) -> Tensor:
+    """What each candidate takes from its slots, `[c, H * d]`.
+
+    Args:
+        q: `[H, c, d]`, scaled.
+        k, v: `[H, N, d]`.
+        kept: the slots.
+        bias: `[c, S]`, or None.
+        norm_length: n.
+        mask_position: where the weights enter.
+    """
+    heads, count, width = q.shape
+    if not kept.index.numel():
+        return q.new_zeros(count, heads * width)
+    scores = _scores(q.flatten(0, 1), k.flatten(0, 1), kept).view(heads, *kept.index.shape)
+    if bias is not None:
+        scores += bias.to(scores.dtype)
+    weights = kept.weights.to(scores.dtype)
+    if mask_position == "pre":
+        scores = F.silu(scores.mul_(weights), inplace=True).mul_(1 / norm_length)
+    else:
+        scores = F.silu(scores, inplace=True).mul_(weights / norm_length)
+    sums = F.embedding_bag(
+        kept.index_of_heads,
+        v.flatten(0, 1),
+        mode="sum",
+        per_sample_weights=scores.flatten(0, 1).to(v.dtype),
+    )
+    return sums.view(heads, count, width).transpose(0, 1).flatten(1)
+
+
+def _scores(q: Tensor, k: Tensor, kept: KeptRows) -> Tensor:
+    """`q . k` of every slot, `[H * c, S]`; q `[H * c, d]`, k `[H * N, d]`."""
     if q.is_cuda:
-        near = k.index_select(1, kept.index)
-        near *= q.index_select(1, kept.rows)
-        return near.sum(2)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
-        pattern = torch.sparse_csr_tensor(
-            kept.offsets, kept.index, q.new_zeros(len(kept.index)), (q.shape[1], k.shape[1])
-        )
-    products = [
-        torch.sparse.sampled_addmm(pattern, queries, keys.t(), beta=0.0).values()
-        for queries, keys in zip(q, k, strict=True)
-    ]
-    return torch.stack(products)
-
-
-def kept_sums(attention: Tensor, v: Tensor, kept: KeptRows) -> Tensor:
-    """The sums of values that `attention` `[H, P]` weighs, `[c, H * d]`; v `[H, N, d]`."""
-    sums = [
-        F.embedding_bag(
-            kept.index,
-            values,
-            kept.offsets,
-            mode="sum",
-            per_sample_weights=weights,
-            include_last_offset=True,
-        )
-        for weights, values in zip(attention, v, strict=True)
-    ]
-    return torch.cat(sums, 1)
+        near = k[kept.index_of_heads]
+        return torch.bmm(near, q.unsqueeze(2)).squeeze(2)
+    pattern = kept.pattern
+    torch.sparse.sampled_addmm(pattern, q, k.t(), beta=0.0, out=pattern)
+    return pattern.values()

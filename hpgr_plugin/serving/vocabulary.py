@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,16 +101,17 @@ class Vocabulary:
         if self.action_values is not None:
             known = self.action_values.tolist()
         code = {value: place for place, value in enumerate(known)}
-        codes = np.empty(len(values), np.int64)
+        with suppress(KeyError, TypeError):
+            return np.array([code[value] for value in values], np.int64)
         for place, value in enumerate(values):
             try:
-                codes[place] = code[value]
+                code[value]
             except (KeyError, TypeError):
                 shown = ", ".join(map(repr, known[:20]))
                 raise RequestError(
                     f"{name}[{place}]", f"takes one of {shown}, got {value!r}"
                 ) from None
-        return codes
+        raise AssertionError("one of the values has no code")
 
     def user_feature_codes(
         self, user_id: int | str | None, given: dict[str, Any]
@@ -170,19 +172,20 @@ def _codes(known: np.ndarray, ids: Sequence[Any], name: str, strict: bool = True
     """Places of ids in the ascending `known`, `UNKNOWN` where they are not in it."""
     integers = bool(np.issubdtype(known.dtype, np.integer))
     kind = int if integers else str
-    value: Any
-    for place, value in enumerate(ids):
-        if type(value) is not kind:
-            if not strict:
-                return np.full(len(ids), UNKNOWN)
-            expected = "an integer" if integers else "text"
-            raise RequestError(
-                f"{name}[{place}]", f"item ids of this model are {expected}, got {value!r}"
-            )
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise RequestError(f"{name}[{place}]", f"takes a 64-bit integer, got {value}")
+    if not set(map(type, ids)) <= {kind}:
+        if not strict:
+            return np.full(len(ids), UNKNOWN)
+        place, value = next((p, v) for p, v in enumerate(ids) if type(v) is not kind)
+        expected = "an integer" if integers else "text"
+        raise RequestError(
+            f"{name}[{place}]", f"item ids of this model are {expected}, got {value!r}"
+        )
+    try:
+        wanted = np.asarray(ids, dtype=np.int64 if integers else np.str_)
+    except OverflowError:
+        place, value = next((p, v) for p, v in enumerate(ids) if not -(2**63) <= v < 2**63)
+        raise RequestError(f"{name}[{place}]", f"takes a 64-bit integer, got {value}") from None
     if not len(ids) or not len(known):
         return np.full(len(ids), UNKNOWN)
-    wanted = np.asarray(ids, dtype=np.int64 if integers else np.str_)
     places = np.searchsorted(known, wanted).clip(max=len(known) - 1)
     return np.where(known[places] == wanted, places, UNKNOWN)

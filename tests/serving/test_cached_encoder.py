@@ -59,7 +59,7 @@ def test_small_chunks_and_no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     for hook in ("dense", "recent"):
         model, batch = ranker(hook=HOOKS[hook](), relative_bias=False), requests(one_time=False)
         expected = model(batch)
-        monkeypatch.setattr(cached_encoder, "_CHUNK_ELEMENTS", 300)
+        monkeypatch.setattr(cached_encoder, "_CHUNK_ELEMENTS", {"cpu": 300})
         encoder = served(model)
         encoder.for_users("abcd")
         close(model(batch), expected)
