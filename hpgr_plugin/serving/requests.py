@@ -94,11 +94,7 @@ def encode(
         RequestError: naming the field.
     """
     items = vocabulary.items(request.history_items, "history.items")
-    times = _times(request.history_times, "history.times", len(items))
-    descents = np.flatnonzero(np.diff(times) < 0)
-    if len(descents):
-        place = int(descents[0]) + 1
-        raise RequestError(f"history.times[{place}]", "is before the one in front of it")
+    times = history_times(request.history_times, len(items))
     actions = np.zeros(len(items), np.int64)
     if request.history_actions is not None:
         _check_length(request.history_actions, "history.actions", len(items))
@@ -146,6 +142,20 @@ def batch_of(requests: Sequence[EncodedRequest]) -> Batch:
             name: tensor(np.array([r.user_features[name] for r in requests])) for name in names
         },
     )
+
+
+def history_times(values: Sequence[Any], length: int) -> np.ndarray:
+    """The times of a history of `length` items, int64 seconds.
+
+    Raises:
+        RequestError: they are no times, not one for each item, or not ascending.
+    """
+    times = _times(values, "history.times", length)
+    descents = np.flatnonzero(np.diff(times) < 0)
+    if len(descents):
+        place = int(descents[0]) + 1
+        raise RequestError(f"history.times[{place}]", "is before the one in front of it")
+    return times
 
 
 def _kept(
