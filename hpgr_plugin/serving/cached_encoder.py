@@ -21,10 +21,10 @@ from hpgr_plugin.hosts.embedded.model.hstu import SequenceLayer
 from hpgr_plugin.hosts.embedded.model.tokens import Marks, TokenSequence
 from hpgr_plugin.ops.hstu_attention import AttentionSpec, MaskPosition, PositionTimeBias
 from hpgr_plugin.ops.preference_plan import PreferencePlan
+from hpgr_plugin.ops.slot_attention import Settings, SlotBias, Slots, slot_attention
 from hpgr_plugin.serving.bias import bias_places, joint_table
 from hpgr_plugin.serving.history_cache import HistoryCache, HistoryState
 from hpgr_plugin.serving.kept_rows import ServedPlan, UserPlan
-from hpgr_plugin.serving.sparse_attention import KeptRows, attend_slots
 
 _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # scores, or gathered numbers, at once
 
@@ -180,7 +180,8 @@ class CachedEncoder(nn.Module):
             rows = columns[length - new :][begin : begin + step]
             seen = marks.key_order < marks.query_order[rows].unsqueeze(1)
             seen = seen | (rows.unsqueeze(1) == columns)
-            bias = self._bias(depth, self._places(marks, rows, marks))
+            places = None if self._joint is None else self._places(marks, rows, marks)
+            bias = self._bias(depth, places)
             outputs.append(self._dense(q[begin : begin + step], k, v, seen, bias))
         return torch.cat(outputs) if outputs else q
 
@@ -188,18 +189,13 @@ class CachedEncoder(nn.Module):
 
     def _chunks(
         self, state: HistoryState, count: int, plan: tuple[UserPlan, int] | None
-    ) -> Iterator[tuple[slice, KeptRows | None]]:
+    ) -> Iterator[tuple[slice, Slots | None]]:
         """Some of a user's candidates at a time, and what each keeps; None: everything."""
         kept, width = None, len(state.tokens) * self.num_heads
         if plan is not None:
             user_plan, context = plan
-            kept = KeptRows.of(
-                user_plan,
-                context=context,
-                num_rows=len(state.tokens),
-                num_heads=self.num_heads,
-            )
-            if kept.few:  # a GPU gathers their rows
+            kept = _slots_of(user_plan, context, len(state.tokens), self.num_heads)
+            if _few(kept):  # a GPU may gather their rows
                 slots = kept.index.shape[1] + len(kept.near)
                 width = slots * (state.tokens.shape[1] if kept.index.is_cuda else self.num_heads)
         step = max(1, _CHUNK_ELEMENTS[state.tokens.device.type] // max(1, width))
@@ -215,7 +211,7 @@ class CachedEncoder(nn.Module):
         state: HistoryState,
         x: Tensor,
         marks: Marks,
-        kept: KeptRows | None,
+        kept: Slots | None,
         mask_position: MaskPosition,
     ) -> Tensor:
         """Candidates `[c, D]` through all layers."""
@@ -225,18 +221,18 @@ class CachedEncoder(nn.Module):
         return x
 
     def _attention(
-        self, state: HistoryState, marks: Marks, kept: KeptRows | None, mask_position: MaskPosition
+        self, state: HistoryState, marks: Marks, kept: Slots | None, mask_position: MaskPosition
     ) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
         """The candidates' attention in the layer of a given depth."""
         history = Marks(*state.marks.unbind(1))
         # Candidates of one request mostly share their time: what depends on it is made once.
         times = torch.stack([marks.query_order, marks.positions, marks.timestamps], 1)
         alike = bool((times == times[:1]).all())
-        if kept is None or not kept.few:
+        if kept is None or not _few(kept):
             queries = torch.arange(1 if alike else len(times), device=times.device)
             seen = history.key_order < marks.query_order[queries].unsqueeze(1)
             weights = None if kept is None else kept.dense()
-            places = self._places(marks, queries, history)
+            places = None if self._joint is None else self._places(marks, queries, history)
 
             def attend_all(depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 keys, values = state.keys[depth], state.values[depth]
@@ -245,41 +241,31 @@ class CachedEncoder(nn.Module):
                 return self._own(depth, q, k, v) + attended
 
             return attend_all
-        shared, apart = self._kept_places(marks, history, kept, alike)
+        # A plan keeps only what its candidate sees.
+        settings = Settings(self.encoder.alpha, self.encoder.norm_length, mask_position)
+        bias = self._slot_bias(marks, history, kept, alike)
 
         def attend_kept(depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = state.keys[depth], state.values[depth]
-            attended = self._own(depth, q, k, v) + attend_slots(
-                self._heads(q * self.encoder.alpha),
-                keys,
-                values,
-                kept,
-                bias=self._bias(depth, apart),
-                norm_length=self.encoder.norm_length,
-                mask_position=mask_position,
-            )
-            if len(kept.near):
-                near, nearer = (x.index_select(1, kept.near) for x in (keys, values))
-                attended += self._dense(q, near, nearer, None, self._bias(depth, shared))
-            return attended
+            of_layer = None
+            if bias is not None and self._joint is not None:
+                of_layer = replace(bias, table=self._joint[depth])
+            return slot_attention((q, k, v), (keys, values), kept, of_layer, settings)
 
-        # A plan keeps only what its candidate sees.
         return attend_kept
 
-    def _kept_places(
-        self, marks: Marks, history: Marks, kept: KeptRows, alike: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Places of the bias for the rows that all read, and for the slots."""
+    def _slot_bias(self, marks: Marks, history: Marks, kept: Slots, alike: bool) -> SlotBias | None:
+        """The relative bias of what candidates keep, in the first layer."""
         if self._joint is None:
-            return None, None
+            return None
         every = torch.arange(len(kept.index), device=kept.index.device)
         if alike:
-            whole = self._places(marks, every[:1], history)
-            assert whole is not None
-            return whole[:, kept.near], whole[0][kept.index]
-        near = Marks(*(mark[kept.near] for mark in history))
-        slots = Marks(*(mark[kept.index] for mark in history))
-        return self._places(marks, every, near), self._places(marks, every, slots)
+            (whole,) = self._places(marks, every[:1], history)
+            near, slots = whole[kept.near].unsqueeze(0), whole[kept.index]
+        else:
+            near = self._places(marks, every, Marks(*(mark[kept.near] for mark in history)))
+            slots = self._places(marks, every, Marks(*(mark[kept.index] for mark in history)))
+        return SlotBias(self._joint[0], self._no_distance, near, slots)
 
     def _own(self, depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What each candidate takes from itself, with weight 1."""
@@ -297,7 +283,7 @@ class CachedEncoder(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        seen: Tensor | None,
+        seen: Tensor,
         bias: Tensor | None,
         weights: Tensor | None = None,
         mask_position: MaskPosition = "post",
@@ -309,10 +295,7 @@ class CachedEncoder(nn.Module):
         if weights is not None and mask_position == "pre":
             scores *= weights.to(scores.dtype)
         attention = F.silu(scores, inplace=True)
-        if seen is None:
-            attention /= self.encoder.norm_length
-        else:
-            attention *= seen.to(scores.dtype) / self.encoder.norm_length
+        attention *= seen.to(scores.dtype) / self.encoder.norm_length
         if weights is not None and mask_position == "post":
             attention *= weights.to(scores.dtype)
         return (attention.to(v.dtype) @ v).transpose(0, 1).flatten(1)
@@ -325,10 +308,9 @@ class CachedEncoder(nn.Module):
         """The relative bias of a layer at `places`, in their shape."""
         return None if places is None or self._joint is None else self._joint[depth][places]
 
-    def _places(self, queries: Marks, rows: Tensor, keys: Marks) -> Tensor | None:
-        """Places in the bias tables of some query rows over keys `[N]` or `[r, N]`, `[r, N]`."""
-        if self.encoder.bias is None:
-            return None
+    def _places(self, queries: Marks, rows: Tensor, keys: Marks) -> Tensor:
+        """Places in the bias table of some query rows over keys `[N]` or `[r, N]`, `[r, N]`."""
+        assert self.encoder.bias is not None
         positions, times = queries.positions[rows], queries.timestamps[rows]
         return bias_places(
             positions.unsqueeze(1) - keys.positions,
@@ -383,6 +365,20 @@ def _plan_of(sequence: TokenSequence, place: int) -> tuple[UserPlan, int] | None
         return plan.users[place], context
     first, start = sequence.parts.history_offsets[place], sequence.parts.candidate_offsets
     return UserPlan.of(plan, slice(*start[place : place + 2].tolist()), first), context
+
+
+def _slots_of(plan: UserPlan, context: int, num_rows: int, num_heads: int) -> Slots:
+    """The rows that a plan keeps, behind the context tokens, all of which are read."""
+    device = plan.places.device
+    near = torch.arange(len(plan.recent), device=device) + (context + plan.recent.start)
+    if context:
+        near = torch.cat([torch.arange(context, device=device), near])
+    return Slots(near, plan.places + context, plan.weights, num_rows, num_heads)
+
+
+def _few(kept: Slots) -> bool:
+    """Whether gathering the slots costs less than a product with all rows."""
+    return 2 * kept.index.shape[1] < kept.num_rows
 
 
 def _appends(marks: Marks, old: int) -> bool:
