@@ -26,7 +26,7 @@ from hpgr_plugin.serving.bias import bias_places, joint_table
 from hpgr_plugin.serving.history_cache import HistoryCache, HistoryState
 from hpgr_plugin.serving.kept_rows import ServedPlan, UserPlan
 
-_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # scores, or gathered numbers, at once
+_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}  # scores, or gathered numbers, at once
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -27,7 +27,7 @@ from hpgr_plugin.ops.jagged import complete_cumsum, jagged_to_padded_dense
 from hpgr_plugin.ops.preference_plan.plan import PlanSettings, PreferencePlan, gaussian_kernel
 
 # Scores at once: on a CPU what its cache holds, on a GPU what its memory does.
-_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
+_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 _GROUP = 8  # scores of which only the largest is looked at first
 
 

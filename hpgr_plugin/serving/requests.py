@@ -104,9 +104,10 @@ def encode(
     candidates = vocabulary.items(request.candidates, "candidates")
     shown = request.times
     if isinstance(shown, int) and not isinstance(shown, bool):
-        shown = [shown] * len(candidates)
-    shown_at = _times(shown, "times", len(candidates))  # type: ignore[arg-type]
-    if not hide_future and len(set(shown_at.tolist())) > 1:
+        shown_at = _times([shown], "times", 1).repeat(len(candidates))
+    else:
+        shown_at = _times(shown, "times", len(candidates))  # type: ignore[arg-type]
+    if not hide_future and len(shown_at) and shown_at.min() < shown_at.max():
         raise RequestError("times", "takes one time for all candidates: hide_future is False")
     known = candidates != UNKNOWN
     history = np.stack([items, times, actions])[:, _kept(items, times, shown_at, settings)]
