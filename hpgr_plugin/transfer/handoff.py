@@ -172,7 +172,6 @@ def load_sem_state(sem: SessionEnhancementModule, handoff: Handoff) -> None:
 
 def inherit(
     path: str | os.PathLike[str],
-    *,
     item_table: nn.Embedding,
     sem: SessionEnhancementModule | None,
     vocabulary_digest: str,

@@ -216,12 +216,7 @@ class HSTURanker(nn.Module):
             nn.init.zeros_(self.item_bias.weight)
         self.inherited: tuple[str, ...] = ()
         if pretrained is not None:
-            self.inherited = inherit(
-                pretrained,
-                item_table=self.item_table,
-                sem=sem,
-                vocabulary_digest=vocabulary_digest,
-            )
+            self.inherited = inherit(pretrained, self.item_table, sem, vocabulary_digest)
         if getattr(attention_hook, "table", None) == "frozen":
             assert isinstance(attention_hook, PreferenceGuidedSparseAttention)
             attention_hook.freeze(self.item_table.weight)

@@ -144,12 +144,7 @@ class SlateModel(nn.Module):
             )
         self.inherited: tuple[str, ...] = ()
         if pretrained is not None:
-            self.inherited = inherit(
-                pretrained,
-                item_table=self.item_table,
-                sem=sem,
-                vocabulary_digest=vocabulary_digest,
-            )
+            self.inherited = inherit(pretrained, self.item_table, sem, vocabulary_digest)
             if self.decoder is not None:
                 self.decoder.start_from(self.item_table.weight)
 
