@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from hpgr_plugin.data.events import DataError, EventTable, require
+from hpgr_plugin.data.events import DataError, EventTable, require, require_fields
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,10 @@ class SyntheticReader:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for least, names in (
-            (0, ("distractors", "seed")),
-            (1, ("num_users", "items_per_cluster", "tells_per_cluster", "candidates")),
-            (1, ("session_length",)),
-            (61, ("session_gap_seconds",)),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                require(value >= least, f"SyntheticReader.{name}", f"{least} or more", value)
+        require_fields(self, 0, "distractors", "seed")
+        require_fields(self, 1, "num_users", "items_per_cluster", "tells_per_cluster", "candidates")
+        require_fields(self, 1, "session_length")
+        require_fields(self, 61, "session_gap_seconds")
         fits = 0 <= self.label_noise <= 1
         require(fits, "SyntheticReader.label_noise", "a probability", self.label_noise)
         takes = f"1 to num_clusters // 2 - 1 = {self._tasting - 1}"

@@ -171,16 +171,26 @@ def load_sem_state(sem: SessionEnhancementModule, handoff: Handoff) -> None:
 
 
 def inherit(
-    handoff: Handoff, *, item_table: nn.Embedding, sem: SessionEnhancementModule | None
+    path: str | os.PathLike[str],
+    item_table: nn.Embedding,
+    sem: SessionEnhancementModule | None,
+    vocabulary_digest: str,
 ) -> tuple[str, ...]:
-    """Take over the item table and, where both sides have one, SEM.
+    """Take over the item table of a hand-over and, where both sides have one, SEM.
 
     Returns:
         The names of what was taken: "item_table", "sem".
 
     Raises:
-        HandoffError: see `load_sem_state`.
+        FileNotFoundError: no such file.
+        HandoffError: see `load_handoff` and `load_sem_state`.
     """
+    handoff = load_handoff(
+        path,
+        num_items=item_table.num_embeddings,
+        embedding_dim=item_table.embedding_dim,
+        vocabulary_digest=vocabulary_digest,
+    )
     with torch.no_grad():
         item_table.weight.copy_(handoff.item_table)
     if sem is None or handoff.sem_state is None:

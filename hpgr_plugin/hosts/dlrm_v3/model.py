@@ -29,7 +29,7 @@ from hpgr_plugin.hosts.dlrm_v3.positions import (
     TimeAwareHSTUPositionalEncoder,
 )
 from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained
-from hpgr_plugin.hosts.dlrm_v3.request import Request, shortened_request, whole_request
+from hpgr_plugin.hosts.dlrm_v3.request import Request, request_of
 from hpgr_plugin.hosts.dlrm_v3.selection import KeptHistory, RankingBatch, shortened
 from hpgr_plugin.hosts.seams import bound_value, host_has_seam, is_bound, replaced
 from hpgr_plugin.hosts.slots import SlotError, check_absolute, check_slot, check_width
@@ -267,26 +267,16 @@ class DlrmHSTU(host.DlrmHSTU):
 
     def _follow_plan(self, batch: RankingBatch) -> tuple[Request, RankingBatch]:
         """What the transducer should do, and the batch that the host should see."""
-        plan, hook = self._plan(batch), self.attention_hook
-        encoder = self._hstu_transducer._positional_encoder
-        if plan is None or hook is None or hook.layout == "shared_history":
-            request = whole_request(
-                batch,
-                plan,
-                self.features,
-                encoder=encoder,
-                mask_position="post" if hook is None else hook.mask_position,
-                hide_future=self._masks_future,
-            )
-            return request, batch
-        request, kept = shortened_request(
+        request, kept = request_of(
             batch,
-            plan,
+            self._plan(batch),
             self.features,
-            encoder=encoder,
-            hook=hook,
-            hide_future=self._hide_future,
+            encoder=self._hstu_transducer._positional_encoder,
+            hook=self.attention_hook,
+            hide_future=self._masks_future,
         )
+        if kept is None:
+            return request, batch
         request = dataclasses.replace(request, context=self._session_context(batch, kept))
         return request, shortened(
             batch,

@@ -50,57 +50,38 @@ class Request:
     weight_scale: Tensor | None = None
 
 
-def whole_request(
+def request_of(
     batch: RankingBatch,
     plan: PreferencePlan | None,
     features: Features,
     *,
     encoder: Any,
-    mask_position: MaskPosition,
+    hook: AttentionHook | None,
     hide_future: bool,
-) -> Request:
-    """For histories that stay whole.
+) -> tuple[Request, KeptHistory | None]:
+    """What a plan asks for, and what it keeps of the histories; None: they stay whole.
 
     Args:
         batch: As looked up.
-        plan: One row per candidate, or None.
-        features: Of the host's configuration.
-        encoder: The transducer's positional encoder, or None.
-        mask_position: See `Request`.
-        hide_future: See `Request`.
-    """
-    parts = features.parts(batch, batch.history_offsets, len(features.times(batch)[0]))
-    return Request(
-        parts,
-        plan,
-        batch.max_num_candidates,
-        mask_position=mask_position,
-        hide_future=hide_future,
-        places=batch_places(encoder, batch, features.times(batch), parts, None),
-    )
-
-
-def shortened_request(
-    batch: RankingBatch,
-    plan: PreferencePlan,
-    features: Features,
-    *,
-    encoder: Any,
-    hook: AttentionHook,
-    hide_future: bool,
-) -> tuple[Request, KeptHistory]:
-    """For a plan that leaves history items out, and what it keeps.
-
-    Args:
-        batch: As looked up.
-        plan: By its histories.
+        plan: By its histories, or None.
         features: Of the host's configuration.
         encoder: The transducer's positional encoder, or None.
         hook: That made the plan.
         hide_future: See `Request`.
     """
+    times, most = features.times(batch), batch.max_num_candidates
+    if plan is None or hook is None or hook.layout == "shared_history":
+        parts = features.parts(batch, batch.history_offsets, len(times[0]))
+        whole = Request(
+            parts,
+            plan,
+            most,
+            mask_position="post" if hook is None else hook.mask_position,
+            hide_future=hide_future,
+            places=batch_places(encoder, batch, times, parts, None),
+        )
+        return whole, None
     longest_row = hook.longest_row(plan, batch.max_uih_len)
-    times = features.times(batch)
     kept = keep(
         plan,
         batch.history_offsets,
@@ -110,16 +91,16 @@ def shortened_request(
         by_user=hook.layout == "per_user" or features.one_candidate_each(batch),
     )
     parts = features.parts(batch, kept.offsets, len(kept.rows))
-    request = Request(
+    shortened = Request(
         parts,
         kept.plan,
-        batch.max_num_candidates,
+        most,
         hook.layout,
         hook.mask_position,
         hide_future,
         by_user=kept.by_user,
-        full_length=batch.max_uih_len + batch.max_num_candidates + parts.contextual_len,
+        full_length=batch.max_uih_len + most + parts.contextual_len,
         longest_row=longest_row,
         places=batch_places(encoder, batch, times, parts, kept.rows),
     )
-    return request, kept
+    return shortened, kept

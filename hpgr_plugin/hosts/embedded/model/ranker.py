@@ -35,7 +35,7 @@ from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes, TokenF
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.preference_plan import PreferencePlan
-from hpgr_plugin.transfer.handoff import inherit, load_handoff
+from hpgr_plugin.transfer.handoff import inherit
 
 _NAME = "hpgr.HSTURanker"
 Statistics = Literal["linear", "network"]
@@ -216,13 +216,7 @@ class HSTURanker(nn.Module):
             nn.init.zeros_(self.item_bias.weight)
         self.inherited: tuple[str, ...] = ()
         if pretrained is not None:
-            handoff = load_handoff(
-                pretrained,
-                num_items=num_items,
-                embedding_dim=embedding_dim,
-                vocabulary_digest=vocabulary_digest,
-            )
-            self.inherited = inherit(handoff, item_table=self.item_table, sem=sem)
+            self.inherited = inherit(pretrained, self.item_table, sem, vocabulary_digest)
         if getattr(attention_hook, "table", None) == "frozen":
             assert isinstance(attention_hook, PreferenceGuidedSparseAttention)
             attention_hook.freeze(self.item_table.weight)

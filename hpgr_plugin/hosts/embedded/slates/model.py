@@ -22,7 +22,7 @@ from hpgr_plugin.hosts.embedded.slates.context import ContextEncoder, Encoder
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.item_softmax import mean_cross_entropy
 from hpgr_plugin.ops.jagged import jagged_to_padded_dense, segment_ids, segment_positions
-from hpgr_plugin.transfer.handoff import inherit, load_handoff
+from hpgr_plugin.transfer.handoff import inherit
 
 _NAME = "hpgr.SlateModel"
 
@@ -144,15 +144,9 @@ class SlateModel(nn.Module):
             )
         self.inherited: tuple[str, ...] = ()
         if pretrained is not None:
-            handoff = load_handoff(
-                pretrained,
-                num_items=num_items,
-                embedding_dim=embedding_dim,
-                vocabulary_digest=vocabulary_digest,
-            )
+            self.inherited = inherit(pretrained, self.item_table, sem, vocabulary_digest)
             if self.decoder is not None:
-                self.decoder.start_from(handoff.item_table)
-            self.inherited = inherit(handoff, item_table=self.item_table, sem=sem)
+                self.decoder.start_from(self.item_table.weight)
 
     def context(self, batch: Batch) -> Context:
         """The encoded histories of a batch."""

@@ -15,7 +15,7 @@ from hpgr_plugin.components.slates import alignment
 from hpgr_plugin.components.slates.alignment import OBJECTIVES, Objective, SlateLogProbs
 from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.data import Batch
-from hpgr_plugin.data.events import require
+from hpgr_plugin.data.events import require, require_fields
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.slates.artefact import (
@@ -83,9 +83,7 @@ class AlignSettings(TrainSettings):
         for name, takes in (("loss", get_args(Loss)), ("diversity", ("similar", "dissimilar"))):
             value = getattr(self, name)
             require(value in takes, f"AlignSettings.{name}", f"one of {list(takes)}", value)
-        for name in ("alpha", "beta"):
-            value = getattr(self, name)
-            require(value >= 0, f"AlignSettings.{name}", "0 or more", value)
+        require_fields(self, 0, "alpha", "beta")
         fits = bool(self.objectives) and set(self.objectives) <= set(OBJECTIVES)
         require(fits, "AlignSettings.objectives", f"some of {list(OBJECTIVES)}", self.objectives)
 

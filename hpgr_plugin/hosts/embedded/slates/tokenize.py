@@ -20,7 +20,7 @@ from hpgr_plugin.components.slates.quality import (
 from hpgr_plugin.components.slates.semantic_ids import SemanticIds
 from hpgr_plugin.components.slates.tokenizer import RQVAE, ItemTokenizer
 from hpgr_plugin.data import PreparedData
-from hpgr_plugin.data.events import require
+from hpgr_plugin.data.events import require_fields
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.slates.artefact import Tokens, save_tokens
 from hpgr_plugin.hosts.embedded.slates.items import ItemLoader, draw_positives, positive_items
@@ -61,15 +61,8 @@ class TokenizeSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.autoencoder_passes >= 0,
-            "TokenizeSettings.autoencoder_passes",
-            "0 or more",
-            self.autoencoder_passes,
-        )
-        for name in ("index_size", "passes", "batch_items", "window", "positives"):
-            value = getattr(self, name)
-            require(value >= 1, f"TokenizeSettings.{name}", "1 or more", value)
+        require_fields(self, 0, "autoencoder_passes")
+        require_fields(self, 1, "index_size", "passes", "batch_items", "window", "positives")
 
 
 @dataclass(frozen=True)

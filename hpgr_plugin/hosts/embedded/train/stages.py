@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from hpgr_plugin.data import (
     check_splits,
     item_mean_scores,
 )
-from hpgr_plugin.data.events import require
+from hpgr_plugin.data.events import require_fields
 from hpgr_plugin.data.log import TRAIN
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.evaluation import Task, inference_seconds, kept_tokens
@@ -61,9 +60,7 @@ class FinetuneSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("pairwise_weight", "listwise_weight"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"FinetuneSettings.{name}", "0 or more", value)
+        require_fields(self, 0, "pairwise_weight", "listwise_weight")
 
 
 @dataclass(frozen=True)

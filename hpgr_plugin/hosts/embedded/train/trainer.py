@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from hpgr_plugin.data.batches import Loader
+from hpgr_plugin.data.events import require, require_fields
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.train.checkpoint import (
     CheckpointError,
@@ -66,21 +67,12 @@ class TrainSettings:
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
-        for names, smallest, fits in (
-            (("epochs", "evaluations_per_epoch", "patience"), "1 or more", lambda x: x >= 1),
-            (("learning_rate", "clip_norm"), "a number above 0", lambda x: 0 < x < math.inf),
-            (
-                ("weight_decay", "warmup_steps", "checkpoint_every"),
-                "0 or more",
-                lambda x: 0 <= x < math.inf,
-            ),
-        ):
-            for name in names:
-                if not fits(getattr(self, name)):
-                    raise HpgrError(
-                        f"hpgr.{type(self).__name__}.{name} takes {smallest}, "
-                        f"got {getattr(self, name)}"
-                    )
+        require_fields(self, 1, "epochs", "evaluations_per_epoch", "patience")
+        require_fields(self, 0, "weight_decay", "warmup_steps", "checkpoint_every")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            fits = 0 < value < math.inf
+            require(fits, f"{type(self).__name__}.{name}", "a number above 0", value)
 
 
 @dataclass(frozen=True)
