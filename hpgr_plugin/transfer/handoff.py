@@ -183,7 +183,9 @@ def sem_settings(sem: SessionEnhancementModule) -> dict[str, Any]:
         "max_session_length",
         "max_sessions",
     )
-    return {name: getattr(sem, name) for name in names}
+    # Of those below only what is on is named: older hand-overs do not have them.
+    options = {name: True for name in ("own_session", "session_tokens") if getattr(sem, name)}
+    return {name: getattr(sem, name) for name in names} | options
 
 
 @contextmanager

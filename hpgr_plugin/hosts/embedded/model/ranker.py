@@ -15,7 +15,7 @@ from hpgr_plugin.components.attention_hooks import (
 )
 from hpgr_plugin.components.checks import check_at_least, check_share
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, VisibilityCheck
-from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.components.sem import SessionEnhancementModule, SessionTokens
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.features import (
@@ -195,6 +195,8 @@ class HSTURanker(nn.Module):
             )
         else:
             _check_rival(encoder, attention_hook, positional_encoder)
+            if sem is not None:
+                sem.refuse_tokens(f"{_NAME}.encoder = @hpgr.{encoder.__name__}")
             self.encoder = encoder(
                 sizes=RivalSizes(
                     embedding_dim=embedding_dim,
@@ -255,8 +257,12 @@ class HSTURanker(nn.Module):
                 batch.candidate_offsets,
                 batch.candidate_timestamps,
             )
+        session_tokens = None
         if self.sem is not None:  # Eq. 1 and 2
-            history = self.sem(history, batch.history_offsets, batch.history_timestamps)
+            sessions = self.sem.context(history, batch.history_offsets, batch.history_timestamps)
+            history = self.sem.fuse(history, sessions)
+            if self.sem.session_tokens:
+                session_tokens = self._scaled(self.sem.tokens(sessions, batch.history_offsets))
         history, candidates, context = self._add_features(batch, index, history, candidates)
         if isinstance(self.encoder, RivalEncoder):
             if context is not None:
@@ -264,7 +270,9 @@ class HSTURanker(nn.Module):
             encoded = self.encoder(RivalTokens(batch, index, history, candidates, context))
         else:
             tokens = (history, candidates, context)
-            encoded = self._encode_sequences(self.encoder, batch, index, tokens, plan)
+            encoded = self._encode_sequences(
+                self.encoder, batch, index, tokens, plan, session_tokens
+            )
         if self.odds_network is not None:
             encoded = encoded + self.odds_network(batch.candidate_features)
         logits: Tensor = self.head(encoded).squeeze(1)  # Eq. 6 takes their sigmoid
@@ -281,6 +289,7 @@ class HSTURanker(nn.Module):
         index: RequestIndex,
         tokens: tuple[Tensor, Tensor, Tensor | None],
         plan: PreferencePlan | None,
+        session_tokens: SessionTokens | None,
     ) -> Tensor:
         """The candidates `[C, D]` after the layers; tokens: history, candidates, context."""
         history, candidates, context = tokens
@@ -294,11 +303,16 @@ class HSTURanker(nn.Module):
             dynamic_mask=self.dynamic_mask,
             plan=plan,
             layout="shared_history" if hook is None else hook.layout,
+            session_tokens=session_tokens,
         )
         encoded: Tensor = encoder(
             sequence, mask_position="post" if hook is None else hook.mask_position
         )
         return encoded
+
+    def _scaled(self, tokens: SessionTokens) -> SessionTokens:
+        """The tokens as the encoder takes them, see `_add_features`."""
+        return tokens._replace(values=self.input_dropout(tokens.values * self.input_scale))
 
     def embed_items(self, items: Tensor) -> Tensor:
         """The embeddings of items `[L]`, `[L, D]`: what PGSA scores, and the tokens begin with."""

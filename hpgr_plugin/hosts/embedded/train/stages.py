@@ -54,16 +54,20 @@ class FinetuneSettings(TrainSettings):
     Attributes:
         pairwise_weight: of the logistic loss on pairs of a positive and a negative.
         listwise_weight: of the softmax over a request's candidates.
+        frozen_sem_epochs: first epochs in which a pre-trained SEM keeps the weights of stage 1.
     """
 
     pairwise_weight: float = 0.0
     listwise_weight: float = 0.0
+    frozen_sem_epochs: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("pairwise_weight", "listwise_weight"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"FinetuneSettings.{name}", "0 or more", value)
+        epochs = self.frozen_sem_epochs
+        require(epochs >= 0, "FinetuneSettings.frozen_sem_epochs", "0 or more", epochs)
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,7 @@ def finetune(
             lr=settings.learning_rate,
             inherited_lr_ratio=model.inherited_lr_ratio,
             weight_decay=settings.weight_decay,
+            frozen_epochs={"sem": settings.frozen_sem_epochs} if "sem" in model.inherited else {},
         ),
         loader=train,
         loss=loss,
