@@ -121,6 +121,22 @@ def test_resuming_stage_1_inside_an_epoch_gives_the_same_numbers(
     assert steps == list(range(10, int(whole["steps"]) + 1, 10)) != []
 
 
+def test_stage_1_with_actions_is_handed_over(configure: Configure, training: Training) -> None:
+    losses = {}
+    for name, bindings in {
+        "plain": [],
+        "on_action": ["hpgr.MaskedItemModel.condition_on_action = True"],
+        "weighted": ["hpgr.MaskedItemModel.action_weights = [0.5, 2.0]"],
+        "positive": ["hpgr.SequenceLoader.only_positive = True"],
+    }.items():
+        task = configure("hpgr.prepare_data.history_events = 'all'", *bindings)
+        assert task.data.log.num_actions == 2
+        stage1 = pretrain(task, build("PretrainSettings"), training(name))
+        losses[name] = stage1.metrics["loss"]
+        assert build_ranker(task, pretrained=stage1.handoff).inherited == ("item_table",)
+    assert len(set(losses.values())) == 4
+
+
 def test_a_pre_trained_sem_is_frozen_for_its_first_epochs(
     configure: Configure, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:

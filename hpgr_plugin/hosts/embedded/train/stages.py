@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpgr_plugin.components.mim import MaskedItemModel
 from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.data import (
     Batch,
@@ -95,7 +96,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
     """
     seed_everything(run.seed)
     data, process = task.data, run.process
-    model = build("MaskedItemModel", num_items=data.log.num_items).to(process.device)
+    model = build_stage1(data).to(process.device)
     task.decide_causal(model.sem)
     held_out = np.random.default_rng(run.seed).random(data.log.num_users) < HELD_OUT_USERS
     sequences = {"prepared": data, "max_length": model.max_sequence_length, "seed": run.seed}
@@ -239,6 +240,14 @@ def item_mean(task: Task, output_dir: Path | None = None) -> dict[str, Any]:
     if output_dir is not None:
         task.save_predictions(scored, output_dir)
     return task.metrics(scored)
+
+
+def build_stage1(data: PreparedData) -> MaskedItemModel:
+    """The configured masked item model for this data, on the CPU."""
+    model: MaskedItemModel = build(
+        "MaskedItemModel", num_items=data.log.num_items, num_actions=data.log.num_actions
+    )
+    return model
 
 
 def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
