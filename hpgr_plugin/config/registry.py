@@ -67,6 +67,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.components.attention_hooks:StochasticLength", HOOK),
         Entry("hpgr_plugin.components.mim:MaskedItemModel", denylist=_MIM, root=True),
         Entry("hpgr_plugin.components.positions:TimeAwarePositionalEncoder", POSITIONS),
+        Entry("hpgr_plugin.components.random_items:RandomItems", HOOK),
         Entry("hpgr_plugin.components.sem:SessionEnhancementModule", SEM),
         Entry("hpgr_plugin.components.slates.decoder:FlatItemDecoder", denylist=_DECODER),
         Entry("hpgr_plugin.components.slates.decoder:FlatSlateDecoder", denylist=_DECODER),
