@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpgr_plugin.components.checks import check_at_least, check_choice
+from hpgr_plugin.components.checks import check_at_least, check_choice, check_finite
+from hpgr_plugin.components.item_features import ItemFeatures, gated
 from hpgr_plugin.components.sem import SessionEnhancementModule, SessionPlan
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
 from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
@@ -172,6 +173,11 @@ class MaskedItemModel(nn.Module):
             too, so that an item is predicted knowing whether it was liked.
         action_weights: of a masked item in the loss, by the code of its action; None: all alike.
         num_actions: codes of actions, for the two above.
+        feature_gate_tau: above 0, an item of n training events is `g row + (1 - g) features` with
+            `g = n / (n + feature_gate_tau)`, as input and in the softmax: its features speak for it
+            until its own row has been trained (`hpgr.RareItems.gate_tau` of stage 2).
+        item_feature_codes: item feature name -> `[V]` codes, for the gate.
+        item_events: int64 `[V]`, the training events of every item, for the gate.
         item_counts: `[V]`, how often each item occurs; negatives are drawn in proportion to
             count + 1, or uniformly when None.
 
@@ -204,6 +210,9 @@ class MaskedItemModel(nn.Module):
         condition_on_action: bool = False,
         action_weights: Sequence[float] | None = None,
         num_actions: int | None = None,
+        feature_gate_tau: float = 0.0,
+        item_feature_codes: Mapping[str, Tensor] | None = None,
+        item_events: Tensor | None = None,
         item_counts: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -215,6 +224,8 @@ class MaskedItemModel(nn.Module):
             num_sampled=num_sampled,
         )
         check_at_least(0, full_softmax_max_items=full_softmax_max_items)
+        check_at_least(0, feature_gate_tau=feature_gate_tau)
+        check_finite(feature_gate_tau=feature_gate_tau)
         if gap_seconds is not None:
             check_at_least(0, gap_seconds=gap_seconds)
         check_choice(get_args(Masking), masking=masking)
@@ -258,6 +269,13 @@ class MaskedItemModel(nn.Module):
             final_norm=True,
         )
         self.output_bias = nn.Parameter(torch.zeros(num_items)) if output_bias else None
+        self.feature_gate_tau = feature_gate_tau
+        self.item_features: ItemFeatures | None = None
+        if feature_gate_tau > 0:
+            codes, events = _check_gate(num_items, item_feature_codes, item_events)
+            self.item_features = ItemFeatures(codes, embedding_dim)
+            self.item_events: Tensor
+            self.register_buffer("item_events", events.long(), persistent=False)
         self.action_table = None
         if condition_on_action:
             self.action_table = nn.Embedding(num_actions or 0, embedding_dim)
@@ -300,7 +318,9 @@ class MaskedItemModel(nn.Module):
         if plan is None:
             plan = self.plan(items, offsets, timestamps, generator=generator)
         places = plan.places
+        table = self._table()
         encoded = self._encode(
+            table,
             items,
             plan.corruption,
             offsets,
@@ -312,7 +332,7 @@ class MaskedItemModel(nn.Module):
         weights = None
         if self.action_weights is not None and actions is not None:
             weights = self.action_weights[actions[places]]
-        scored = self._score(encoded, items[places], plan.draws, weights)
+        scored = self._score(encoded, table, items[places], plan.draws, weights)
         return MaskedItemOutput(
             loss=scored.loss,
             num_masked=places.numel(),
@@ -420,11 +440,27 @@ class MaskedItemModel(nn.Module):
         """
         index = self._index(offsets, timestamps)
         return self._encode(
-            items, corruption, offsets, timestamps, index=index, read=read, actions=actions
+            self._table(),
+            items,
+            corruption,
+            offsets,
+            timestamps,
+            index=index,
+            read=read,
+            actions=actions,
         )
+
+    def _table(self) -> Tensor:
+        """What embeds and scores the items, `[V, D]`."""
+        rows = self.item_table.weight
+        if self.item_features is None:
+            return rows
+        features = self.item_features(torch.arange(self.num_items, device=rows.device))
+        return gated(rows, features, self.item_events, self.feature_gate_tau)
 
     def _encode(
         self,
+        table: Tensor,
         items: Tensor,
         corruption: Corruption,
         offsets: Tensor,
@@ -436,14 +472,14 @@ class MaskedItemModel(nn.Module):
     ) -> Tensor:
         hidden = corruption.hidden.unsqueeze(1)
         if self.mask_before_sem:
-            x = torch.where(hidden, self.mask_vector, self.item_table(corruption.items))
+            x = torch.where(hidden, self.mask_vector, F.embedding(corruption.items, table))
         else:
-            x = self.item_table(items)
+            x = F.embedding(items, table)
         if self.sem is not None:
             x = self.sem(x, offsets, timestamps, plan=index.sessions)
         if not self.mask_before_sem:
             replaced = (corruption.items != items).unsqueeze(1)
-            x = torch.where(replaced, self.item_table(corruption.items), x)
+            x = torch.where(replaced, F.embedding(corruption.items, table), x)
             x = torch.where(hidden, self.mask_vector, x)
         x = x + F.embedding(index.from_end, self.position)
         if self.action_table is not None and actions is not None:
@@ -452,9 +488,14 @@ class MaskedItemModel(nn.Module):
         return encoded
 
     def _score(
-        self, hidden: Tensor, targets: Tensor, draws: Tensor | None, weights: Tensor | None
+        self,
+        hidden: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        draws: Tensor | None,
+        weights: Tensor | None,
     ) -> MeanLoss:
-        table, bias = self.item_table.weight, self.output_bias
+        bias = self.output_bias
         if draws is None:
             return mean_cross_entropy(hidden, table, targets, bias, weights)
         negatives = torch.searchsorted(self.cumulative_proposal, draws)
@@ -462,6 +503,17 @@ class MaskedItemModel(nn.Module):
         scored = sampled_cross_entropy(hidden, table, targets, negatives, self.log_proposal, bias)
         losses = scored.losses if weights is None else scored.losses * weights
         return MeanLoss(losses.sum() / total_weight(len(targets), weights), scored.hits.sum())
+
+
+def _check_gate(
+    num_items: int, codes: Mapping[str, Tensor] | None, events: Tensor | None
+) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Raises `HpgrError` for a log without item features, or counts of another size."""
+    if not codes or events is None:
+        raise HpgrError("feature_gate_tau must be 0 for a log without item features")
+    if events.shape != (num_items,):
+        raise HpgrError(f"item_events must be [{num_items}], got {list(events.shape)}")
+    return codes, events
 
 
 def _check_actions(num_actions: int | None, weights: Sequence[float] | None) -> None:

@@ -51,7 +51,7 @@ SEM, POSITIONS, HOOK, LAYER, ENCODER, FEATURES, RARE = SLOTS = (
 
 _REQUESTS = ("prepared", "split", "settings", "statistics", "seed", "rank", "world_size")
 _SEQUENCES = ("prepared", "max_length", "users", "seed", "rank", "world_size")
-_MIM = ("num_items", "num_actions", "item_counts")
+_MIM = ("num_items", "num_actions", "item_counts", "item_feature_codes", "item_events")
 _LAYER = ("embedding_dim", "num_heads", "dropout")
 _SIZES = ("sizes",)
 _DECODER = ("ids", "embedding_dim", "num_heads", "dropout", "slate_size")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.errors import HpgrError
@@ -24,6 +24,7 @@ _HEADER_KEY = "hpgr"
 _CHECKSUM_KEY = "hpgr_checksum"  # of the header's text
 _TABLE = "item_table"
 _SEM_PREFIX = "sem."
+_FEATURE_PREFIX = "item_features."
 _HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
     "num_items": int,
     "embedding_dim": int,
@@ -45,12 +46,14 @@ class Handoff(NamedTuple):
     Attributes:
         item_table: `[V, D]`.
         sem_state: state dict of the SEM, or None if stage 1 had none.
+        feature_state: state dict of the item features, or None if stage 1 had none.
         header: format_version, num_items, embedding_dim, vocabulary_digest, gap_seconds, sem (the
             SEM's settings, or None), extra and checksums (CRC-32 by tensor).
     """
 
     item_table: Tensor
     sem_state: dict[str, Tensor] | None
+    feature_state: dict[str, Tensor] | None
     header: dict[str, Any]
 
 
@@ -61,6 +64,7 @@ def save_handoff(
     sem: SessionEnhancementModule | None,
     vocabulary_digest: str,
     gap_seconds: int,
+    item_features: nn.Module | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Write a hand-over; an interrupted call leaves the old file, or none.
@@ -71,6 +75,7 @@ def save_handoff(
         sem: the session enhancement module of stage 1, or None.
         vocabulary_digest: digest of the items that the rows of the table belong to, in order.
         gap_seconds: the longest pause inside a session in stage 1, seconds.
+        item_features: the embeddings of item features of stage 1, or None.
         extra: anything JSON can hold.
 
     Raises:
@@ -83,6 +88,9 @@ def save_handoff(
     tensors = {_TABLE: item_table}
     if sem is not None:
         tensors |= {_SEM_PREFIX + name: value for name, value in sem.state_dict().items()}
+    if item_features is not None:
+        state = item_features.state_dict()
+        tensors |= {_FEATURE_PREFIX + name: value for name, value in state.items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     header = json.dumps(
         {
@@ -133,9 +141,8 @@ def load_handoff(
         _compare(f"{path} does not fit", {name: header[name] for name in expected}, expected)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     _check_tensors(path, tensors, header)
-    table = tensors.pop(_TABLE)
-    sem_state = {name.removeprefix(_SEM_PREFIX): value for name, value in tensors.items()}
-    return Handoff(table, sem_state if header["sem"] is not None else None, header)
+    sem_state = _below(_SEM_PREFIX, tensors) if header["sem"] is not None else None
+    return Handoff(tensors[_TABLE], sem_state, _below(_FEATURE_PREFIX, tensors) or None, header)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -168,6 +175,19 @@ def load_sem_state(sem: SessionEnhancementModule, handoff: Handoff) -> None:
     _compare("the SEM of the hand-over has other weights", shapes_there, shapes_here)
     sem.load_state_dict(handoff.sem_state, strict=True)
     sem.causal = here["causal"]
+
+
+def load_feature_state(item_features: nn.Module, handoff: Handoff) -> None:
+    """Load the item features of a hand-over, all of them or none.
+
+    Raises:
+        HandoffError: the hand-over has none, or other ones.
+    """
+    if handoff.feature_state is None:
+        raise HandoffError("the hand-over has no item features, but the model has")
+    shapes = _shapes(handoff.feature_state), _shapes(item_features.state_dict())
+    _compare("the hand-over has other item features", *shapes)
+    item_features.load_state_dict(handoff.feature_state, strict=True)
 
 
 def sem_settings(sem: SessionEnhancementModule) -> dict[str, Any]:
@@ -240,6 +260,12 @@ def _check_tensors(
 def _checksum(value: Tensor) -> int:
     """CRC-32 of the tensor's bytes."""
     return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    found = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:

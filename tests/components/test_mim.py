@@ -12,6 +12,7 @@ from hpgr_plugin.components.mim import MaskedItemModel, choose_masked
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.components.sessions import partition_sessions
 from hpgr_plugin.data import SequenceBatch
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.train.planned import SequencePlanner
 
 V, D = 30, 8
@@ -216,14 +217,21 @@ def test_users_do_not_see_each_other():
         torch.testing.assert_close(alone, together[own], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("on_action", [False, True])
+FEATURES = {
+    "feature_gate_tau": 3.0,
+    "item_feature_codes": {"genre": torch.arange(V) % 4},
+    "item_events": torch.arange(V) ** 2,
+}
+ON_ACTION = {"condition_on_action": True, "num_actions": 5}
+
+
+@pytest.mark.parametrize("options", [{}, ON_ACTION, FEATURES], ids=["plain", "action", "features"])
 @pytest.mark.parametrize("masking", ["item", "session", "mixed"])
 @pytest.mark.parametrize("with_sem", [True, False])
-def test_the_identity_of_a_masked_item_changes_nothing(with_sem, masking, on_action):
-    actions = {"condition_on_action": on_action, "num_actions": 5}
-    model = build(with_sem=with_sem, masking=masking, random_item_share=0.2, **actions)  # none stay
+def test_the_identity_of_a_masked_item_changes_nothing(with_sem, masking, options):
+    model = build(with_sem=with_sem, masking=masking, random_item_share=0.2, **options)  # none stay
     items, offsets, timestamps = histories()
-    given = {"actions": items % 5} if on_action else {}
+    given = {"actions": items % 5} if options is ON_ACTION else {}
     corruption = model.corrupt(items, offsets, timestamps, generator=rng())
     before = model.encode(items, corruption, offsets, timestamps, **given)
     for i in corruption.masked.nonzero().squeeze(1).tolist():
@@ -232,6 +240,33 @@ def test_the_identity_of_a_masked_item_changes_nothing(with_sem, masking, on_act
         again = model.corrupt(other, offsets, timestamps, generator=rng())
         assert torch.equal(again.masked, corruption.masked)
         assert torch.equal(model.encode(other, again, offsets, timestamps, **given), before)
+
+
+@pytest.mark.parametrize("with_sem", [True, False])
+def test_features_speak_for_rare_items_as_input_and_in_the_softmax(with_sem):
+    model, plain = build(with_sem, **FEATURES), build(with_sem)
+    gate = (FEATURES["item_events"] / (FEATURES["item_events"] + 3.0)).double().unsqueeze(1)
+    genres = model.item_features.tables["genre"].weight[torch.arange(V) % 4]
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("item_features")}
+    state["item_table.weight"] = gate * model.item_table.weight + (1 - gate) * genres
+    plain.load_state_dict(state)
+    batch = histories()
+    got, want = (m(*batch, generator=rng()).loss for m in (model, plain))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    got.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_the_gate_needs_features():
+    for missing in ({"item_feature_codes": {}}, {"item_events": None}):
+        with pytest.raises(HpgrError, match="must be 0 for a log without item features"):
+            build(**{**FEATURES, **missing})
+    with pytest.raises(HpgrError, match=r"item_events must be \[30\]"):
+        build(**{**FEATURES, "item_events": torch.ones(3)})
+    with pytest.raises(HpgrError, match="feature_gate_tau"):
+        build(feature_gate_tau=-1.0)
+    unused = {**FEATURES, "feature_gate_tau": 0.0}
+    assert build(**unused).state_dict().keys() == build().state_dict().keys()
 
 
 def test_the_action_of_a_masked_item_is_read():

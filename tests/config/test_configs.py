@@ -98,7 +98,8 @@ def test_the_rivals_are_rows_of_any_run() -> None:
 
 @pytest.mark.parametrize("config", RUNS)
 def test_run_files_describe_models(config: str) -> None:
-    describe_models([config])
+    features = ["hpgr.SyntheticReader.features = True"] if "features" in config else []
+    describe_models([config], features)
 
 
 def describe_models(configs: list[str], bindings: Sequence[str] = ()) -> None:

@@ -137,6 +137,23 @@ def test_stage_1_with_actions_is_handed_over(configure: Configure, training: Tra
     assert len(set(losses.values())) == 4
 
 
+def test_stage_2_inherits_the_item_features_of_stage_1(
+    configure: Configure, training: Training
+) -> None:
+    task = configure(
+        "hpgr.SyntheticReader.features = True",
+        "hpgr.MaskedItemModel.feature_gate_tau = 5.0",
+        "hpgr.RareItems.gate_tau = 5.0",
+        "hpgr.HSTURanker.rare_items = @hpgr.RareItems",
+    )
+    stage1 = pretrain(task, build("PretrainSettings"), training())
+    ranker = build_ranker(task, pretrained=stage1.handoff)
+    assert ranker.inherited == ("item_table", "item_features")
+    fresh = build_ranker(task)
+    for name, value in ranker.item_features.state_dict().items():
+        assert not torch.equal(value, fresh.item_features.state_dict()[name])
+
+
 def test_a_pre_trained_sem_is_frozen_for_its_first_epochs(
     configure: Configure, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:

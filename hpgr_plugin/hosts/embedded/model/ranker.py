@@ -14,12 +14,12 @@ from hpgr_plugin.components.attention_hooks import (
     PreferenceGuidedSparseAttention,
 )
 from hpgr_plugin.components.checks import check_at_least, check_share
+from hpgr_plugin.components.item_features import ItemFeatures
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, VisibilityCheck
 from hpgr_plugin.components.sem import SessionEnhancementModule, SessionTokens
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.features import (
-    ItemFeatures,
     ItemOdds,
     OddsNetwork,
     UserFeatureTokens,
@@ -36,7 +36,12 @@ from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes, TokenF
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.preference_plan import PreferencePlan
-from hpgr_plugin.transfer.handoff import Handoff, load_handoff, load_sem_state
+from hpgr_plugin.transfer.handoff import (
+    Handoff,
+    load_feature_state,
+    load_handoff,
+    load_sem_state,
+)
 
 _NAME = "hpgr.HSTURanker"
 Statistics = Literal["linear", "network"]
@@ -232,13 +237,16 @@ class HSTURanker(nn.Module):
             attention_hook.freeze(self.item_table.weight)
 
     def _inherit(self, handoff: Handoff) -> None:
-        """Take over the item table and, where both sides have one, SEM."""
+        """Take over the item table and, where both sides have them, SEM and item features."""
         with torch.no_grad():
             self.item_table.weight.copy_(handoff.item_table)
         self.inherited = ("item_table",)
         if self.sem is not None and handoff.sem_state is not None:
             load_sem_state(self.sem, handoff)
             self.inherited += ("sem",)
+        if self.item_features is not None and handoff.feature_state is not None:
+            load_feature_state(self.item_features, handoff)
+            self.inherited += ("item_features",)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits `[C]` of the batch's candidates: the paper's Figure 2, top to bottom."""

@@ -153,6 +153,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
             sem=model.sem,
             vocabulary_digest=data.log.item_vocabulary_digest,
             gap_seconds=model.gap_seconds,
+            item_features=model.item_features,
             extra=_source_ids(data.log),
         )
     barrier()
@@ -244,8 +245,11 @@ def item_mean(task: Task, output_dir: Path | None = None) -> dict[str, Any]:
 
 def build_stage1(data: PreparedData) -> MaskedItemModel:
     """The configured masked item model for this data, on the CPU."""
+    known = arguments_from_data(data)
     model: MaskedItemModel = build(
-        "MaskedItemModel", num_items=data.log.num_items, num_actions=data.log.num_actions
+        "MaskedItemModel",
+        **{name: known[name] for name in ("num_items", "num_actions", "item_feature_codes")},
+        item_events=known["item_counts"],
     )
     return model
 
