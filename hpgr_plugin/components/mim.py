@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpgr_plugin.components.checks import check_at_least, check_choice
+from hpgr_plugin.components.checks import check_at_least, check_choice, check_finite
+from hpgr_plugin.components.item_features import ItemFeatures, gated
 from hpgr_plugin.components.sem import SessionEnhancementModule, SessionPlan
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
 from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
 from hpgr_plugin.errors import HpgrError
-from hpgr_plugin.ops.item_softmax import MeanLoss, mean_cross_entropy, sampled_cross_entropy
+from hpgr_plugin.ops.item_softmax import (
+    MeanLoss,
+    mean_cross_entropy,
+    sampled_cross_entropy,
+    total_weight,
+)
 from hpgr_plugin.ops.jagged import segment_ids, segment_positions
 from hpgr_plugin.ops.segments import SegmentLayout, segment_layout
 
@@ -24,7 +32,8 @@ class MaskedItemOutput(NamedTuple):
     """The result of masked item modelling on one batch.
 
     Attributes:
-        loss: scalar, mean over the masked items; zero when there are none.
+        loss: scalar, mean over the masked items, weighted by their actions where that is bound;
+            zero when there are none.
         num_masked: the number of masked items.
         accuracy: scalar without gradient, the share of masked items that score highest (among the
             sampled items, where the softmax is sampled).
@@ -160,6 +169,15 @@ class MaskedItemModel(nn.Module):
         full_softmax_max_items: up to this number of items the softmax is over all items; beyond,
             it is sampled with log-Q correction.
         num_sampled: negatives of a sampled softmax, shared by the batch.
+        condition_on_action: also give the encoder what the user did with every item, masked ones
+            too, so that an item is predicted knowing whether it was liked.
+        action_weights: of a masked item in the loss, by the code of its action; None: all alike.
+        num_actions: codes of actions, for the two above.
+        feature_gate_tau: above 0, an item of n training events is `g row + (1 - g) features` with
+            `g = n / (n + feature_gate_tau)`, as input and in the softmax: its features speak for it
+            until its own row has been trained (`hpgr.RareItems.gate_tau` of stage 2).
+        item_feature_codes: item feature name -> `[V]` codes, for the gate.
+        item_events: int64 `[V]`, the training events of every item, for the gate.
         item_counts: `[V]`, how often each item occurs; negatives are drawn in proportion to
             count + 1, or uniformly when None.
 
@@ -189,6 +207,12 @@ class MaskedItemModel(nn.Module):
         output_bias: bool = False,
         full_softmax_max_items: int = 200_000,
         num_sampled: int = 8192,
+        condition_on_action: bool = False,
+        action_weights: Sequence[float] | None = None,
+        num_actions: int | None = None,
+        feature_gate_tau: float = 0.0,
+        item_feature_codes: Mapping[str, Tensor] | None = None,
+        item_events: Tensor | None = None,
         item_counts: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -200,6 +224,8 @@ class MaskedItemModel(nn.Module):
             num_sampled=num_sampled,
         )
         check_at_least(0, full_softmax_max_items=full_softmax_max_items)
+        check_at_least(0, feature_gate_tau=feature_gate_tau)
+        check_finite(feature_gate_tau=feature_gate_tau)
         if gap_seconds is not None:
             check_at_least(0, gap_seconds=gap_seconds)
         check_choice(get_args(Masking), masking=masking)
@@ -215,6 +241,9 @@ class MaskedItemModel(nn.Module):
             raise HpgrError(f"sem must have embedding_dim {embedding_dim}, got {sem.embedding_dim}")
         if item_counts is not None and item_counts.shape != (num_items,):
             raise ValueError(f"item_counts must be [{num_items}], got {list(item_counts.shape)}")
+        self.reads_actions = condition_on_action or action_weights is not None
+        if self.reads_actions:
+            _check_actions(num_actions, action_weights)
         self.num_items = num_items
         self.max_sequence_length = max_sequence_length
         self.mask_before_sem = mask_before_sem
@@ -240,6 +269,20 @@ class MaskedItemModel(nn.Module):
             final_norm=True,
         )
         self.output_bias = nn.Parameter(torch.zeros(num_items)) if output_bias else None
+        self.feature_gate_tau = feature_gate_tau
+        self.item_features: ItemFeatures | None = None
+        if feature_gate_tau > 0:
+            codes, events = _check_gate(num_items, item_feature_codes, item_events)
+            self.item_features = ItemFeatures(codes, embedding_dim)
+            self.item_events: Tensor
+            self.register_buffer("item_events", events.long(), persistent=False)
+        self.action_table = None
+        if condition_on_action:
+            self.action_table = nn.Embedding(num_actions or 0, embedding_dim)
+            nn.init.normal_(self.action_table.weight, std=INIT_STD)
+        self.action_weights: Tensor | None
+        weights = None if action_weights is None else torch.tensor(list(action_weights)).float()
+        self.register_buffer("action_weights", weights, persistent=False)
         if self.num_sampled is not None:
             counts = torch.zeros(num_items) if item_counts is None else item_counts
             proposal = (counts.double() + 1.0) / (counts.double() + 1.0).sum()
@@ -252,6 +295,7 @@ class MaskedItemModel(nn.Module):
         offsets: Tensor,
         timestamps: Tensor,
         *,
+        actions: Tensor | None = None,
         generator: torch.Generator | None = None,
         plan: MaskPlan | None = None,
     ) -> MaskedItemOutput:
@@ -261,19 +305,34 @@ class MaskedItemModel(nn.Module):
             items: int64 `[T]`, in `[0, V)`, in order of time inside every user.
             offsets: `[B + 1]`; a user may have no items.
             timestamps: int64 `[T]`, seconds.
+            actions: int64 `[T]`, codes, for `condition_on_action` and `action_weights`.
             generator: draws masks, random items and negatives, all but dropout.
             plan: of these histories, see `plan`, in place of the generator; None makes it here.
 
         Raises:
-            ValueError: a history longer than `max_sequence_length`, or from `partition_sessions`.
+            ValueError: a history longer than `max_sequence_length`, no actions where they are read,
+                or from `partition_sessions`.
         """
+        if self.reads_actions and actions is None:
+            raise ValueError("condition_on_action and action_weights need actions, got None")
         if plan is None:
             plan = self.plan(items, offsets, timestamps, generator=generator)
         places = plan.places
+        table = self._table()
         encoded = self._encode(
-            items, plan.corruption, offsets, timestamps, index=plan.histories, read=places
+            table,
+            items,
+            plan.corruption,
+            offsets,
+            timestamps,
+            index=plan.histories,
+            read=places,
+            actions=actions,
         )
-        scored = self._score(encoded, items[places], plan.draws)
+        weights = None
+        if self.action_weights is not None and actions is not None:
+            weights = self.action_weights[actions[places]]
+        scored = self._score(encoded, table, items[places], plan.draws, weights)
         return MaskedItemOutput(
             loss=scored.loss,
             num_masked=places.numel(),
@@ -361,6 +420,7 @@ class MaskedItemModel(nn.Module):
         timestamps: Tensor,
         *,
         read: Tensor | None = None,
+        actions: Tensor | None = None,
     ) -> Tensor:
         """Encode corrupted histories.
 
@@ -370,6 +430,7 @@ class MaskedItemModel(nn.Module):
             offsets: `[B + 1]`.
             timestamps: int64 `[T]`, seconds.
             read: int64 `[R]`, the tokens whose output is needed; None is all.
+            actions: as in `forward`.
 
         Returns:
             `[T, D]`, or `[R, D]` for the tokens `read`.
@@ -378,10 +439,28 @@ class MaskedItemModel(nn.Module):
             ValueError: as in `forward`.
         """
         index = self._index(offsets, timestamps)
-        return self._encode(items, corruption, offsets, timestamps, index=index, read=read)
+        return self._encode(
+            self._table(),
+            items,
+            corruption,
+            offsets,
+            timestamps,
+            index=index,
+            read=read,
+            actions=actions,
+        )
+
+    def _table(self) -> Tensor:
+        """What embeds and scores the items, `[V, D]`."""
+        rows = self.item_table.weight
+        if self.item_features is None:
+            return rows
+        features = self.item_features(torch.arange(self.num_items, device=rows.device))
+        return gated(rows, features, self.item_events, self.feature_gate_tau)
 
     def _encode(
         self,
+        table: Tensor,
         items: Tensor,
         corruption: Corruption,
         offsets: Tensor,
@@ -389,30 +468,70 @@ class MaskedItemModel(nn.Module):
         *,
         index: HistoryIndex,
         read: Tensor | None,
+        actions: Tensor | None,
     ) -> Tensor:
         hidden = corruption.hidden.unsqueeze(1)
         if self.mask_before_sem:
-            x = torch.where(hidden, self.mask_vector, self.item_table(corruption.items))
+            x = torch.where(hidden, self.mask_vector, F.embedding(corruption.items, table))
         else:
-            x = self.item_table(items)
+            x = F.embedding(items, table)
         if self.sem is not None:
             x = self.sem(x, offsets, timestamps, plan=index.sessions)
         if not self.mask_before_sem:
             replaced = (corruption.items != items).unsqueeze(1)
-            x = torch.where(replaced, self.item_table(corruption.items), x)
+            x = torch.where(replaced, F.embedding(corruption.items, table), x)
             x = torch.where(hidden, self.mask_vector, x)
         x = x + F.embedding(index.from_end, self.position)
+        if self.action_table is not None and actions is not None:
+            x = x + self.action_table(actions)
         encoded: Tensor = self.encoder(x, index.layout, read)
         return encoded
 
-    def _score(self, hidden: Tensor, targets: Tensor, draws: Tensor | None) -> MeanLoss:
-        table, bias = self.item_table.weight, self.output_bias
+    def _score(
+        self,
+        hidden: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        draws: Tensor | None,
+        weights: Tensor | None,
+    ) -> MeanLoss:
+        bias = self.output_bias
         if draws is None:
-            return mean_cross_entropy(hidden, table, targets, bias)
+            return mean_cross_entropy(hidden, table, targets, bias, weights)
         negatives = torch.searchsorted(self.cumulative_proposal, draws)
         negatives = negatives.clamp(max=self.num_items - 1)
         scored = sampled_cross_entropy(hidden, table, targets, negatives, self.log_proposal, bias)
-        return MeanLoss(scored.losses.sum() / max(1, len(targets)), scored.hits.sum())
+        losses = scored.losses if weights is None else scored.losses * weights
+        return MeanLoss(losses.sum() / total_weight(len(targets), weights), scored.hits.sum())
+
+
+def _check_gate(
+    num_items: int, codes: Mapping[str, Tensor] | None, events: Tensor | None
+) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Raises `HpgrError` for a log without item features, or counts of another size."""
+    if not codes or events is None:
+        raise HpgrError("feature_gate_tau must be 0 for a log without item features")
+    if events.shape != (num_items,):
+        raise HpgrError(f"item_events must be [{num_items}], got {list(events.shape)}")
+    return codes, events
+
+
+def _check_actions(num_actions: int | None, weights: Sequence[float] | None) -> None:
+    """Raises `HpgrError` for weights that do not fit the actions, or no actions."""
+    if num_actions is None:
+        raise HpgrError(
+            "condition_on_action and action_weights need num_actions: this host's stage 1 has none"
+        )
+    check_at_least(1, num_actions=num_actions)
+    if weights is None:
+        return
+    if len(weights) != num_actions or not all(0.0 <= w < math.inf for w in weights):
+        raise HpgrError(
+            f"action_weights must be {num_actions} numbers of 0 or more, one for each action, "
+            f"got {list(weights)}"
+        )
+    if not any(weights):
+        raise HpgrError("action_weights must not all be 0")
 
 
 def _rand(size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpgr_plugin.components.checks import check_at_least, check_choice
+from hpgr_plugin.components.checks import check_at_least, check_choice, check_finite
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
 from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
 from hpgr_plugin.errors import HpgrError
@@ -35,6 +35,37 @@ class _EncodedSessions(NamedTuple):
     user_offsets: Tensor
 
 
+class OwnSessionPlan(NamedTuple):
+    """Every session as a segment that begins with [CLS].
+
+    Attributes:
+        session: int64 `[T]`, the session of every token.
+        place: int64 `[T]`, its row of the item positions.
+        offsets: int64 `[S + 1]` of the sessions' tokens.
+        rows: int64 `[T]`, the row of every token beside [CLS] tokens.
+        layout: of the encoder.
+    """
+
+    session: Tensor
+    place: Tensor
+    offsets: Tensor
+    rows: Tensor
+    layout: SegmentLayout
+
+
+class SessionTokens(NamedTuple):
+    """Tokens that stand for the sessions before one, for candidates to attend to.
+
+    Attributes:
+        values: `[K, D]`, on the scale of item embeddings.
+        before: int64 `[K]`, the history token that each one goes before: the first of a session.
+            Whoever sees that token may see this one.
+    """
+
+    values: Tensor
+    before: Tensor
+
+
 class SessionPlan(NamedTuple):
     """The index arithmetic of SEM for B histories; on the host, it is planned without waiting.
 
@@ -45,6 +76,7 @@ class SessionPlan(NamedTuple):
         encoded_user: int64 `[S']`, the same by session.
         number: int64 `[S']`, the row of the session's position.
         layout: of the inter-session encoder.
+        own: of the intra-session encoder over each session as far as a token, or None.
         read: int64 `[S]`, whose summary the tokens of a session get: a row of the inter-session
             encoder, where 0 is no session (causal), or a row or user (otherwise).
     """
@@ -55,6 +87,7 @@ class SessionPlan(NamedTuple):
     encoded_user: Tensor
     number: Tensor
     layout: SegmentLayout
+    own: OwnSessionPlan | None
     read: Tensor
 
 
@@ -64,14 +97,19 @@ class SessionContext(NamedTuple):
     Attributes:
         summary: `[S, D]`, F as the fusion takes it.
         session_offsets: int64 `[S + 1]` into the tokens; a session may have none here.
+        own: `[T, D]`, the token's own session so far, as the fusion takes it, or None.
     """
 
     summary: Tensor
     session_offsets: Tensor
+    own: Tensor | None = None
 
     def of_rows(self, rows: Tensor) -> SessionContext:
         """The same for some of the tokens only, `rows` `[P]`, ascending."""
-        return self._replace(session_offsets=torch.searchsorted(rows, self.session_offsets))
+        return self._replace(
+            session_offsets=torch.searchsorted(rows, self.session_offsets),
+            own=None if self.own is None else self.own.index_select(0, rows),
+        )
 
 
 class SessionEnhancementModule(nn.Module):
@@ -99,9 +137,15 @@ class SessionEnhancementModule(nn.Module):
         pooling: "cls", a second [CLS] reads the sessions (in causal form it comes first, and the
             summary is the output at the last earlier session), or "mean" of the encoded sessions.
         fusion: "add", the paper's `H_emb + F`, or "gate", `h + gate * rms(h) * LayerNorm(F)`. The
-            gate `[D]` starts at zero, so the module starts as the identity. `rms(h)`, the root
-            mean square of the token (without gradient), keeps F on the scale of the item table,
-            near 0.02 at the start, while the table grows.
+            gate `[D]` starts at `gate_init`: at zero the module starts as the identity. `rms(h)`,
+            the root mean square of the token (without gradient), keeps F on the scale of the item
+            table, near 0.02 at the start, while the table grows.
+        gate_init: where the gates of `fusion = "gate"` start.
+        own_session: also add, by the same fusion, what the intra-session encoder makes of the
+            token's own session up to the token itself.
+        session_tokens: also give each session but the first a token with the summary of the
+            sessions before it (`tokens`), which candidates attend to as to an item. Causal form,
+            and the embedded host's ranker, only.
         causal: whether a token's summary comes from earlier sessions only. None leaves the choice
             to the host, see `decide_causal`.
         max_session_length: most recent tokens of a session that are encoded.
@@ -121,6 +165,9 @@ class SessionEnhancementModule(nn.Module):
         gap_seconds: int = 1800,
         pooling: Literal["cls", "mean"] = "cls",
         fusion: Literal["gate", "add"] = "gate",
+        gate_init: float = 0.0,
+        own_session: bool = False,
+        session_tokens: bool = False,
         causal: bool | None = None,
         max_session_length: int = 512,
         max_sessions: int = 128,
@@ -131,6 +178,13 @@ class SessionEnhancementModule(nn.Module):
         check_choice(("gate", "add"), fusion=fusion)
         check_at_least(1, max_session_length=max_session_length, max_sessions=max_sessions)
         check_at_least(0, gap_seconds=gap_seconds)
+        check_finite(gate_init=gate_init)
+        if session_tokens and causal is False:
+            raise HpgrError(
+                "session_tokens needs causal = True or None: a token says what happened before"
+            )
+        self.own_session = own_session
+        self.session_tokens = session_tokens
         self.embedding_dim = embedding_dim
         self.num_heads = num_heads
         self.num_layers = num_layers
@@ -160,7 +214,12 @@ class SessionEnhancementModule(nn.Module):
         if pooling == "cls":
             self.history_cls = learned(embedding_dim)
         if fusion == "gate":
-            self.gate = nn.Parameter(torch.zeros(embedding_dim))
+            self.gate = nn.Parameter(torch.full((embedding_dim,), float(gate_init)))
+            if own_session:
+                self.own_gate = nn.Parameter(torch.full((embedding_dim,), float(gate_init)))
+        if session_tokens:
+            self.token_vector = learned(embedding_dim)
+            self.token_scale = nn.Parameter(torch.full((embedding_dim,), INIT_STD))
 
     def decide_causal(self, required: bool, reason: str) -> None:
         """The host's choice of the form, where the constructor left it open.
@@ -178,7 +237,7 @@ class SessionEnhancementModule(nn.Module):
             HpgrError: `causal=False` where the causal form is required.
         """
         if self.causal is None:
-            self.causal = required
+            self.causal = required or self.session_tokens
         elif required and not self.causal:
             raise HpgrError(
                 f"hpgr.SessionEnhancementModule.causal must be True or None here, got False: "
@@ -229,9 +288,11 @@ class SessionEnhancementModule(nn.Module):
         history = embeddings.to(self.session_cls.dtype)
         vectors = self._encode_sessions(history, plan.spans)
         summary = self._summarise(vectors, plan)
+        own = None if plan.own is None else self._encode_own_sessions(history, plan.own)
         if self.fusion == "gate":
             summary = F.layer_norm(summary, summary.shape[1:])
-        return SessionContext(summary, plan.session_offsets)
+            own = None if own is None else F.layer_norm(own, own.shape[1:])
+        return SessionContext(summary, plan.session_offsets, own)
 
     @torch.no_grad()
     def plan(
@@ -278,18 +339,48 @@ class SessionEnhancementModule(nn.Module):
             encoded_user=user,
             number=number,
             layout=layout,
+            own=self._plan_own(sessions, device_type) if self.own_session else None,
             read=self._read_rows(sessions, rows, leads),
         )
 
     def fuse(self, embeddings: Tensor, context: SessionContext) -> Tensor:
         """H_enhanced of tokens `[P, D]`, all of the histories or those `context.of_rows` is for."""
         history = embeddings.to(self.session_cls.dtype)
-        summary, offsets = context
+        summary, offsets, own = context
         if self.fusion == "gate":
             enhanced = add_context(history, summary, self.gate, offsets)
         else:
             enhanced = history + F.embedding(segment_ids(offsets, len(history)), summary)
+        if own is not None and self.fusion == "gate":
+            rms = history.detach().square().mean(1, keepdim=True).sqrt()
+            enhanced = enhanced + self.own_gate * rms * own
+        elif own is not None:
+            enhanced = enhanced + own
         return enhanced.to(embeddings.dtype)
+
+    def tokens(self, context: SessionContext, offsets: Tensor) -> SessionTokens:
+        """A token for each session but a user's first, with what came before that session.
+
+        Args:
+            context: of the whole histories.
+            offsets: `[B + 1]`, of the same histories.
+        """
+        first = context.session_offsets[:-1]
+        later = ~torch.isin(first, offsets)
+        summary = F.layer_norm(context.summary[later], context.summary.shape[1:])
+        return SessionTokens(self.token_vector + self.token_scale * summary, first[later])
+
+    def refuse_tokens(self, host: str) -> None:
+        """For hosts that have no session tokens.
+
+        Raises:
+            HpgrError: they are asked for.
+        """
+        if self.session_tokens:
+            raise HpgrError(
+                f"hpgr.SessionEnhancementModule.session_tokens must be False for {host}: "
+                "only the layers of hpgr.HSTURanker take session tokens"
+            )
 
     def _choose(self, sessions: Sessions) -> _EncodedSessions:
         """The sessions that some token's summary needs, and their most recent tokens."""
@@ -315,6 +406,26 @@ class SessionEnhancementModule(nn.Module):
         pooled = session_pool(*inputs, weights.pool, spans)
         x = self.intra_encoder.final_norm(layer.finish_pooled(pooled.lead, pooled.means, weights))
         return x if pooled.place is None else x.index_select(0, pooled.place)
+
+    def _plan_own(self, sessions: Sessions, device_type: str | None) -> OwnSessionPlan:
+        session, offsets = sessions.session_index, sessions.session_offsets
+        rows = torch.arange(len(session), device=session.device)
+        place = (rows - offsets[session]).clamp(max=self.max_session_length - 1)
+        layout = segment_layout(
+            offsets + torch.arange(len(offsets), device=offsets.device),
+            causal=True,
+            window=self.max_session_length,
+            sink=True,
+            device_type=device_type,
+        )
+        return OwnSessionPlan(session, place, offsets, rows + session + 1, layout)
+
+    def _encode_own_sessions(self, history: Tensor, plan: OwnSessionPlan) -> Tensor:
+        """Tokens `[T, D]` -> each one's session as far as the token, `[T, D]`."""
+        x = history + F.embedding(plan.place, self.item_position)
+        x, _ = lead_with(self.session_cls, x, plan.offsets, plan.session)
+        encoded: Tensor = self.intra_encoder(x, plan.layout, plan.rows)
+        return encoded
 
     def _read_rows(self, sessions: Sessions, rows: Tensor, leads: int) -> Tensor:
         """`SessionPlan.read`; rows: `[B + 1]` of the inter-session encoder."""

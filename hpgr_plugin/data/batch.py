@@ -86,12 +86,14 @@ class SequenceBatch(_OnDevice):
     Attributes:
         items: [T] int64.
         timestamps: [T] int64 seconds, ascending inside a sequence.
+        actions: [T] int64.
         offsets: [B + 1] int64.
         users: [B] int64.
     """
 
     items: torch.Tensor
     timestamps: torch.Tensor
+    actions: torch.Tensor
     offsets: torch.Tensor
     users: torch.Tensor
 

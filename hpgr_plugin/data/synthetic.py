@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from hpgr_plugin.data.events import DataError, EventTable, require, require_fields
+from hpgr_plugin.data.events import (
+    DataError,
+    EventTable,
+    SideTable,
+    require,
+    require_fields,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class SyntheticReader:
         session_gap_seconds: pause between sessions; more than the 60 s inside them.
         label_noise: probability that a candidate's label is flipped.
         seed: of everything.
+        features: give every item its cluster as a feature.
     """
 
     num_users: int = 200
@@ -77,6 +84,7 @@ class SyntheticReader:
     session_gap_seconds: int = 7200
     label_noise: float = 0.0
     seed: int = 0
+    features: bool = False
 
     def __post_init__(self) -> None:
         require_fields(self, 0, "distractors", "seed")
@@ -100,7 +108,10 @@ class SyntheticReader:
                 raise DataError("the synthetic log has only the field 'is_click'", field=name)
         truth, label = self._make()
         place = np.tile(np.arange(self._events_per_user), self.num_users)
+        cluster = pa.array([str(code) for code in truth.item_cluster])
+        ids = pa.array(np.arange(len(truth.item_cluster)))
         return EventTable(
+            item_features=SideTable(ids, {"cluster": cluster}) if self.features else None,
             user=pa.array(truth.event_user),
             item=pa.array(truth.event_item),
             timestamp=self._times()[place],

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hpgr_plugin.components.attention_hooks import (

@@ -24,6 +24,7 @@ _HEADER_KEY = "hpgr"
 _CHECKSUM_KEY = "hpgr_checksum"  # of the header's text
 _TABLE = "item_table"
 _SEM_PREFIX = "sem."
+_FEATURE_PREFIX = "item_features."
 _HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
     "num_items": int,
     "embedding_dim": int,
@@ -45,12 +46,14 @@ class Handoff(NamedTuple):
     Attributes:
         item_table: `[V, D]`.
         sem_state: state dict of the SEM, or None if stage 1 had none.
+        feature_state: state dict of the item features, or None if stage 1 had none.
         header: format_version, num_items, embedding_dim, vocabulary_digest, gap_seconds, sem (the
             SEM's settings, or None), extra and checksums (CRC-32 by tensor).
     """
 
     item_table: Tensor
     sem_state: dict[str, Tensor] | None
+    feature_state: dict[str, Tensor] | None
     header: dict[str, Any]
 
 
@@ -61,6 +64,7 @@ def save_handoff(
     sem: SessionEnhancementModule | None,
     vocabulary_digest: str,
     gap_seconds: int,
+    item_features: nn.Module | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Write a hand-over; an interrupted call leaves the old file, or none.
@@ -71,6 +75,7 @@ def save_handoff(
         sem: the session enhancement module of stage 1, or None.
         vocabulary_digest: digest of the items that the rows of the table belong to, in order.
         gap_seconds: the longest pause inside a session in stage 1, seconds.
+        item_features: the embeddings of item features of stage 1, or None.
         extra: anything JSON can hold.
 
     Raises:
@@ -83,6 +88,9 @@ def save_handoff(
     tensors = {_TABLE: item_table}
     if sem is not None:
         tensors |= {_SEM_PREFIX + name: value for name, value in sem.state_dict().items()}
+    if item_features is not None:
+        state = item_features.state_dict()
+        tensors |= {_FEATURE_PREFIX + name: value for name, value in state.items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     header = json.dumps(
         {
@@ -133,9 +141,8 @@ def load_handoff(
         _compare(f"{path} does not fit", {name: header[name] for name in expected}, expected)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     _check_tensors(path, tensors, header)
-    table = tensors.pop(_TABLE)
-    sem_state = {name.removeprefix(_SEM_PREFIX): value for name, value in tensors.items()}
-    return Handoff(table, sem_state if header["sem"] is not None else None, header)
+    sem_state = _below(_SEM_PREFIX, tensors) if header["sem"] is not None else None
+    return Handoff(tensors[_TABLE], sem_state, _below(_FEATURE_PREFIX, tensors) or None, header)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -170,20 +177,34 @@ def load_sem_state(sem: SessionEnhancementModule, handoff: Handoff) -> None:
     sem.causal = here["causal"]
 
 
+def load_feature_state(item_features: nn.Module, handoff: Handoff) -> None:
+    """Load the item features of a hand-over, all of them or none.
+
+    Raises:
+        HandoffError: the hand-over has none, or other ones.
+    """
+    if handoff.feature_state is None:
+        raise HandoffError("the hand-over has no item features, but the model has")
+    shapes = _shapes(handoff.feature_state), _shapes(item_features.state_dict())
+    _compare("the hand-over has other item features", *shapes)
+    item_features.load_state_dict(handoff.feature_state, strict=True)
+
+
 def inherit(
     path: str | os.PathLike[str],
     item_table: nn.Embedding,
     sem: SessionEnhancementModule | None,
     vocabulary_digest: str,
+    item_features: nn.Module | None = None,
 ) -> tuple[str, ...]:
-    """Take over the item table of a hand-over and, where both sides have one, SEM.
+    """Take over the item table and, where both sides have them, SEM and item features.
 
     Returns:
-        The names of what was taken: "item_table", "sem".
+        The names of what was taken: "item_table", "sem", "item_features".
 
     Raises:
         FileNotFoundError: no such file.
-        HandoffError: see `load_handoff` and `load_sem_state`.
+        HandoffError: see `load_handoff`, `load_sem_state` and `load_feature_state`.
     """
     handoff = load_handoff(
         path,
@@ -193,10 +214,14 @@ def inherit(
     )
     with torch.no_grad():
         item_table.weight.copy_(handoff.item_table)
-    if sem is None or handoff.sem_state is None:
-        return ("item_table",)
-    load_sem_state(sem, handoff)
-    return "item_table", "sem"
+    inherited: tuple[str, ...] = ("item_table",)
+    if sem is not None and handoff.sem_state is not None:
+        load_sem_state(sem, handoff)
+        inherited += ("sem",)
+    if item_features is not None and handoff.feature_state is not None:
+        load_feature_state(item_features, handoff)
+        inherited += ("item_features",)
+    return inherited
 
 
 def sem_settings(sem: SessionEnhancementModule) -> dict[str, Any]:
@@ -212,7 +237,9 @@ def sem_settings(sem: SessionEnhancementModule) -> dict[str, Any]:
         "max_session_length",
         "max_sessions",
     )
-    return {name: getattr(sem, name) for name in names}
+    # Of those below only what is on is named: older hand-overs do not have them.
+    options = {name: True for name in ("own_session", "session_tokens") if getattr(sem, name)}
+    return {name: getattr(sem, name) for name in names} | options
 
 
 @contextmanager
@@ -267,6 +294,12 @@ def _check_tensors(
 def _checksum(value: Tensor) -> int:
     """CRC-32 of the tensor's bytes."""
     return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    found = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -334,6 +334,7 @@ class DlrmHSTU(host.DlrmHSTU):
     def _fill_sem(self, sem: SessionEnhancementModule) -> None:
         width = self._hstu_configs.hstu_embedding_table_dim
         check_width(_NAME, "sem", sem.embedding_dim, expected=width, of="the item table")
+        sem.refuse_tokens(_NAME)
         if self._hide_future:  # a history may then reach past a candidate's own time
             sem.decide_causal(True, _WHY_CAUSAL)
         transducer = self._hstu_transducer

@@ -13,12 +13,12 @@ from hpgr_plugin.components.attention_hooks import (
     PreferenceGuidedSparseAttention,
 )
 from hpgr_plugin.components.checks import check_at_least, check_share
+from hpgr_plugin.components.item_features import ItemFeatures
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, VisibilityCheck
-from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.components.sem import SessionEnhancementModule, SessionTokens
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.features import (
-    ItemFeatures,
     ItemOdds,
     OddsNetwork,
     UserFeatureTokens,
@@ -194,6 +194,8 @@ class HSTURanker(nn.Module):
             )
         else:
             _check_rival(encoder, attention_hook, positional_encoder)
+            if sem is not None:
+                sem.refuse_tokens(f"{_NAME}.encoder = @hpgr.{encoder.__name__}")
             self.encoder = encoder(
                 sizes=RivalSizes(
                     embedding_dim=embedding_dim,
@@ -216,7 +218,9 @@ class HSTURanker(nn.Module):
             nn.init.zeros_(self.item_bias.weight)
         self.inherited: tuple[str, ...] = ()
         if pretrained is not None:
-            self.inherited = inherit(pretrained, self.item_table, sem, vocabulary_digest)
+            self.inherited = inherit(
+                pretrained, self.item_table, sem, vocabulary_digest, self.item_features
+            )
         if getattr(attention_hook, "table", None) == "frozen":
             assert isinstance(attention_hook, PreferenceGuidedSparseAttention)
             attention_hook.freeze(self.item_table.weight)
@@ -238,8 +242,12 @@ class HSTURanker(nn.Module):
                 batch.candidate_offsets,
                 batch.candidate_timestamps,
             )
+        session_tokens = None
         if self.sem is not None:  # Eq. 1 and 2
-            history = self.sem(history, batch.history_offsets, batch.history_timestamps)
+            sessions = self.sem.context(history, batch.history_offsets, batch.history_timestamps)
+            history = self.sem.fuse(history, sessions)
+            if self.sem.session_tokens:
+                session_tokens = self._scaled(self.sem.tokens(sessions, batch.history_offsets))
         history, candidates, context = self._add_features(batch, index, history, candidates)
         if isinstance(self.encoder, RivalEncoder):
             if context is not None:
@@ -247,7 +255,9 @@ class HSTURanker(nn.Module):
             encoded = self.encoder(RivalTokens(batch, index, history, candidates, context))
         else:
             tokens = (history, candidates, context)
-            encoded = self._encode_sequences(self.encoder, batch, index, tokens, plan)
+            encoded = self._encode_sequences(
+                self.encoder, batch, index, tokens, plan, session_tokens
+            )
         if self.odds_network is not None:
             encoded = encoded + self.odds_network(batch.candidate_features)
         logits: Tensor = self.head(encoded).squeeze(1)  # Eq. 6 takes their sigmoid
@@ -264,6 +274,7 @@ class HSTURanker(nn.Module):
         index: RequestIndex,
         tokens: tuple[Tensor, Tensor, Tensor | None],
         plan: PreferencePlan | None,
+        session_tokens: SessionTokens | None,
     ) -> Tensor:
         """The candidates `[C, D]` after the layers; tokens: history, candidates, context."""
         history, candidates, context = tokens
@@ -277,11 +288,16 @@ class HSTURanker(nn.Module):
             dynamic_mask=self.dynamic_mask,
             plan=plan,
             layout="shared_history" if hook is None else hook.layout,
+            session_tokens=session_tokens,
         )
         encoded: Tensor = encoder(
             sequence, mask_position="post" if hook is None else hook.mask_position
         )
         return encoded
+
+    def _scaled(self, tokens: SessionTokens) -> SessionTokens:
+        """The tokens as the encoder takes them, see `_add_features`."""
+        return tokens._replace(values=self.input_dropout(tokens.values * self.input_scale))
 
     def embed_items(self, items: Tensor) -> Tensor:
         """The embeddings of items `[L]`, `[L, D]`: what PGSA scores, and the tokens begin with."""

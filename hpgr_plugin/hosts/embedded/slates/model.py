@@ -88,6 +88,7 @@ class SlateModel(nn.Module):
         check_share(dropout=dropout)
         if sem is not None:
             check_width(_NAME, "sem", sem.embedding_dim, expected=embedding_dim, of="the model")
+            sem.refuse_tokens(_NAME)
             sem.decide_causal(False, "")  # a slate's history ends before its first item
         if num_items < slate_size:
             raise HpgrError(f"{_NAME}.slate_size takes at most {num_items}, got {slate_size}")

@@ -37,7 +37,7 @@ class PlannedSequences(NamedTuple):
         """What a masked item model makes of them."""
         batch = self.sequences
         output: MaskedItemOutput = model(
-            batch.items, batch.offsets, batch.timestamps, plan=self.plan
+            batch.items, batch.offsets, batch.timestamps, actions=batch.actions, plan=self.plan
         )
         return output
 

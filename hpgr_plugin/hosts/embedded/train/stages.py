@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpgr_plugin.components.mim import MaskedItemModel
 from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.data import (
     Batch,
@@ -53,14 +54,16 @@ class FinetuneSettings(TrainSettings):
     Attributes:
         pairwise_weight: of the logistic loss on pairs of a positive and a negative.
         listwise_weight: of the softmax over a request's candidates.
+        frozen_sem_epochs: first epochs in which a pre-trained SEM keeps the weights of stage 1.
     """
 
     pairwise_weight: float = 0.0
     listwise_weight: float = 0.0
+    frozen_sem_epochs: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_fields(self, 0, "pairwise_weight", "listwise_weight")
+        require_fields(self, 0, "pairwise_weight", "listwise_weight", "frozen_sem_epochs")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
     """
     seed_everything(run.seed)
     data, process = task.data, run.process
-    model = build("MaskedItemModel", num_items=data.log.num_items).to(process.device)
+    model = build_stage1(data).to(process.device)
     task.decide_causal(model.sem)
     held_out = np.random.default_rng(run.seed).random(data.log.num_users) < HELD_OUT_USERS
     sequences = {"prepared": data, "max_length": model.max_sequence_length, "seed": run.seed}
@@ -145,6 +148,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
             sem=model.sem,
             vocabulary_digest=data.log.item_vocabulary_digest,
             gap_seconds=model.gap_seconds,
+            item_features=model.item_features,
             extra=_source_ids(data.log),
         )
     barrier()
@@ -196,6 +200,7 @@ def finetune(
             lr=settings.learning_rate,
             inherited_lr_ratio=model.inherited_lr_ratio,
             weight_decay=settings.weight_decay,
+            frozen_epochs={"sem": settings.frozen_sem_epochs} if "sem" in model.inherited else {},
         ),
         loader=train,
         loss=loss,
@@ -231,6 +236,17 @@ def item_mean(task: Task, output_dir: Path | None = None) -> dict[str, Any]:
     if output_dir is not None:
         task.save_predictions(scored, output_dir)
     return task.metrics(scored)
+
+
+def build_stage1(data: PreparedData) -> MaskedItemModel:
+    """The configured masked item model for this data, on the CPU."""
+    known = arguments_from_data(data)
+    model: MaskedItemModel = build(
+        "MaskedItemModel",
+        **{name: known[name] for name in ("num_items", "num_actions", "item_feature_codes")},
+        item_events=known["item_counts"],
+    )
+    return model
 
 
 def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:

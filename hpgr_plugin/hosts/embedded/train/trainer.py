@@ -116,7 +116,8 @@ class Trainer:
 
     Attributes:
         model: on its device.
-        groups: parameter groups of the optimizer, each with its learning rate after warm-up.
+        groups: parameter groups of the optimizer, each with its learning rate after warm-up; in
+            its first "frozen_epochs", if it has that entry, a group keeps its weights.
         loader: the batches.
         loss: `(model, batch, step) -> (sum of losses, number of terms)`.
         prepare: `(batch, step) -> batch`, run ahead of the step on the loader's thread; what it
@@ -245,7 +246,8 @@ class Trainer:
         self._forward.train()
         factor = self._learning_rate_factor()
         for group in self.optimizer.param_groups:
-            group["lr"] = factor * group["full_lr"]
+            frozen = self.progress.epoch < group.get("frozen_epochs", 0)
+            group["lr"] = 0.0 if frozen else factor * group["full_lr"]
         batch = batch.to(self.process.device)
         with self._autocast():
             loss_sum, terms = self.loss(self._forward, batch, self.progress.step)
