@@ -4,16 +4,14 @@ The host's ranking model on its own Triton kernels, forward and backward from em
 loss, without the optimizer; 5 layers, D = 512, 4 heads of 128, tables of width 256, bfloat16.
 "x host" is the host's wall time over the row's, in one process: larger is faster. "busy ms" is the
 time in which a kernel runs, "launches" counts kernels per step, both from one profiled step.
-"x; host's layers" and "x; captured" are row x with `layers = "host"` and with `capture = True`.
+"x; host's layers" and "x; no graphs" are row x with `layers = "host"` and with `capture = False`.
 Tensor descriptors are off for every row, see NOTES.md. The host's kernels are tuned among all of
 their configurations for the host's row of the first size, then among the six fastest there.
 """
 
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from examples.benchmarks import host
 from examples.benchmarks.registry import measure_ceilings, print_table
+from examples.benchmarks.steps import StepCost, measure_step
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
 
 TABLE_DIM, WIDTH, LAYERS, HEADS, HEAD_DIM = 256, 512, 5, 4, 128
@@ -62,7 +61,7 @@ HOOKS: dict[str, Callable[[], nn.Module | None]] = {
 }
 # Rows once more with other layers than the default: their name, the row's hook, and what is bound.
 OTHER_LAYERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    (f"{AUTO}; captured", AUTO, {"capture": True}),
+    (f"{AUTO}; no graphs", AUTO, {"capture": False}),
     (f"{AUTO}; host's layers", AUTO, {"layers": "host"}),
 )
 
@@ -213,8 +212,8 @@ def build(model_class: type, size: Size, slots: dict[str, Any]) -> Any:
 
 def _measure(
     model_class: type, size: Size, data: tuple[Any, Any], slots: dict[str, Any]
-) -> dict[str, float]:
-    """Median wall ms, busy ms, launches and peak GiB of a step."""
+) -> StepCost:
+    """A step of the model, with the compiling and tuning before it."""
     model = build(model_class, size, slots)
 
     def step() -> None:
@@ -222,44 +221,19 @@ def _measure(
         losses = model(*data)[2]
         sum(losses.values()).backward()
 
-    for _ in range(3):  # the first ones compile and tune
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    busy, launches = _profile(step)
+    cost = measure_step(step, steps=STEPS, warmup=3)
     torch.cuda.empty_cache()
-    return {"wall": statistics.median(times), "busy": busy, "launches": launches, "peak": peak}
+    return cost
 
 
-def _profile(step: Callable[[], None]) -> tuple[float, int]:
-    """Milliseconds in kernels, and their number, of one step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(e.device_time for e in kernels) / 1e3, len(kernels)
-
-
-def _row(
-    size: Size, name: str, measured: dict[str, float], base: dict[str, float]
-) -> dict[str, object]:
+def _row(size: Size, name: str, measured: StepCost, base: StepCost) -> dict[str, object]:
     return {
         "tokens": size.tokens,
         "n": size.length,
         "candidates": size.candidates,
         "model": name,
-        "wall ms": measured["wall"],
-        "x host": base["wall"] / measured["wall"],
-        "busy ms": measured["busy"],
-        "launches": measured["launches"],
-        "peak GiB": measured["peak"],
+        "x host": base.wall_ms / measured.wall_ms,
+        **measured.columns(),
     }
 
 

@@ -6,7 +6,7 @@ to probabilities. "new event" has one more event than the history that is kept.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from hpgr_plugin.components.attention_hooks import AttentionHook, PreferenceGuid
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.data.requests import RequestSettings
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
+from hpgr_plugin.ops.preference_plan.plan import gaussian_kernel
 from hpgr_plugin.serving.folder import ServedModel
 from hpgr_plugin.serving.requests import Request
 from hpgr_plugin.serving.scorer import Scorer
@@ -34,14 +35,37 @@ def run(*, quick: bool) -> None:
     print(f"PGSA: K={TOP_K}, sigma={SIGMA:g}, recent={RECENT}, layout shared_history")
     lengths = [400, 4096] if quick or not cuda else [400, 4096, 16384]
     counts = [64, 1000] if quick or not cuda else [64, 1000, 10_000]
+    seconds = 0.4 if cuda else 3.0
     rows: list[dict[str, object]] = []
     for length in lengths:
         for count in counts:
-            rows += _measure(length, count, device)
+            rows += _measure(length, count, device, seconds)
+    print_table(rows)
+    _print_work(lengths, counts)
+
+
+def _print_work(lengths: Sequence[int], counts: Sequence[int]) -> None:
+    """The multiplications and additions of a request whose history is kept, in GFLOP."""
+    slots = TOP_K * (2 * (len(gaussian_kernel(SIGMA, 1e-3, max(lengths))) - 1) + 1) + RECENT
+    rows: list[dict[str, object]] = []
+    for length in lengths:
+        for count in counts:
+            pair = 2e-9 * count * WIDTH
+            own = pair * 5 * WIDTH * LAYERS
+            dense, kept = (2 * pair * LAYERS * each for each in (length, slots))
+            rows.append(
+                {
+                    "n": length, "C": count, "layers' own": own, "dense attention": dense,
+                    "PGSA attention": kept, "PGSA plan": pair * length,
+                    "dense / PGSA": (own + dense) / (own + kept + pair * length),
+                }
+            )  # fmt: skip
     print_table(rows)
 
 
-def _measure(length: int, count: int, device: torch.device) -> list[dict[str, object]]:
+def _measure(
+    length: int, count: int, device: torch.device, seconds: float
+) -> list[dict[str, object]]:
     dense = _scorer(length, None, device, cache_mib=0)
     cached = _scorer(length, None, device, cache_mib=1024)
     pgsa = _scorer(length, _pgsa(), device, cache_mib=1024)
@@ -61,7 +85,7 @@ def _measure(length: int, count: int, device: torch.device) -> list[dict[str, ob
         ("PGSA, cache", pgsa, False),
         ("PGSA, cache, new event", pgsa, True),
     ):
-        times = _times_ms(scorer, request, new_event=new_event)
+        times = _times_ms(scorer, request, new_event=new_event, seconds=seconds)
         p50, p99 = statistics.median(times), float(np.percentile(times, 99))
         if title == "dense, cache":
             base = p50
@@ -126,10 +150,8 @@ def _score(scorer: Scorer, request: Request) -> torch.Tensor:
     return torch.from_numpy(answer.probabilities)
 
 
-def _times_ms(
-    scorer: Scorer, request: Request, *, new_event: bool, seconds: float = 3.0
-) -> list[float]:
-    """Times of requests that follow each other, for about `seconds` and at least ten."""
+def _times_ms(scorer: Scorer, request: Request, *, new_event: bool, seconds: float) -> list[float]:
+    """Times of requests that follow each other, for about `seconds` and at least three."""
     longer = Request(
         **{
             **vars(request),

@@ -10,6 +10,7 @@ from examples.benchmarks.registry import check, print_table, time_ms
 from hpgr_plugin.components.slates.beam import Allowed
 from hpgr_plugin.components.slates.blocks import Context
 from hpgr_plugin.components.slates.decoder import (
+    DecoderSizes,
     FlatSlateDecoder,
     HierarchicalDecoder,
     SlateDecoder,
@@ -28,11 +29,11 @@ def run(*, quick: bool) -> None:
         torch.set_num_threads(2)
     torch.manual_seed(0)
     ids = SemanticIds(torch.randint(0, CODEBOOK, (ITEMS, LEVELS)), codebook_size=CODEBOOK)
-    sizes = {"embedding_dim": WIDTH, "num_heads": HEADS, "dropout": 0.0, "slate_size": SLATE}
+    sizes = DecoderSizes(embedding_dim=WIDTH, num_heads=HEADS, dropout=0.0, slate_size=SLATE)
     higr: SlateDecoder = HierarchicalDecoder(
-        ids=ids, **sizes, planner_layers=PLANNER, generator_layers=GENERATOR
-    )  # type: ignore[arg-type]
-    flat: SlateDecoder = FlatSlateDecoder(ids=ids, **sizes, num_layers=PLANNER + GENERATOR)  # type: ignore[arg-type]
+        ids=ids, sizes=sizes, planner_layers=PLANNER, generator_layers=GENERATOR
+    )
+    flat: SlateDecoder = FlatSlateDecoder(ids=ids, sizes=sizes, num_layers=PLANNER + GENERATOR)
     higr, flat = (model.to(device).eval() for model in (higr, flat))
     rows: list[dict[str, object]] = []
     batches = (256, 1024) if on_gpu else (1, 32)

@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr_plugin.components.checks import check_at_least, check_choice
-from hpgr_plugin.components.layout_cost import (
-    ChosenLayout,
-    LayoutCosts,
-    LayoutSizes,
-    choose_layout,
-    layout_costs,
-)
+from hpgr_plugin.components.layout_cost import ChosenLayout, choose_layout, layout_rows
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.jagged import complete_cumsum, jagged_to_padded_dense, segment_ids
 from hpgr_plugin.ops.preference_plan import (
@@ -75,13 +69,12 @@ class AttentionHook(nn.Module):
     layout: Layout = "per_candidate"
     mask_position: MaskPosition = "post"
 
-    def decide_layout(self, *, max_history: int, max_candidates: int, device_type: str) -> None:
+    def decide_layout(self, *, max_history: int, max_candidates: int) -> None:
         """The host's call before the first batch: a hook may choose its layout by these bounds.
 
         Args:
             max_history: items of the longest history.
             max_candidates: the most candidates of a user.
-            device_type: where the model will run, "cuda" or "cpu", for an estimate of the time.
         """
 
     def plan(self, inputs: HookInputs) -> PreferencePlan | None:
@@ -117,9 +110,9 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         recent: the number of most recent visible items that are kept with weight 1 beside the
             anchors; 0 in the paper.
         layout: "per_candidate" or "shared_history", see `AttentionHook`; "auto" takes the one that
-            costs less by the bounds that the host gives (`layout_cost.py`). The two are different
-            models, so the choice is made once and is part of `state_dict`: a checkpoint restores
-            it. Until a host decides, "auto" is "per_candidate".
+            has fewer rows by the bounds that the host gives (`layout_cost.py`). The two are
+            different models, so the choice is made once and is part of `state_dict`: a checkpoint
+            restores it. Until a host decides, "auto" is "per_candidate".
         mask_position: "post" or "pre", see `AttentionHook`.
         table: the embeddings that score: "live", those of the item table, or "frozen", a copy of
             it taken by `freeze`.
@@ -161,20 +154,20 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         self.chosen_layout: Tensor | None  # an index into _CANDIDATE_LAYOUTS
         self.register_buffer("chosen_layout", None)
 
-    def decide_layout(self, *, max_history: int, max_candidates: int, device_type: str) -> None:
+    def decide_layout(self, *, max_history: int, max_candidates: int) -> None:
         """Choose the layout, if it is "auto" and neither chosen nor restored yet."""
         if not self._chooses_layout or self.chosen_layout is not None:
             return
-        sizes = LayoutSizes(max_history, max_candidates)
-        costs = layout_costs(sizes, self.settings, device_type)
-        layout = choose_layout(costs)
+        rows = layout_rows(max_history, max_candidates, self.settings)
+        layout = choose_layout(rows)
+        (other,) = rows.keys() - {layout}
         _LOG.info(
             'hpgr.PreferenceGuidedSparseAttention.layout = "auto" is %r: for up to %d items and %d '
-            "candidates of a user it should take %.2f of the other's time, with %.2f of the rows",
+            "candidates of a user it has %.2f of the other's rows",
             layout,
             max_history,
             max_candidates,
-            *_ratios(costs, layout),
+            rows[layout] / rows[other],
         )
         self._take_layout(layout)
 
@@ -215,7 +208,23 @@ class PreferenceGuidedSparseAttention(AttentionHook):
         self.frozen_table = table_weight.detach().clone()
 
     def plan(self, inputs: HookInputs) -> PreferencePlan:
-        """One row per candidate, see `plan_preferences`.
+        """One row per candidate, see `plan_preferences`; raises as `scored` does."""
+        inputs = self.scored(inputs)
+        has_times = inputs.candidate_timestamps is not None
+        return plan_preferences(
+            inputs.history_embeddings,
+            inputs.candidate_embeddings,
+            inputs.history_offsets,
+            inputs.candidate_offsets,
+            **self.settings._asdict(),
+            history_timestamps=inputs.history_timestamps if has_times else None,
+            candidate_timestamps=inputs.candidate_timestamps,
+            max_history=inputs.max_history,
+            max_candidates=inputs.max_candidates,
+        )
+
+    def scored(self, inputs: HookInputs) -> HookInputs:
+        """The inputs with the embeddings that choose anchors, by `table` and `score`.
 
         Raises:
             ValueError: table="frozen" without a copy of the table, or without ids.
@@ -236,18 +245,7 @@ class PreferenceGuidedSparseAttention(AttentionHook):
                 history_embeddings=_unit(inputs.history_embeddings),
                 candidate_embeddings=_unit(inputs.candidate_embeddings),
             )
-        has_times = inputs.candidate_timestamps is not None
-        return plan_preferences(
-            inputs.history_embeddings,
-            inputs.candidate_embeddings,
-            inputs.history_offsets,
-            inputs.candidate_offsets,
-            **self.settings._asdict(),
-            history_timestamps=inputs.history_timestamps if has_times else None,
-            candidate_timestamps=inputs.candidate_timestamps,
-            max_history=inputs.max_history,
-            max_candidates=inputs.max_candidates,
-        )
+        return inputs
 
     def longest_row(self, plan: PreferencePlan, max_history: int) -> int:
         """See `AttentionHook`."""
@@ -374,13 +372,6 @@ class StochasticLength(AttentionHook):
             f"alpha={self.alpha}, selection={self.selection!r}, max_history={self.max_history}, "
             f"layout={self.layout!r}"
         )
-
-
-def _ratios(costs: dict[ChosenLayout, LayoutCosts], layout: ChosenLayout) -> tuple[float, float]:
-    """Time and rows of a layout as a share of the other's."""
-    (other,) = (cost for name, cost in costs.items() if name != layout)
-    mine = costs[layout]
-    return mine.nanoseconds / other.nanoseconds, mine.rows / other.rows
 
 
 def _unit(embeddings: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 from torch import Tensor
 
@@ -21,6 +22,13 @@ def check_share(**values: float) -> None:
     for name, value in values.items():
         if not 0.0 <= value <= 1.0:
             raise HpgrError(f"{name} must be in [0, 1], got {value}")
+
+
+def check_finite(**values: float) -> None:
+    """Raises `HpgrError` for the first argument that is infinite or not a number."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise HpgrError(f"{name} must be a finite number, got {value}")
 
 
 def check_choice(choices: tuple[str, ...], **values: str) -> None:

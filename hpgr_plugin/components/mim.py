@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpgr_plugin.components.checks import check_at_least, check_choice
-from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.components.checks import check_at_least, check_choice, check_finite
+from hpgr_plugin.components.item_features import ItemFeatures, gated
+from hpgr_plugin.components.sem import SessionEnhancementModule, SessionPlan
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
 from hpgr_plugin.components.sharded_table import RowShardedTable, Tables, build_sharded_table
 from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
@@ -20,9 +22,10 @@ from hpgr_plugin.ops.item_softmax import (
     mean_cross_entropy,
     sampled_cross_entropy_of_rows,
     sharded_cross_entropy,
+    total_weight,
 )
 from hpgr_plugin.ops.jagged import segment_ids, segment_positions
-from hpgr_plugin.ops.segments import segment_layout
+from hpgr_plugin.ops.segments import SegmentLayout, segment_layout
 
 Masking = Literal["item", "session", "mixed"]
 
@@ -31,8 +34,9 @@ class MaskedItemOutput(NamedTuple):
     """The result of masked item modelling on one batch.
 
     Attributes:
-        loss: scalar, mean over the masked items; zero when there are none. Where a sharded table
-            has a softmax over all items, over the masked items of all processes.
+        loss: scalar, mean over the masked items, weighted by their actions where that is bound;
+            zero when there are none. Where a sharded table has a softmax over all items, over the
+            masked items of all processes.
         num_masked: the number of masked items.
         accuracy: scalar without gradient, the share of masked items that score highest (among the
             sampled items, where the softmax is sampled).
@@ -55,6 +59,36 @@ class Corruption(NamedTuple):
     items: Tensor
     masked: Tensor
     hidden: Tensor
+
+
+class HistoryIndex(NamedTuple):
+    """The index arithmetic of encoding B histories.
+
+    Attributes:
+        from_end: int64 `[T]`, the place of every item counted from the end of its history.
+        layout: of the encoder.
+        sessions: of SEM, or None without one.
+    """
+
+    from_end: Tensor
+    layout: SegmentLayout
+    sessions: SessionPlan | None
+
+
+class MaskPlan(NamedTuple):
+    """All that a step needs beside embeddings: what is masked, drawn, and read where.
+
+    Attributes:
+        corruption: of the histories.
+        places: int64 `[M]`, the items to predict.
+        histories: of the same histories.
+        draws: float64, uniform, one for each negative of a sampled softmax; None without one.
+    """
+
+    corruption: Corruption
+    places: Tensor
+    histories: HistoryIndex
+    draws: Tensor | None
 
 
 def choose_masked(
@@ -138,15 +172,25 @@ class MaskedItemModel(nn.Module):
         full_softmax_max_items: up to this number of items the softmax is over all items; beyond,
             it is sampled with log-Q correction.
         num_sampled: negatives of a sampled softmax, shared by the batch.
+        condition_on_action: also give the encoder what the user did with every item, masked ones
+            too, so that an item is predicted knowing whether it was liked.
+        action_weights: of a masked item in the loss, by the code of its action; None: all alike.
+        num_actions: codes of actions, for the two above.
+        feature_gate_tau: above 0, an item of n training events is `g row + (1 - g) features` with
+            `g = n / (n + feature_gate_tau)`, as input and in the softmax: its features speak for it
+            until its own row has been trained (`hpgr.RareItems.gate_tau` of stage 2).
+        item_feature_codes: item feature name -> `[V]` codes, for the gate.
+        item_events: int64 `[V]`, the training events of every item, for the gate.
         item_counts: `[V]`, how often each item occurs; negatives are drawn in proportion to
             count + 1, or uniformly when None.
         tables: "dense" holds the whole item table in every process. "torchrec" divides its rows
             among the processes by torchrec, "rows" without it: both for tables that no single GPU
-            holds. All processes then call `forward` at the same time.
+            holds. All processes then call `forward` at the same time; `output_bias`,
+            `action_weights` and `feature_gate_tau` take "dense".
 
     Raises:
-        ValueError: an argument out of its range, a SEM of another size, or an output bias for a
-            table that is not dense.
+        ValueError: an argument out of its range, a SEM of another size, or an option that takes
+            a dense table.
     """
 
     log_proposal: Tensor | None
@@ -171,6 +215,12 @@ class MaskedItemModel(nn.Module):
         output_bias: bool = False,
         full_softmax_max_items: int = 200_000,
         num_sampled: int = 8192,
+        condition_on_action: bool = False,
+        action_weights: Sequence[float] | None = None,
+        num_actions: int | None = None,
+        feature_gate_tau: float = 0.0,
+        item_feature_codes: Mapping[str, Tensor] | None = None,
+        item_events: Tensor | None = None,
         item_counts: Tensor | None = None,
         tables: Tables = "dense",
     ) -> None:
@@ -183,12 +233,18 @@ class MaskedItemModel(nn.Module):
             num_sampled=num_sampled,
         )
         check_at_least(0, full_softmax_max_items=full_softmax_max_items)
+        check_at_least(0, feature_gate_tau=feature_gate_tau)
+        check_finite(feature_gate_tau=feature_gate_tau)
         if gap_seconds is not None:
             check_at_least(0, gap_seconds=gap_seconds)
         check_choice(get_args(Masking), masking=masking)
         check_choice(get_args(Tables), tables=tables)
-        if output_bias and tables != "dense":
-            raise HpgrError(f"output_bias = True takes tables = 'dense', got {tables!r}")
+        _check_tables(
+            tables,
+            output_bias=output_bias,
+            action_weights=action_weights,
+            feature_gate_tau=feature_gate_tau,
+        )
         if not 0.0 < mask_ratio < 1.0:
             raise HpgrError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")
         shares = (mask_vector_share, random_item_share)
@@ -201,6 +257,9 @@ class MaskedItemModel(nn.Module):
             raise HpgrError(f"sem must have embedding_dim {embedding_dim}, got {sem.embedding_dim}")
         if item_counts is not None and item_counts.shape != (num_items,):
             raise ValueError(f"item_counts must be [{num_items}], got {list(item_counts.shape)}")
+        self.reads_actions = condition_on_action or action_weights is not None
+        if self.reads_actions:
+            _check_actions(num_actions, action_weights)
         self.num_items = num_items
         self.max_sequence_length = max_sequence_length
         self.mask_before_sem = mask_before_sem
@@ -233,9 +292,25 @@ class MaskedItemModel(nn.Module):
             final_norm=True,
         )
         self.output_bias = nn.Parameter(torch.zeros(num_items)) if output_bias else None
+        self.feature_gate_tau = feature_gate_tau
+        self.item_features: ItemFeatures | None = None
+        if feature_gate_tau > 0:
+            codes, events = _check_gate(num_items, item_feature_codes, item_events)
+            self.item_features = ItemFeatures(codes, embedding_dim)
+            self.item_events: Tensor
+            self.register_buffer("item_events", events.long(), persistent=False)
+        self.action_table = None
+        if condition_on_action:
+            self.action_table = nn.Embedding(num_actions or 0, embedding_dim)
+            nn.init.normal_(self.action_table.weight, std=INIT_STD)
+        self.action_weights: Tensor | None
+        weights = None if action_weights is None else torch.tensor(list(action_weights)).float()
+        self.register_buffer("action_weights", weights, persistent=False)
         log_proposal = cumulative_proposal = None
-        if self.num_sampled is not None and item_counts is not None:
-            proposal = (item_counts.double() + 1.0) / (item_counts.double() + 1.0).sum()
+        # A sharded table draws uniformly without V numbers in every process.
+        if self.num_sampled is not None and (tables == "dense" or item_counts is not None):
+            counts = torch.zeros(num_items) if item_counts is None else item_counts
+            proposal = (counts.double() + 1.0) / (counts.double() + 1.0).sum()
             log_proposal, cumulative_proposal = proposal.log(), proposal.cumsum(0)
         self.register_buffer("log_proposal", log_proposal, persistent=False)
         self.register_buffer("cumulative_proposal", cumulative_proposal, persistent=False)
@@ -246,7 +321,9 @@ class MaskedItemModel(nn.Module):
         offsets: Tensor,
         timestamps: Tensor,
         *,
+        actions: Tensor | None = None,
         generator: torch.Generator | None = None,
+        plan: MaskPlan | None = None,
     ) -> MaskedItemOutput:
         """Mask, encode and score B histories.
 
@@ -254,20 +331,89 @@ class MaskedItemModel(nn.Module):
             items: int64 `[T]`, in `[0, V)`, in order of time inside every user.
             offsets: `[B + 1]`; a user may have no items.
             timestamps: int64 `[T]`, seconds.
+            actions: int64 `[T]`, codes, for `condition_on_action` and `action_weights`.
             generator: draws masks, random items and negatives, all but dropout.
+            plan: of these histories, see `plan`, in place of the generator; None makes it here.
 
         Raises:
-            ValueError: a history longer than `max_sequence_length`, or from `partition_sessions`.
+            ValueError: a history longer than `max_sequence_length`, no actions where they are read,
+                or from `partition_sessions`.
         """
-        corruption = self.corrupt(items, offsets, timestamps, generator=generator)
-        places = corruption.masked.nonzero().squeeze(1)
-        encoded = self.encode(items, corruption, offsets, timestamps, read=places)
-        scored = self._score(encoded, items[places], generator)
+        if self.reads_actions and actions is None:
+            raise ValueError("condition_on_action and action_weights need actions, got None")
+        if plan is None:
+            plan = self.plan(items, offsets, timestamps, generator=generator)
+        places = plan.places
+        table = self._table()
+        encoded = self._encode(
+            table,
+            items,
+            plan.corruption,
+            offsets,
+            timestamps,
+            index=plan.histories,
+            read=places,
+            actions=actions,
+        )
+        weights = None
+        if self.action_weights is not None and actions is not None:
+            weights = self.action_weights[actions[places]]
+        scored = self._score(encoded, table, items[places], plan.draws, weights)
         return MaskedItemOutput(
             loss=scored.loss,
             num_masked=places.numel(),
             accuracy=scored.hits / max(1, places.numel()),
         )
+
+    @torch.no_grad()
+    def plan(
+        self,
+        items: Tensor,
+        offsets: Tensor,
+        timestamps: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        device_type: str | None = None,
+    ) -> MaskPlan:
+        """What `forward` masks and draws, and its index arithmetic; reads no weights.
+
+        Its sizes depend on the data. Planned for tensors on the host, and moved together with them,
+        a step on a CUDA device has nothing to wait for.
+
+        Args:
+            items, offsets, timestamps, generator: as in `forward`.
+            device_type: "cuda" or "cpu", where the step will run; None: where the offsets are.
+
+        Raises:
+            ValueError: as in `forward`.
+        """
+        corruption = self.corrupt(items, offsets, timestamps, generator=generator)
+        draws = None
+        if self.num_sampled is not None:
+            draws = _rand(self.num_sampled, items.device, generator)
+        return MaskPlan(
+            corruption=corruption,
+            places=corruption.masked.nonzero().squeeze(1),
+            histories=self._index(offsets, timestamps, device_type),
+            draws=draws,
+        )
+
+    def _index(
+        self, offsets: Tensor, timestamps: Tensor, device_type: str | None = None
+    ) -> HistoryIndex:
+        lengths = offsets.diff()
+        if (lengths > self.max_sequence_length).any():
+            row = int(lengths.argmax())
+            raise HpgrError(
+                f"a history must have at most max_sequence_length = {self.max_sequence_length} "
+                f"items, user row {row} has {int(lengths[row])}"
+            )
+        total = timestamps.numel()
+        from_end = lengths[segment_ids(offsets, total)] - 1 - segment_positions(offsets, total)
+        sessions = None
+        if self.sem is not None:
+            sessions = self.sem.plan(offsets, timestamps, device_type=device_type)
+        return HistoryIndex(from_end, segment_layout(offsets, device_type=device_type), sessions)
 
     @torch.no_grad()
     def corrupt(
@@ -300,6 +446,7 @@ class MaskedItemModel(nn.Module):
         timestamps: Tensor,
         *,
         read: Tensor | None = None,
+        actions: Tensor | None = None,
     ) -> Tensor:
         """Encode corrupted histories.
 
@@ -309,6 +456,7 @@ class MaskedItemModel(nn.Module):
             offsets: `[B + 1]`.
             timestamps: int64 `[T]`, seconds.
             read: int64 `[R]`, the tokens whose output is needed; None is all.
+            actions: as in `forward`.
 
         Returns:
             `[T, D]`, or `[R, D]` for the tokens `read`.
@@ -316,37 +464,87 @@ class MaskedItemModel(nn.Module):
         Raises:
             ValueError: as in `forward`.
         """
-        lengths = offsets.diff()
-        if (lengths > self.max_sequence_length).any():
-            row = int(lengths.argmax())
-            raise HpgrError(
-                f"a history must have at most max_sequence_length = {self.max_sequence_length} "
-                f"items, user row {row} has {int(lengths[row])}"
-            )
+        index = self._index(offsets, timestamps)
+        return self._encode(
+            self._table(),
+            items,
+            corruption,
+            offsets,
+            timestamps,
+            index=index,
+            read=read,
+            actions=actions,
+        )
+
+    def _table(self) -> Tensor | RowShardedTable:
+        """What embeds and scores the items, `[V, D]` or this process's part of it."""
+        if isinstance(self.item_table, RowShardedTable):
+            return self.item_table
+        rows = self.item_table.weight
+        if self.item_features is None:
+            return rows
+        features = self.item_features(torch.arange(self.num_items, device=rows.device))
+        return gated(rows, features, self.item_events, self.feature_gate_tau)
+
+    def _encode(
+        self,
+        table: Tensor | RowShardedTable,
+        items: Tensor,
+        corruption: Corruption,
+        offsets: Tensor,
+        timestamps: Tensor,
+        *,
+        index: HistoryIndex,
+        read: Tensor | None,
+        actions: Tensor | None,
+    ) -> Tensor:
         hidden = corruption.hidden.unsqueeze(1)
         if self.mask_before_sem:
-            x = torch.where(hidden, self.mask_vector, self.item_table(corruption.items))
+            x = torch.where(hidden, self.mask_vector, _look_up(table, corruption.items))
         else:
-            x = self.item_table(items)
+            x = _look_up(table, items)
         if self.sem is not None:
-            x = self.sem(x, offsets, timestamps)
+            x = self.sem(x, offsets, timestamps, plan=index.sessions)
         if not self.mask_before_sem:
             replaced = (corruption.items != items).unsqueeze(1)
-            x = torch.where(replaced, self.item_table(corruption.items), x)
+            x = torch.where(replaced, _look_up(table, corruption.items), x)
             x = torch.where(hidden, self.mask_vector, x)
-        total = items.numel()
-        from_end = lengths[segment_ids(offsets, total)] - 1 - segment_positions(offsets, total)
-        x = x + F.embedding(from_end, self.position)
-        encoded: Tensor = self.encoder(x, segment_layout(offsets), read)
+        x = x + F.embedding(index.from_end, self.position)
+        if self.action_table is not None and actions is not None:
+            x = x + self.action_table(actions)
+        encoded: Tensor = self.encoder(x, index.layout, read)
         return encoded
 
     def _score(
-        self, hidden: Tensor, targets: Tensor, generator: torch.Generator | None
+        self,
+        hidden: Tensor,
+        table: Tensor | RowShardedTable,
+        targets: Tensor,
+        draws: Tensor | None,
+        weights: Tensor | None,
     ) -> MeanLoss:
-        table, bias = self.item_table, self.output_bias
-        if self.num_sampled is not None:
-            return self._score_sampled(hidden, targets, self.num_sampled, generator)
         if isinstance(table, RowShardedTable):
+            return self._score_shards(hidden, table, targets, draws)
+        bias = self.output_bias
+        if draws is None:
+            return mean_cross_entropy(hidden, table, targets, bias, weights)
+        negatives, log_proposal = self._negatives(draws)
+        scored = sampled_cross_entropy_of_rows(
+            hidden,
+            F.embedding(targets, table),
+            F.embedding(negatives, table),
+            targets,
+            negatives,
+            log_proposal,
+            None if bias is None else (bias[targets], bias[negatives]),
+        )
+        losses = scored.losses if weights is None else scored.losses * weights
+        return MeanLoss(losses.sum() / total_weight(len(targets), weights), scored.hits.sum())
+
+    def _score_shards(
+        self, hidden: Tensor, table: RowShardedTable, targets: Tensor, draws: Tensor | None
+    ) -> MeanLoss:
+        if draws is None:
             return sharded_cross_entropy(
                 hidden,
                 table.weight,
@@ -354,28 +552,72 @@ class MaskedItemModel(nn.Module):
                 first_row=table.first_row,
                 num_items=self.num_items,
             )
-        return mean_cross_entropy(hidden, table.weight, targets, bias)
-
-    def _score_sampled(
-        self, hidden: Tensor, targets: Tensor, count: int, generator: torch.Generator | None
-    ) -> MeanLoss:
-        draw = _rand(count, hidden.device, generator)
-        if self.cumulative_proposal is None or self.log_proposal is None:
-            negatives = (draw * self.num_items).long()
-            log_proposal = torch.full_like(draw, -math.log(self.num_items))
-        else:
-            negatives = torch.searchsorted(self.cumulative_proposal, draw)
-            negatives = negatives.clamp(max=self.num_items - 1)
-            log_proposal = self.log_proposal[negatives]
-        # One look-up, so that a sharded table exchanges its rows once.
-        rows = self.item_table(torch.cat([targets, negatives]))
+        negatives, log_proposal = self._negatives(draws)
+        # One look-up, so that the processes exchange rows once.
+        rows = table(torch.cat([targets, negatives]))
         target_rows, negative_rows = rows[: len(targets)], rows[len(targets) :]
-        bias = self.output_bias
-        biases = None if bias is None else (bias[targets], bias[negatives])
         scored = sampled_cross_entropy_of_rows(
-            hidden, target_rows, negative_rows, targets, negatives, log_proposal, biases
+            hidden, target_rows, negative_rows, targets, negatives, log_proposal
         )
-        return MeanLoss(scored.losses.sum() / max(1, len(targets)), scored.hits.sum())
+        return MeanLoss(scored.losses.sum() / total_weight(len(targets), None), scored.hits.sum())
+
+    def _negatives(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Items `[K]` from uniform draws `[K]`, and the logarithm of their probabilities."""
+        if self.cumulative_proposal is None or self.log_proposal is None:
+            log_proposal = torch.full_like(draws, -math.log(self.num_items))
+            return (draws * self.num_items).long(), log_proposal
+        negatives = torch.searchsorted(self.cumulative_proposal, draws)
+        negatives = negatives.clamp(max=self.num_items - 1)
+        return negatives, self.log_proposal[negatives]
+
+
+def _look_up(table: Tensor | RowShardedTable, items: Tensor) -> Tensor:
+    """Rows of a table that is here as a whole, or in shards, `[N, D]`."""
+    if isinstance(table, Tensor):
+        return F.embedding(items, table)
+    rows: Tensor = table(items)
+    return rows
+
+
+def _check_tables(tables: Tables, **options: object) -> None:
+    """Raises `HpgrError` for a sharded table with an option, by its name, that is not off."""
+    if tables == "dense":
+        return
+    for name, value in options.items():
+        if value:
+            raise HpgrError(
+                f"hpgr.MaskedItemModel.{name} = {value} takes "
+                f"hpgr.MaskedItemModel.tables = 'dense', got {tables!r}"
+            )
+
+
+def _check_gate(
+    num_items: int, codes: Mapping[str, Tensor] | None, events: Tensor | None
+) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Raises `HpgrError` for a log without item features, or counts of another size."""
+    if not codes or events is None:
+        raise HpgrError("feature_gate_tau must be 0 for a log without item features")
+    if events.shape != (num_items,):
+        raise HpgrError(f"item_events must be [{num_items}], got {list(events.shape)}")
+    return codes, events
+
+
+def _check_actions(num_actions: int | None, weights: Sequence[float] | None) -> None:
+    """Raises `HpgrError` for weights that do not fit the actions, or no actions."""
+    if num_actions is None:
+        raise HpgrError(
+            "condition_on_action and action_weights need num_actions: this host's stage 1 has none"
+        )
+    check_at_least(1, num_actions=num_actions)
+    if weights is None:
+        return
+    if len(weights) != num_actions or not all(0.0 <= w < math.inf for w in weights):
+        raise HpgrError(
+            f"action_weights must be {num_actions} numbers of 0 or more, one for each action, "
+            f"got {list(weights)}"
+        )
+    if not any(weights):
+        raise HpgrError("action_weights must not all be 0")
 
 
 def _rand(size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:

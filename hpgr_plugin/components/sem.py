@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpgr_plugin.components.checks import check_at_least, check_choice
+from hpgr_plugin.components.checks import check_at_least, check_choice, check_finite
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
 from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
 from hpgr_plugin.errors import HpgrError
@@ -35,20 +35,81 @@ class _EncodedSessions(NamedTuple):
     user_offsets: Tensor
 
 
+class OwnSessionPlan(NamedTuple):
+    """Every session as a segment that begins with [CLS].
+
+    Attributes:
+        session: int64 `[T]`, the session of every token.
+        place: int64 `[T]`, its row of the item positions.
+        offsets: int64 `[S + 1]` of the sessions' tokens.
+        rows: int64 `[T]`, the row of every token beside [CLS] tokens.
+        layout: of the encoder.
+    """
+
+    session: Tensor
+    place: Tensor
+    offsets: Tensor
+    rows: Tensor
+    layout: SegmentLayout
+
+
+class SessionTokens(NamedTuple):
+    """Tokens that stand for the sessions before one, for candidates to attend to.
+
+    Attributes:
+        values: `[K, D]`, on the scale of item embeddings.
+        before: int64 `[K]`, the history token that each one goes before: the first of a session.
+            Whoever sees that token may see this one.
+    """
+
+    values: Tensor
+    before: Tensor
+
+
+class SessionPlan(NamedTuple):
+    """The index arithmetic of SEM for B histories; on the host, it is planned without waiting.
+
+    Attributes:
+        session_offsets: int64 `[S + 1]`, the sessions' tokens.
+        spans: the encoded tokens of the S' sessions that some token's summary needs.
+        encoded_offsets: int64 `[B + 1]`, whose sessions these are.
+        encoded_user: int64 `[S']`, the same by session.
+        number: int64 `[S']`, the row of the session's position.
+        layout: of the inter-session encoder.
+        own: of the intra-session encoder over each session as far as a token, or None.
+        read: int64 `[S]`, whose summary the tokens of a session get: a row of the inter-session
+            encoder, where 0 is no session (causal), or a row or user (otherwise).
+    """
+
+    session_offsets: Tensor
+    spans: Spans
+    encoded_offsets: Tensor
+    encoded_user: Tensor
+    number: Tensor
+    layout: SegmentLayout
+    own: OwnSessionPlan | None
+    read: Tensor
+
+
 class SessionContext(NamedTuple):
     """What SEM adds to the tokens of each session.
 
     Attributes:
         summary: `[S, D]`, F as the fusion takes it.
         session_offsets: int64 `[S + 1]` into the tokens; a session may have none here.
+        own: `[T, D]`, the token's own session so far, as the fusion takes it, or None.
     """
 
     summary: Tensor
     session_offsets: Tensor
+    own: Tensor | None = None
 
     def of_rows(self, rows: Tensor) -> SessionContext:
         """The same for some of the tokens only, `rows` `[P]`, ascending."""
-        return self._replace(session_offsets=torch.searchsorted(rows, self.session_offsets))
+        return self._replace(
+            session_offsets=torch.searchsorted(rows, self.session_offsets),
+            own=None if self.own is None else self.own.index_select(0, rows),
+        )
 
 
 class SessionEnhancementModule(nn.Module):
@@ -76,9 +137,15 @@ class SessionEnhancementModule(nn.Module):
         pooling: "cls", a second [CLS] reads the sessions (in causal form it comes first, and the
             summary is the output at the last earlier session), or "mean" of the encoded sessions.
         fusion: "add", the paper's `H_emb + F`, or "gate", `h + gate * rms(h) * LayerNorm(F)`. The
-            gate `[D]` starts at zero, so the module starts as the identity. `rms(h)`, the root
-            mean square of the token (without gradient), keeps F on the scale of the item table,
-            near 0.02 at the start, while the table grows.
+            gate `[D]` starts at `gate_init`: at zero the module starts as the identity. `rms(h)`,
+            the root mean square of the token (without gradient), keeps F on the scale of the item
+            table, near 0.02 at the start, while the table grows.
+        gate_init: where the gates of `fusion = "gate"` start.
+        own_session: also add, by the same fusion, what the intra-session encoder makes of the
+            token's own session up to the token itself.
+        session_tokens: also give each session but the first a token with the summary of the
+            sessions before it (`tokens`), which candidates attend to as to an item. Causal form,
+            and the embedded host's ranker, only.
         causal: whether a token's summary comes from earlier sessions only. None leaves the choice
             to the host, see `decide_causal`.
         max_session_length: most recent tokens of a session that are encoded.
@@ -98,6 +165,9 @@ class SessionEnhancementModule(nn.Module):
         gap_seconds: int = 1800,
         pooling: Literal["cls", "mean"] = "cls",
         fusion: Literal["gate", "add"] = "gate",
+        gate_init: float = 0.0,
+        own_session: bool = False,
+        session_tokens: bool = False,
         causal: bool | None = None,
         max_session_length: int = 512,
         max_sessions: int = 128,
@@ -108,6 +178,13 @@ class SessionEnhancementModule(nn.Module):
         check_choice(("gate", "add"), fusion=fusion)
         check_at_least(1, max_session_length=max_session_length, max_sessions=max_sessions)
         check_at_least(0, gap_seconds=gap_seconds)
+        check_finite(gate_init=gate_init)
+        if session_tokens and causal is False:
+            raise HpgrError(
+                "session_tokens needs causal = True or None: a token says what happened before"
+            )
+        self.own_session = own_session
+        self.session_tokens = session_tokens
         self.embedding_dim = embedding_dim
         self.num_heads = num_heads
         self.num_layers = num_layers
@@ -137,7 +214,12 @@ class SessionEnhancementModule(nn.Module):
         if pooling == "cls":
             self.history_cls = learned(embedding_dim)
         if fusion == "gate":
-            self.gate = nn.Parameter(torch.zeros(embedding_dim))
+            self.gate = nn.Parameter(torch.full((embedding_dim,), float(gate_init)))
+            if own_session:
+                self.own_gate = nn.Parameter(torch.full((embedding_dim,), float(gate_init)))
+        if session_tokens:
+            self.token_vector = learned(embedding_dim)
+            self.token_scale = nn.Parameter(torch.full((embedding_dim,), INIT_STD))
 
     def decide_causal(self, required: bool, reason: str) -> None:
         """The host's choice of the form, where the constructor left it open.
@@ -155,20 +237,28 @@ class SessionEnhancementModule(nn.Module):
             HpgrError: `causal=False` where the causal form is required.
         """
         if self.causal is None:
-            self.causal = required
+            self.causal = required or self.session_tokens
         elif required and not self.causal:
             raise HpgrError(
                 f"hpgr.SessionEnhancementModule.causal must be True or None here, got False: "
                 f"{reason}, so SEM would show predictions their own future"
             )
 
-    def forward(self, embeddings: Tensor, offsets: Tensor, timestamps: Tensor) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        offsets: Tensor,
+        timestamps: Tensor,
+        *,
+        plan: SessionPlan | None = None,
+    ) -> Tensor:
         """Enhance the tokens of B histories.
 
         Args:
             embeddings: `[T, D]`, tokens in order of time inside every user.
             offsets: `[B + 1]`; a user may have no tokens.
             timestamps: int64 `[T]`, seconds.
+            plan: of the same histories, see `plan`; None makes it here.
 
         Returns:
             H_enhanced `[T, D]`, in the dtype of `embeddings`.
@@ -177,37 +267,120 @@ class SessionEnhancementModule(nn.Module):
             ValueError: from `partition_sessions`, embeddings that are not `[T, D]`, or `causal`
                 still undecided.
         """
-        return self.fuse(embeddings, self.context(embeddings, offsets, timestamps))
+        return self.fuse(embeddings, self.context(embeddings, offsets, timestamps, plan=plan))
 
-    def context(self, embeddings: Tensor, offsets: Tensor, timestamps: Tensor) -> SessionContext:
+    def context(
+        self,
+        embeddings: Tensor,
+        offsets: Tensor,
+        timestamps: Tensor,
+        *,
+        plan: SessionPlan | None = None,
+    ) -> SessionContext:
         """What `fuse` adds to the tokens of B histories; arguments as in `forward`."""
-        if self.causal is None:
-            raise ValueError(
-                "causal is undecided: pass causal=True or False, or let the host call decide_causal"
-            )
         if embeddings.shape != (timestamps.numel(), self.embedding_dim):
             raise ValueError(
                 f"embeddings must be [{timestamps.numel()}, {self.embedding_dim}], one row per "
                 f"timestamp, got {list(embeddings.shape)}"
             )
-        sessions = partition_sessions(timestamps, offsets, self.gap_seconds)
+        if plan is None:
+            plan = self.plan(offsets, timestamps)
         history = embeddings.to(self.session_cls.dtype)
-        encoded = self._choose(sessions)
-        vectors = self._encode_sessions(history, encoded.spans)
-        summary = self._summarise(vectors, encoded, sessions)
+        vectors = self._encode_sessions(history, plan.spans)
+        summary = self._summarise(vectors, plan)
+        own = None if plan.own is None else self._encode_own_sessions(history, plan.own)
         if self.fusion == "gate":
             summary = F.layer_norm(summary, summary.shape[1:])
-        return SessionContext(summary, sessions.session_offsets)
+            own = None if own is None else F.layer_norm(own, own.shape[1:])
+        return SessionContext(summary, plan.session_offsets, own)
+
+    @torch.no_grad()
+    def plan(
+        self, offsets: Tensor, timestamps: Tensor, *, device_type: str | None = None
+    ) -> SessionPlan:
+        """The index arithmetic of `forward`, on the device of its arguments.
+
+        Args:
+            offsets: `[B + 1]`.
+            timestamps: int64 `[T]`, seconds.
+            device_type: see `segment_layout`.
+
+        Raises:
+            ValueError: as in `forward`.
+        """
+        if self.causal is None:
+            raise ValueError(
+                "causal is undecided: pass causal=True or False, or let the host call decide_causal"
+            )
+        sessions = partition_sessions(timestamps, offsets, self.gap_seconds)
+        encoded = self._choose(sessions)
+        count = encoded.spans.starts.numel()
+        user = segment_ids(encoded.user_offsets, count)
+        place = torch.arange(count, device=offsets.device)
+        if self.causal:
+            number = (place - encoded.user_offsets[user]).clamp(max=self.max_sessions - 1)
+        else:
+            number = encoded.user_offsets[user + 1] - 1 - place
+        leads = int(self.pooling == "cls")
+        rows = encoded.user_offsets
+        if leads:
+            rows = rows + torch.arange(len(rows), device=rows.device)
+        layout = segment_layout(
+            rows,
+            causal=bool(self.causal),
+            window=self.max_sessions if self.causal else None,
+            sink=bool(self.causal) and leads == 1,
+            device_type=device_type,
+        )
+        return SessionPlan(
+            session_offsets=sessions.session_offsets,
+            spans=encoded.spans,
+            encoded_offsets=encoded.user_offsets,
+            encoded_user=user,
+            number=number,
+            layout=layout,
+            own=self._plan_own(sessions, device_type) if self.own_session else None,
+            read=self._read_rows(sessions, rows, leads),
+        )
 
     def fuse(self, embeddings: Tensor, context: SessionContext) -> Tensor:
         """H_enhanced of tokens `[P, D]`, all of the histories or those `context.of_rows` is for."""
         history = embeddings.to(self.session_cls.dtype)
-        summary, offsets = context
+        summary, offsets, own = context
         if self.fusion == "gate":
             enhanced = add_context(history, summary, self.gate, offsets)
         else:
             enhanced = history + F.embedding(segment_ids(offsets, len(history)), summary)
+        if own is not None and self.fusion == "gate":
+            rms = history.detach().square().mean(1, keepdim=True).sqrt()
+            enhanced = enhanced + self.own_gate * rms * own
+        elif own is not None:
+            enhanced = enhanced + own
         return enhanced.to(embeddings.dtype)
+
+    def tokens(self, context: SessionContext, offsets: Tensor) -> SessionTokens:
+        """A token for each session but a user's first, with what came before that session.
+
+        Args:
+            context: of the whole histories.
+            offsets: `[B + 1]`, of the same histories.
+        """
+        first = context.session_offsets[:-1]
+        later = ~torch.isin(first, offsets)
+        summary = F.layer_norm(context.summary[later], context.summary.shape[1:])
+        return SessionTokens(self.token_vector + self.token_scale * summary, first[later])
+
+    def refuse_tokens(self, host: str) -> None:
+        """For hosts that have no session tokens.
+
+        Raises:
+            HpgrError: they are asked for.
+        """
+        if self.session_tokens:
+            raise HpgrError(
+                f"hpgr.SessionEnhancementModule.session_tokens must be False for {host}: "
+                "only the layers of hpgr.HSTURanker take session tokens"
+            )
 
     def _choose(self, sessions: Sessions) -> _EncodedSessions:
         """The sessions that some token's summary needs, and their most recent tokens."""
@@ -234,36 +407,47 @@ class SessionEnhancementModule(nn.Module):
         x = self.intra_encoder.final_norm(layer.finish_pooled(pooled.lead, pooled.means, weights))
         return x if pooled.place is None else x.index_select(0, pooled.place)
 
-    def _summarise(self, vectors: Tensor, encoded: _EncodedSessions, sessions: Sessions) -> Tensor:
-        """Eq. 2: vectors of the encoded sessions `[S', D]` -> F for the tokens of each `[S, D]`."""
+    def _plan_own(self, sessions: Sessions, device_type: str | None) -> OwnSessionPlan:
+        session, offsets = sessions.session_index, sessions.session_offsets
+        rows = torch.arange(len(session), device=session.device)
+        place = (rows - offsets[session]).clamp(max=self.max_session_length - 1)
+        layout = segment_layout(
+            offsets + torch.arange(len(offsets), device=offsets.device),
+            causal=True,
+            window=self.max_session_length,
+            sink=True,
+            device_type=device_type,
+        )
+        return OwnSessionPlan(session, place, offsets, rows + session + 1, layout)
+
+    def _encode_own_sessions(self, history: Tensor, plan: OwnSessionPlan) -> Tensor:
+        """Tokens `[T, D]` -> each one's session as far as the token, `[T, D]`."""
+        x = history + F.embedding(plan.place, self.item_position)
+        x, _ = lead_with(self.session_cls, x, plan.offsets, plan.session)
+        encoded: Tensor = self.intra_encoder(x, plan.layout, plan.rows)
+        return encoded
+
+    def _read_rows(self, sessions: Sessions, rows: Tensor, leads: int) -> Tensor:
+        """`SessionPlan.read`; rows: `[B + 1]` of the inter-session encoder."""
         count = sessions.session_offsets.numel() - 1
         user = segment_ids(sessions.user_offsets, count)
-        x, rows = self._number_sessions(vectors, encoded.user_offsets)
+        if not self.causal:
+            return user if leads else rows[user]
+        earlier = segment_positions(sessions.user_offsets, count)
+        return torch.where(earlier > 0, rows[user] + leads + earlier, 0)
+
+    def _summarise(self, vectors: Tensor, plan: SessionPlan) -> Tensor:
+        """Eq. 2: vectors of the encoded sessions `[S', D]` -> F for the tokens of each `[S, D]`."""
+        x = vectors + F.embedding(plan.number, self.session_position)
+        if self.pooling == "cls":
+            x, _ = lead_with(self.history_cls, x, plan.encoded_offsets, plan.encoded_user)
         # F.embedding instead of indexing: its backward adds up in a fixed order on CUDA too.
         if self.causal:
-            leads = int(self.pooling == "cls")
-            layout = segment_layout(rows, causal=True, window=self.max_sessions, sink=leads == 1)
-            x = self._pool_all(x, layout)
-            earlier = segment_positions(sessions.user_offsets, count)
-            row = torch.where(earlier > 0, rows[user] + leads + earlier, 0)
-            return F.embedding(row, torch.cat([x.new_zeros(1, x.shape[1]), x]))
-        layout = segment_layout(rows)
+            x = self._pool_all(x, plan.layout)
+            return F.embedding(plan.read, torch.cat([x.new_zeros(1, x.shape[1]), x]))
         if self.pooling == "cls":
-            return F.embedding(user, self.inter_encoder.first_tokens(x, layout))
-        return F.embedding(rows[user], self._pool_all(x, layout))
-
-    def _number_sessions(self, vectors: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Add positions to the session vectors, and the second [CLS] in front for pooling "cls"."""
-        user = segment_ids(offsets, len(vectors))
-        place = torch.arange(len(vectors), device=offsets.device)
-        if self.causal:
-            number = (place - offsets[user]).clamp(max=self.max_sessions - 1)
-        else:
-            number = offsets[user + 1] - 1 - place
-        x = vectors + F.embedding(number, self.session_position)
-        if self.pooling == "mean":
-            return x, offsets
-        return lead_with(self.history_cls, x, offsets, user)
+            return F.embedding(plan.read, self.inter_encoder.first_tokens(x, plan.layout))
+        return F.embedding(plan.read, self._pool_all(x, plan.layout))
 
     def _pool_all(self, x: Tensor, layout: SegmentLayout) -> Tensor:
         """The pooled summary of the rows that each row sees, `[R, D]` -> `[R, D]`."""

@@ -51,10 +51,10 @@ SEM, POSITIONS, HOOK, LAYER, ENCODER, FEATURES, RARE = SLOTS = (
 
 _REQUESTS = ("prepared", "split", "settings", "statistics", "seed", "rank", "world_size")
 _SEQUENCES = ("prepared", "max_length", "users", "seed", "rank", "world_size")
-_MIM = ("num_items", "item_counts")
+_MIM = ("num_items", "num_actions", "item_counts", "item_feature_codes", "item_events")
 _LAYER = ("embedding_dim", "num_heads", "dropout")
 _SIZES = ("sizes",)
-_DECODER = ("ids", "embedding_dim", "num_heads", "dropout", "slate_size")
+_DECODER = ("ids", "sizes")
 _SLATES = ("num_items", "num_actions", "vocabulary_digest", "ids", "decoder_arguments")
 _RANKER = (
     *("num_items", "num_actions", "vocabulary_digest"),
@@ -67,6 +67,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("hpgr_plugin.components.attention_hooks:StochasticLength", HOOK),
         Entry("hpgr_plugin.components.mim:MaskedItemModel", denylist=_MIM, root=True),
         Entry("hpgr_plugin.components.positions:TimeAwarePositionalEncoder", POSITIONS),
+        Entry("hpgr_plugin.components.random_items:RandomItems", HOOK),
         Entry("hpgr_plugin.components.sem:SessionEnhancementModule", SEM),
         Entry("hpgr_plugin.components.slates.decoder:FlatItemDecoder", denylist=_DECODER),
         Entry("hpgr_plugin.components.slates.decoder:FlatSlateDecoder", denylist=_DECODER),

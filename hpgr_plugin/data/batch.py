@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
@@ -12,14 +13,21 @@ _T = TypeVar("_T", bound="_OnDevice")
 
 
 class _OnDevice:
-    """`to` for dataclasses of tensors and dicts of tensors."""
+    """`to` and `pin_memory` for dataclasses of tensors and dicts of tensors."""
 
     def to(self: _T, device: torch.device | str, non_blocking: bool = False) -> _T:
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: _T) -> _T:
+        """A copy in pinned memory, from which a copy to a CUDA device need not be waited for."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self: _T, change: Callable[[torch.Tensor], torch.Tensor]) -> _T:
         def move(value: object) -> object:
             if isinstance(value, dict):
                 return {name: move(inner) for name, inner in value.items()}
             assert isinstance(value, torch.Tensor)
-            return value.to(device, non_blocking=non_blocking)
+            return change(value)
 
         moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
         return type(self)(**moved)
@@ -78,12 +86,14 @@ class SequenceBatch(_OnDevice):
     Attributes:
         items: [T] int64.
         timestamps: [T] int64 seconds, ascending inside a sequence.
+        actions: [T] int64.
         offsets: [B + 1] int64.
         users: [B] int64.
     """
 
     items: torch.Tensor
     timestamps: torch.Tensor
+    actions: torch.Tensor
     offsets: torch.Tensor
     users: torch.Tensor
 

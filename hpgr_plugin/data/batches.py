@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -17,6 +17,7 @@ from hpgr_plugin.data.requests import RequestSettings, build_requests
 from hpgr_plugin.errors import HpgrError
 
 _Item = TypeVar("_Item")
+_Prepared = TypeVar("_Prepared")
 # Lengths are sorted inside windows of this many batches: similar lengths meet, still by chance.
 _BATCHES_PER_WINDOW = 32
 
@@ -75,15 +76,28 @@ class Loader(ABC, Generic[_Item]):
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[_Item]:
         """The batches of the epoch from number `start` on, some of them gathered ahead."""
+        return self.map_batches(lambda batch, _: batch, epoch, start)
+
+    def map_batches(
+        self, prepare: Callable[[_Item, int], _Prepared], epoch: int = 0, start: int = 0
+    ) -> Iterator[_Prepared]:
+        """What `prepare(batch, number in the epoch)` makes of the batches, in their order.
+
+        It runs where the batches are gathered, ahead of their use.
+        """
         plan = self._plan(epoch)[start:]
+
+        def make(number: int, places: np.ndarray) -> _Prepared:
+            return prepare(self.gather(places), number)
+
         if not self._prefetch:
-            yield from map(self.gather, plan)
+            yield from map(make, range(start, start + len(plan)), plan)
             return
-        waiting: deque[Future[_Item]] = deque()
+        waiting: deque[Future[_Prepared]] = deque()
         with ThreadPoolExecutor(max_workers=1) as executor:
             try:
-                for places in plan:
-                    waiting.append(executor.submit(self.gather, places))
+                for number, places in enumerate(plan, start):
+                    waiting.append(executor.submit(make, number, places))
                     if len(waiting) > self._prefetch:
                         yield waiting.popleft().result()
                 while waiting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,6 +56,14 @@ def require(fits: bool, binding: str, takes: str, value: object) -> None:
     """
     if not fits:
         raise HpgrError(f"hpgr.{binding} takes {takes}, got {value!r}")
+
+
+def require_fields(settings: object, least: int, *names: str) -> None:
+    """Checks that fields of a settings class are finite numbers of `least` or more."""
+    for name in names:
+        value = getattr(settings, name)
+        fits = least <= value < math.inf
+        require(fits, f"{type(settings).__name__}.{name}", f"{least} or more", value)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         min_length: fewest events of a chunk.
         batch_tokens: most events of a batch.
         users: bool [U], whose sequences; None: everyone's.
+        only_positive: leave out the events whose label is 0.
         seed, rank, world_size, prefetch: see Loader.
     """
 
@@ -33,6 +34,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         min_length: int = 2,
         batch_tokens: int = 16384,
         users: np.ndarray | None = None,
+        only_positive: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -45,6 +47,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         in_train = prepared.is_history & (prepared.split == TRAIN)
         if users is not None:
             in_train &= users[prepared.log.event_users()]
+        if only_positive:
+            in_train &= prepared.log.label > 0
         self._rows = np.flatnonzero(in_train)
         offsets = offsets_of(in_train)[prepared.log.user_offsets]
         self._users, self._starts, lengths = _chunks(offsets, max_length, min_length)
@@ -69,6 +73,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         return SequenceBatch(
             items=tensor(self.prepared.log.item[rows]),
             timestamps=tensor(self.prepared.log.timestamp[rows]),
+            actions=tensor(self.prepared.log.action[rows]),
             offsets=tensor(offsets_of(lengths)),
             users=tensor(self._users[places]),
         )

@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from hpgr_plugin.data.events import DataError, EventTable, require
+from hpgr_plugin.data.events import (
+    DataError,
+    EventTable,
+    SideTable,
+    require,
+    require_fields,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class SyntheticReader:
         session_gap_seconds: pause between sessions; more than the 60 s inside them.
         label_noise: probability that a candidate's label is flipped.
         seed: of everything.
+        features: give every item its cluster as a feature.
     """
 
     num_users: int = 200
@@ -77,17 +84,13 @@ class SyntheticReader:
     session_gap_seconds: int = 7200
     label_noise: float = 0.0
     seed: int = 0
+    features: bool = False
 
     def __post_init__(self) -> None:
-        for least, names in (
-            (0, ("distractors", "seed")),
-            (1, ("num_users", "items_per_cluster", "tells_per_cluster", "candidates")),
-            (1, ("session_length",)),
-            (61, ("session_gap_seconds",)),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                require(value >= least, f"SyntheticReader.{name}", f"{least} or more", value)
+        require_fields(self, 0, "distractors", "seed")
+        require_fields(self, 1, "num_users", "items_per_cluster", "tells_per_cluster", "candidates")
+        require_fields(self, 1, "session_length")
+        require_fields(self, 61, "session_gap_seconds")
         fits = 0 <= self.label_noise <= 1
         require(fits, "SyntheticReader.label_noise", "a probability", self.label_noise)
         takes = f"1 to num_clusters // 2 - 1 = {self._tasting - 1}"
@@ -105,7 +108,10 @@ class SyntheticReader:
                 raise DataError("the synthetic log has only the field 'is_click'", field=name)
         truth, label = self._make()
         place = np.tile(np.arange(self._events_per_user), self.num_users)
+        cluster = pa.array([str(code) for code in truth.item_cluster])
+        ids = pa.array(np.arange(len(truth.item_cluster)))
         return EventTable(
+            item_features=SideTable(ids, {"cluster": cluster}) if self.features else None,
             user=pa.array(truth.event_user),
             item=pa.array(truth.event_item),
             timestamp=self._times()[place],

@@ -102,7 +102,12 @@ def plan_buckets(
 
 
 def segment_layout(
-    offsets: Tensor, *, causal: bool = False, window: int | None = None, sink: bool = False
+    offsets: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    sink: bool = False,
+    device_type: str | None = None,
 ) -> SegmentLayout:
     """Plan the attention inside segments.
 
@@ -111,6 +116,8 @@ def segment_layout(
         causal: a token sees itself and earlier ones; otherwise its whole segment.
         window: how many tokens, itself included, a token sees; for `causal` only.
         sink: all tokens also see the first one of their segment; for a `window` only.
+        device_type: where the attention will run, "cuda" or "cpu", for a layout that is made on
+            the host and moved there; None: where the offsets are.
     """
     lengths = offsets.long().diff()
     segment_order = lengths.argsort(descending=True, stable=True)
@@ -124,7 +131,7 @@ def segment_layout(
     distinct, counts = torch.stack(lengths[lengths > 0].unique(return_counts=True)).flip(1).tolist()
     buckets = []
     first_row = 0
-    small_slots = SMALL_BUCKET_SLOTS_CUDA if offsets.is_cuda else 0
+    small_slots = SMALL_BUCKET_SLOTS_CUDA if (device_type or offsets.device.type) == "cuda" else 0
     for rows, tokens, width in plan_buckets(distinct, counts, small_slots=small_slots):
         bucket_lengths = sorted_lengths[first_row : first_row + rows]
         mask = _visible(bucket_lengths, width, rows * width == tokens, causal, window, sink)

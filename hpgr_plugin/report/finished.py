@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,7 @@ class FinishedAblation:
         Raises:
             HpgrError: the folder holds none.
         """
-        path = folder / "results.json"
-        if not path.is_file():
-            raise HpgrError(f"--results takes the folder of a finished ablation: no {path}")
-        try:
-            content = json.loads(path.read_text())
+        with results_of(folder, "ablation") as (path, content):
             rows, environment = content["metrics"]["rows"], content["environment"]
             settings = {
                 "results": str(path),
@@ -50,8 +47,6 @@ class FinishedAblation:
                 "versions": json.dumps(environment["versions"]),
             }
             return cls(path, rows, settings, content["operative_config"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise HpgrError(f"{path} is not of an ablation: {error!r}") from error
 
     def of_figure(self, figure: str | None) -> list[dict[str, Any]]:
         """Trained rows that are points of a figure, or with None of no figure.
@@ -73,6 +68,26 @@ class FinishedAblation:
             point(row, metric, panel=panel, series=row["series"], x=row["x"])
             for row in self.of_figure(figure)
         ]
+
+
+@contextmanager
+def results_of(folder: Path, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The results.json of a folder and its content, to be read inside.
+
+    Args:
+        folder: `hpgr.run.output_dir` of the run.
+        kind: of run, for messages.
+
+    Raises:
+        HpgrError: there is none, or it does not hold what is read inside.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise HpgrError(f"--results takes the folder of a finished {kind}: no {path}")
+    try:
+        yield path, json.loads(path.read_text())
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise HpgrError(f"{path} is not of a finished {kind}: {error!r}") from error
 
 
 def point(row: dict[str, Any], metric: str, *, panel: str, series: str, x: float | str) -> Point:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.files import atomic_write
 from hpgr_plugin.hosts.embedded.slates.table import slate_tables
+from hpgr_plugin.report.finished import results_of
 
 
 def slates(folder: Path, out: Path) -> list[Path]:
@@ -20,17 +19,11 @@ def slates(folder: Path, out: Path) -> list[Path]:
     Raises:
         HpgrError: the folder holds none.
     """
-    path = folder / "results.json"
-    if not path.is_file():
-        raise HpgrError(f"--results takes the folder of a finished slate ablation: no {path}")
-    try:
-        content = json.loads(path.read_text())
+    with results_of(folder, "slate ablation") as (_, content):
         metrics, environment = content["metrics"], content["environment"]
         rows, tokenizers = metrics["rows"], metrics["tokenizers"]
         text = slate_tables(rows, tokenizers, metrics["best_rival"])
         command, device = environment["command"], environment["device"]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise HpgrError(f"{path} is not of a slate ablation: {error!r}") from error
     lines = [f"# {command}; {device}; seeds {content['seeds']}", "kind,scope,seed,metric,value"]
     measured = [("tokenizer", scope, seeds) for scope, seeds in tokenizers.items()]
     measured += [("slates", row["scope"], row["seeds"]) for row in rows]

@@ -15,6 +15,7 @@ import torch
 from hpgr_plugin.errors import HpgrError, one_line
 from hpgr_plugin.serving.batcher import BatchLimits
 from hpgr_plugin.serving.scorer import Scorer
+from hpgr_plugin.serving.slates import SlateServer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     try:
         scorer = Scorer.load(options.model, device=options.device, cache_mib=options.cache_mib)
+        slates = None
+        if options.slates is not None:
+            slates = SlateServer.load(options.slates, device=options.device)
     except (HpgrError, OSError) as error:
         _fail(one_line(error))
     settings = ServerSettings(
@@ -41,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ),
     )
     uvicorn.run(
-        create_app(scorer, settings),
+        create_app(scorer, settings, slates),
         host=options.host,
         port=options.port,
         log_level="info" if options.log_requests else "warning",
@@ -52,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hpgr_plugin.serving", description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="folder of serving.export")
+    parser.add_argument("--slates", type=Path, help="folder of a slate run: POST /slate as well")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default=None, help="default: a GPU, if there is one")

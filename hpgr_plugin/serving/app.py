@@ -1,9 +1,12 @@
-"""The HTTP server's routes: POST /score, GET /healthz, GET /metrics. Needs the extra `serve`."""
+"""The HTTP server's routes: POST /score and /slate, GET /healthz and /metrics.
+
+Needs the extra `serve`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +19,12 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
+from hpgr_plugin.hosts.embedded.slates.generator import History
 from hpgr_plugin.serving.batcher import Batcher, BatchLimits, OverloadedError, StoppingError
 from hpgr_plugin.serving.metrics import Metrics
 from hpgr_plugin.serving.requests import Request
 from hpgr_plugin.serving.scorer import Scorer, Scores
+from hpgr_plugin.serving.slates import SlateAnswer, SlateServer
 from hpgr_plugin.serving.vocabulary import RequestError
 
 ItemId = StrictInt | StrictStr
@@ -31,7 +36,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class History(Strict):
+class ScoreHistory(Strict):
     """A user's history, oldest first."""
 
     items: list[ItemId] = Field(default_factory=list)
@@ -43,7 +48,7 @@ class ScoreRequest(Strict):
     """One user's history, and the candidates to score at `time` (seconds), or at `times` each."""
 
     candidates: list[ItemId]
-    history: History = Field(default_factory=History)
+    history: ScoreHistory = Field(default_factory=ScoreHistory)
     time: StrictInt | None = None
     times: list[StrictInt] | None = None
     user_id: ItemId | None = None
@@ -66,6 +71,28 @@ class ScoreRequest(Strict):
             user_id=self.user_id,
             user_features=self.user_features,
         )
+
+
+class SlateHistory(Strict):
+    """A history for a slate model, oldest first; actions are codes of the log, 0 and up."""
+
+    items: list[ItemId] = Field(default_factory=list)
+    times: list[StrictInt] = Field(default_factory=list)
+    actions: list[StrictInt] | None = None
+
+
+class SlateRequest(Strict):
+    """One user's history, which may be empty."""
+
+    history: SlateHistory = Field(default_factory=SlateHistory)
+
+
+class SlateBody(BaseModel):
+    """A slate, and the log-probability of each item given the ones before it."""
+
+    items: list[ItemId]
+    log_probs: list[float]
+    unknown_history: int
 
 
 class ScoreAnswer(BaseModel):
@@ -101,22 +128,98 @@ class ServerSettings:
     batches: BatchLimits = field(default_factory=BatchLimits)
 
 
-def create_app(scorer: Scorer, settings: ServerSettings | None = None) -> FastAPI:
-    """The application, for uvicorn or a test client."""
+def create_app(
+    scorer: Scorer, settings: ServerSettings | None = None, slates: SlateServer | None = None
+) -> FastAPI:
+    """The application, for uvicorn or a test client; with `slates` it answers /slate as well."""
     settings = settings or ServerSettings()
-    metrics = Metrics(scorer.cache)
-    batcher = Batcher(scorer.score_encoded, settings.batches, metrics.batch)
-    metrics.watch_queue(lambda: batcher.num_waiting)
+    metrics = Metrics(scorer.cache, slates=slates is not None)
+    scores = Batcher(scorer.score_encoded, settings.batches, metrics.score.batch)
+    batchers: list[Batcher[Any, Any]] = [scores]
+    app = FastAPI(title="hpgr-plugin", lifespan=_lifespan(batchers))
+    app.add_middleware(_BodyLimit, max_bytes=settings.sizes.max_body_bytes)
+    _add_error_answers(app)
+    _measure_requests(app, metrics)
+    metrics.watch_queue(lambda: sum(batcher.num_waiting for batcher in batchers))
+    if slates is not None:
+        batchers.append(_add_slates(app, slates, settings, metrics))
+
+    @app.post("/score")
+    async def score(body: ScoreRequest) -> ScoreAnswer:
+        """Score the candidates of one user."""
+        _check_size("history.items", body.history.items, settings.sizes.max_history)
+        _check_size("candidates", body.candidates, settings.sizes.max_candidates)
+        encoded = scorer.encode(body.as_request())
+        answer = _answer(await scores.score(encoded))
+        metrics.candidates.inc(len(body.candidates))
+        metrics.unknown_candidates.inc(len(answer.unknown_candidates))
+        metrics.score.unknown_history.inc(answer.unknown_history)
+        return answer
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, Any]:
+        """Whether the server takes requests, and which model it has."""
+        if scores.stopping:
+            raise HTTPException(503, "stopping")
+        model = {k: v for k, v in scorer.manifest.items() if k not in ("arguments", "checksums")}
+        health: dict[str, Any] = {"status": "ok", "device": str(scorer.device), "model": model}
+        if slates is not None:
+            generator = slates.generator
+            health["slates"] = {
+                "device": str(generator.device),
+                "num_items": len(generator.item_ids),
+                "slate_size": generator.model.slate_size,
+            }
+        return health
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        """Counters and times in Prometheus' text format."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _add_slates(
+    app: FastAPI, slates: SlateServer, settings: ServerSettings, metrics: Metrics
+) -> Batcher[History, SlateAnswer]:
+    """The route /slate, and what puts its requests together."""
+    counted = metrics.routes["/slate"]
+    batcher = Batcher(slates.answer, settings.batches, counted.batch)
+
+    @app.post("/slate")
+    async def slate(body: SlateRequest) -> SlateBody:
+        """A slate for one history."""
+        history = body.history
+        _check_size("history.items", history.items, settings.sizes.max_history)
+        encoded = slates.encode(history.items, history.times, history.actions)
+        answer = await batcher.score(encoded)
+        counted.unknown_history.inc(answer.unknown_history)
+        return SlateBody(
+            items=answer.slate.items,
+            log_probs=answer.slate.log_probs,
+            unknown_history=answer.unknown_history,
+        )
+
+    return batcher
+
+
+def _lifespan(batchers: Sequence[Batcher[Any, Any]]) -> Callable[[FastAPI], Any]:
+    """Start the batchers with the server, and stop them with it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        batcher.start()
+        for batcher in batchers:
+            batcher.start()
         yield
-        await batcher.stop()
+        for batcher in batchers:
+            await batcher.stop()
 
-    app = FastAPI(title="hpgr-plugin", lifespan=lifespan)
-    app.add_middleware(_BodyLimit, max_bytes=settings.sizes.max_body_bytes)
-    _add_error_answers(app)
+    return lifespan
+
+
+def _measure_requests(app: FastAPI, metrics: Metrics) -> None:
+    """Count every answer of a route, and how long it took."""
 
     @app.middleware("http")
     async def measure(
@@ -128,34 +231,9 @@ def create_app(scorer: Scorer, settings: ServerSettings | None = None) -> FastAP
             status = response.status_code
             return response
         finally:
-            if request.url.path == "/score":
-                metrics.request(status, time.perf_counter() - start)
-
-    @app.post("/score")
-    async def score(body: ScoreRequest) -> ScoreAnswer:
-        """Score the candidates of one user."""
-        _check_sizes(body, settings.sizes)
-        encoded = scorer.encode(body.as_request())
-        answer = _answer(await batcher.score(encoded))
-        metrics.candidates.inc(len(body.candidates))
-        metrics.unknown_candidates.inc(len(answer.unknown_candidates))
-        metrics.unknown_history.inc(answer.unknown_history)
-        return answer
-
-    @app.get("/healthz")
-    async def healthz() -> dict[str, Any]:
-        """Whether the server takes requests, and which model it has."""
-        if batcher.stopping:
-            raise HTTPException(503, "stopping")
-        model = {k: v for k, v in scorer.manifest.items() if k not in ("arguments", "checksums")}
-        return {"status": "ok", "device": str(scorer.device), "model": model}
-
-    @app.get("/metrics")
-    async def prometheus() -> Response:
-        """Counters and times in Prometheus' text format."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    return app
+            counted = metrics.routes.get(request.url.path)
+            if counted is not None:
+                counted.request(status, time.perf_counter() - start)
 
 
 def _answer(scores: Scores) -> ScoreAnswer:
@@ -170,13 +248,9 @@ def _answer(scores: Scores) -> ScoreAnswer:
     )
 
 
-def _check_sizes(body: ScoreRequest, limits: SizeLimits) -> None:
-    for name, values, most in (
-        ("history.items", body.history.items, limits.max_history),
-        ("candidates", body.candidates, limits.max_candidates),
-    ):
-        if len(values) > most:
-            raise _TooLargeError(name, f"takes at most {most}, got {len(values)}")
+def _check_size(name: str, values: Sequence[Any], most: int) -> None:
+    if len(values) > most:
+        raise _TooLargeError(name, f"takes at most {most}, got {len(values)}")
 
 
 class _TooLargeError(RequestError):

@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from hpgr_plugin.serving.requests import EncodedRequest
-from hpgr_plugin.serving.scorer import Scores
+
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
 
 
 class OverloadedError(Exception):
@@ -37,7 +40,12 @@ class BatchLimits:
     max_waiting: int = 1024
 
 
-class Batcher:
+def count_candidates(request: object) -> int:
+    """How much of a batch a request takes: its candidates; a request for a slate is 1."""
+    return request.candidates.shape[1] if isinstance(request, EncodedRequest) else 1
+
+
+class Batcher(Generic[Asked, Answered]):
     """Scores in one thread of its own, so that the event loop stays free.
 
     Args:
@@ -48,14 +56,14 @@ class Batcher:
 
     def __init__(
         self,
-        score: Callable[[Sequence[EncodedRequest]], list[Scores]],
+        score: Callable[[Sequence[Asked]], list[Answered]],
         limits: BatchLimits,
         observe: Callable[[int, float], None] = lambda size, seconds: None,
     ) -> None:
         self._score = score
         self._limits = limits
         self._observe = observe
-        self._waiting: asyncio.Queue[tuple[EncodedRequest, asyncio.Future[Scores]]]
+        self._waiting: asyncio.Queue[tuple[Asked, asyncio.Future[Answered]]]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scorer")
         self._worker: asyncio.Task[None] | None = None
         self.stopping = False
@@ -79,7 +87,7 @@ class Batcher:
             await asyncio.gather(self._worker, return_exceptions=True)
         self._thread.shutdown()
 
-    async def score(self, request: EncodedRequest) -> Scores:
+    async def score(self, request: Asked) -> Answered:
         """The answer to one request.
 
         Raises:
@@ -90,13 +98,13 @@ class Batcher:
             raise StoppingError
         if self._waiting.qsize() >= self._limits.max_waiting:
             raise OverloadedError
-        answer: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((request, answer))
         return await answer
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
-        held: tuple[EncodedRequest, asyncio.Future[Scores]] | None = None
+        held: tuple[Asked, asyncio.Future[Answered]] | None = None
         while True:
             batch = [held if held is not None else await self._waiting.get()]
             held = await self._fill(batch)
@@ -117,11 +125,11 @@ class Batcher:
                 self._waiting.task_done()
 
     async def _fill(
-        self, batch: list[tuple[EncodedRequest, asyncio.Future[Scores]]]
-    ) -> tuple[EncodedRequest, asyncio.Future[Scores]] | None:
+        self, batch: list[tuple[Asked, asyncio.Future[Answered]]]
+    ) -> tuple[Asked, asyncio.Future[Answered]] | None:
         """Add requests to a batch that has one; return the one that did not fit any more."""
         limits = self._limits
-        candidates = batch[0][0].candidates.shape[1]
+        candidates = count_candidates(batch[0][0])
         end = asyncio.get_running_loop().time() + limits.wait_seconds
         while len(batch) < limits.max_requests and candidates < limits.max_candidates:
             try:
@@ -132,7 +140,7 @@ class Batcher:
                     entry = self._waiting.get_nowait()
             except (asyncio.TimeoutError, asyncio.QueueEmpty):
                 return None
-            candidates += entry[0].candidates.shape[1]
+            candidates += count_candidates(entry[0])
             if candidates > limits.max_candidates:
                 return entry
             batch.append(entry)

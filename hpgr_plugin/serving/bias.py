@@ -24,6 +24,22 @@ def position_time_bias(
         tables: of one layer.
         buckets: of `distance_buckets`; None looks them up.
     """
+    return joint_table(tables)[bias_places(distance, seconds, tables, buckets)]
+
+
+def joint_table(tables: PositionTimeBias) -> Tensor:
+    """The bias of every pair of buckets, `[P * T]`; `bias_places` are its rows."""
+    return (tables.position_table.unsqueeze(1) + tables.time_table).flatten()
+
+
+def bias_places(
+    distance: Tensor, seconds: Tensor, tables: PositionTimeBias, buckets: Tensor | None = None
+) -> Tensor:
+    """Rows of `joint_table`, int64; they are the same for layers with tables of one size.
+
+    Args:
+        distance, seconds, tables, buckets: see `position_time_bias`.
+    """
     if buckets is None:
         buckets = distance_buckets(tables, distance.device)
     far = len(buckets) // 2
@@ -31,8 +47,7 @@ def position_time_bias(
     # The exponent of a double is the whole part of its logarithm, without rounding.
     time = ((seconds + 1).double().view(torch.int64) >> _MANTISSA_BITS) - _EXPONENT_OF_ONE
     size = len(tables.time_table)
-    joint = (tables.position_table.unsqueeze(1) + tables.time_table).flatten()
-    return joint[position * size + time.clamp(max=size - 1)]
+    return position * size + time.clamp(max=size - 1)
 
 
 def distance_buckets(tables: PositionTimeBias, device: torch.device) -> Tensor:

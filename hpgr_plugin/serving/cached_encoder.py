@@ -7,8 +7,9 @@ of the request. Candidates see the history and themselves: a request with C cand
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.hstu import SequenceLayer
 from hpgr_plugin.hosts.embedded.model.tokens import Marks, TokenSequence
 from hpgr_plugin.ops.hstu_attention import AttentionSpec, MaskPosition, PositionTimeBias
-from hpgr_plugin.ops.jagged import segment_ids
-from hpgr_plugin.serving.bias import position_time_bias
+from hpgr_plugin.ops.preference_plan import PreferencePlan
+from hpgr_plugin.ops.slot_attention import Settings, SlotBias, Slots, slot_attention
+from hpgr_plugin.serving.bias import bias_places, joint_table
 from hpgr_plugin.serving.history_cache import HistoryCache, HistoryState
-from hpgr_plugin.serving.sparse_attention import KeptRows, kept_scores, kept_sums
+from hpgr_plugin.serving.kept_rows import ServedPlan, UserPlan
 
-_CHUNK_ELEMENTS = 2**22  # scores, or gathered numbers, at once
+_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}  # scores, or gathered numbers, at once
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,29 +56,53 @@ class CachedEncoder(nn.Module):
         self.encoder = encoder
         self.cache = cache
         self._users: Sequence[Hashable] | None = None
+        self._versions: Sequence[Hashable] = ()
         first: Any = encoder.layers[0]
         self.num_heads: int = first.num_heads
+        self._joint: Tensor | None = None
+        self._no_distance = 0
+        self._read_bias()
         take_cached_rows(encoder)
 
-    def for_users(self, users: Sequence[Hashable] | None) -> None:
-        """Whose histories the next batch holds, one key per request; None: nothing is kept."""
+    @torch.no_grad()
+    def _read_bias(self) -> None:
+        """One table for all layers' biases; the weights of a served model do not change."""
+        if self.encoder.bias is None:
+            return
+        tables = [self.encoder.bias(depth) for depth in range(len(self.encoder.layers))]
+        self._joint = torch.stack([joint_table(table) for table in tables])
+        zero = torch.zeros((), dtype=torch.int64, device=self._joint.device)
+        self._no_distance = int(bias_places(zero, zero, tables[0]))
+
+    def for_users(
+        self, users: Sequence[Hashable] | None, versions: Sequence[Hashable] | None = None
+    ) -> None:
+        """Whose histories the next batch holds.
+
+        Args:
+            users: a key per request; None: nothing is kept.
+            versions: of all that a request's context and history tokens are made from, one each.
+                Where a kept version is the same the tokens are not compared.
+        """
         self._users = users
+        self._versions = versions or [None] * len(users or ())
 
     def forward(self, sequence: TokenSequence, *, mask_position: MaskPosition = "post") -> Tensor:
         """See `SequenceEncoder.forward`."""
-        users = self._users
+        users, plan = self._users, sequence.row_plan
         shortened = sequence.column_weights is not None
         if users is None or shortened or getattr(sequence, "source", None) is not None:
+            if isinstance(plan, ServedPlan):
+                sequence = replace(sequence, row_plan=plan.compact())
             encoded: Tensor = self.encoder(sequence, mask_position=mask_position)
             return encoded
         ends = sequence.offsets[1:].tolist()
         counts = sequence.candidates_per_sequence.tolist()
-        outputs, start, candidate = [], 0, 0
-        for user, end, count in zip(users, ends, counts, strict=True):
+        outputs, start = [], 0
+        for place, (end, count) in enumerate(zip(ends, counts, strict=True)):
             history = slice(start, end - count)
-            state = self._state(user, sequence.values[history], sequence.marks[history])
-            chosen = slice(candidate, candidate + count)
-            for rows, kept in self._chunks(sequence, state, chosen):
+            state = self._state(place, sequence.values[history], sequence.marks[history])
+            for rows, kept in self._chunks(state, count, _plan_of(sequence, place)):
                 tokens = slice(end - count + rows.start, end - count + rows.stop)
                 outputs.append(
                     self._candidates(
@@ -87,14 +113,19 @@ class CachedEncoder(nn.Module):
                         mask_position,
                     )
                 )
-            start, candidate = end, candidate + count
+            start = end
         return torch.cat(outputs) if outputs else sequence.values[:0]
 
     # -- the history --------------------------------------------------------------------------
 
-    def _state(self, user: Hashable, tokens: Tensor, marks: Tensor) -> HistoryState:
-        """The state of this history: found, extended by what is new, or made."""
+    def _state(self, place: int, tokens: Tensor, marks: Tensor) -> HistoryState:
+        """The state of a request's history: found, extended by what is new, or made."""
+        assert self._users is not None
+        user, version = self._users[place], self._versions[place]
         found = self.cache.get(user)
+        if found is not None and found.is_of(version, marks):
+            self.cache.counts.hits += 1
+            return found
         if found is not None and found.is_prefix_of(tokens, marks):
             old = len(found.tokens)
             if old == len(tokens):
@@ -102,11 +133,11 @@ class CachedEncoder(nn.Module):
                 return found
             if _appends(Marks(*marks.unbind(1)), old):
                 self.cache.counts.extended += 1
-                state = self._extend(found, tokens, marks)
+                state = replace(self._extend(found, tokens, marks), version=version)
                 self.cache.put(user, state)
                 return state
         self.cache.counts.misses += 1
-        state = self._extend(None, tokens, marks)
+        state = replace(self._extend(None, tokens, marks), version=version)
         self.cache.put(user, state)
         return state
 
@@ -144,136 +175,147 @@ class CachedEncoder(nn.Module):
         length, new = k.shape[1], len(q)
         columns = torch.arange(length, device=k.device)
         outputs = []
-        step = max(1, _CHUNK_ELEMENTS // max(1, length * self.num_heads))
+        step = max(1, _CHUNK_ELEMENTS[k.device.type] // max(1, length * self.num_heads))
         for begin in range(0, new, step):
             rows = columns[length - new :][begin : begin + step]
             seen = marks.key_order < marks.query_order[rows].unsqueeze(1)
             seen = seen | (rows.unsqueeze(1) == columns)
-            bias = self._bias(depth, marks, rows, marks)
+            places = None if self._joint is None else self._places(marks, rows, marks)
+            bias = self._bias(depth, places)
             outputs.append(self._dense(q[begin : begin + step], k, v, seen, bias))
         return torch.cat(outputs) if outputs else q
 
     # -- the candidates -----------------------------------------------------------------------
 
     def _chunks(
-        self, sequence: TokenSequence, state: HistoryState, chosen: slice
-    ) -> Iterator[tuple[slice, KeptRows | None]]:
+        self, state: HistoryState, count: int, plan: tuple[UserPlan, int] | None
+    ) -> Iterator[tuple[slice, Slots | None]]:
         """Some of a user's candidates at a time, and what each keeps; None: everything."""
-        count, length = chosen.stop - chosen.start, len(state.tokens)
-        plan, parts = sequence.row_plan, sequence.parts
-        if plan is None or parts is None:
-            step = max(1, _CHUNK_ELEMENTS // max(1, length * self.num_heads))
-            for begin in range(0, count, step):
-                yield slice(begin, min(begin + step, count)), None
-            return
-        if not count:
-            return
-        user = segment_ids(parts.candidate_offsets, parts.num_candidates)[chosen.start]
-        shift = parts.contextual_len - parts.history_offsets[user]
-        kept = KeptRows.of(plan, chosen, shift, parts.contextual_len)
-        width = max(1, int(kept.offsets.diff().max()) * state.tokens.shape[1])
-        step = max(1, _CHUNK_ELEMENTS // width)
-        if step >= count:
+        kept, width = None, len(state.tokens) * self.num_heads
+        if plan is not None:
+            user_plan, context = plan
+            kept = _slots_of(user_plan, context, len(state.tokens), self.num_heads)
+            if _few(kept):  # a GPU may gather their rows
+                slots = kept.index.shape[1] + len(kept.near)
+                width = slots * (state.tokens.shape[1] if kept.index.is_cuda else self.num_heads)
+        step = max(1, _CHUNK_ELEMENTS[state.tokens.device.type] // max(1, width))
+        if step >= count > 0:
             yield slice(0, count), kept
             return
         for begin in range(0, count, step):
             rows = slice(begin, min(begin + step, count))
-            yield rows, kept.take(rows)
+            yield rows, None if kept is None else kept.take(rows)
 
     def _candidates(
         self,
         state: HistoryState,
         x: Tensor,
         marks: Marks,
-        kept: KeptRows | None,
+        kept: Slots | None,
         mask_position: MaskPosition,
     ) -> Tensor:
         """Candidates `[c, D]` through all layers."""
+        attend = self._attention(state, marks, kept, mask_position)
+        for depth, layer in enumerate(self.encoder.layers):
+            x = self._layer(layer, x, marks.domains, depth, functools.partial(attend, depth))
+        return x
+
+    def _attention(
+        self, state: HistoryState, marks: Marks, kept: Slots | None, mask_position: MaskPosition
+    ) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+        """The candidates' attention in the layer of a given depth."""
         history = Marks(*state.marks.unbind(1))
         # Candidates of one request mostly share their time: what depends on it is made once.
-        places = torch.stack([marks.query_order, marks.positions, marks.timestamps], 1)
-        alike = bool((places == places[:1]).all())
-        rows = torch.arange(1 if alike else len(x), device=x.device)
-        if kept is None:
-            seen = history.key_order < marks.query_order[rows].unsqueeze(1)
-        else:
-            seen = history.key_order[kept.index] < marks.query_order[kept.rows]
-        for depth, layer in enumerate(self.encoder.layers):
+        times = torch.stack([marks.query_order, marks.positions, marks.timestamps], 1)
+        alike = bool((times == times[:1]).all())
+        if kept is None or not _few(kept):
+            queries = torch.arange(1 if alike else len(times), device=times.device)
+            seen = history.key_order < marks.query_order[queries].unsqueeze(1)
+            weights = None if kept is None else kept.dense()
+            places = None if self._joint is None else self._places(marks, queries, history)
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, depth: int = depth) -> Tensor:
-                bias = self._bias(depth, marks, rows, history)
+            def attend_all(depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 keys, values = state.keys[depth], state.values[depth]
-                own = self._own(depth, q, k, v)
-                if kept is None:
-                    return own + self._dense(q, keys, values, seen, bias)
-                if bias is not None:
-                    bias = bias[0][kept.index] if alike else bias[kept.rows, kept.index]
-                return own + self._kept(q, keys, values, kept, seen, bias, mask_position)
+                bias = self._bias(depth, places)
+                attended = self._dense(q, keys, values, seen, bias, weights, mask_position)
+                return self._own(depth, q, k, v) + attended
 
-            x = self._layer(layer, x, marks.domains, depth, attend)
-        return x
+            return attend_all
+        # A plan keeps only what its candidate sees.
+        settings = Settings(self.encoder.alpha, self.encoder.norm_length, mask_position)
+        bias = self._slot_bias(marks, history, kept, alike)
+
+        def attend_kept(depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = state.keys[depth], state.values[depth]
+            of_layer = None
+            if bias is not None and self._joint is not None:
+                of_layer = replace(bias, table=self._joint[depth])
+            return slot_attention((q, k, v), (keys, values), kept, of_layer, settings)
+
+        return attend_kept
+
+    def _slot_bias(self, marks: Marks, history: Marks, kept: Slots, alike: bool) -> SlotBias | None:
+        """The relative bias of what candidates keep, in the first layer."""
+        if self._joint is None:
+            return None
+        every = torch.arange(len(kept.index), device=kept.index.device)
+        if alike:
+            (whole,) = self._places(marks, every[:1], history)
+            near, slots = whole[kept.near].unsqueeze(0), whole[kept.index]
+        else:
+            near = self._places(marks, every, Marks(*(mark[kept.near] for mark in history)))
+            slots = self._places(marks, every, Marks(*(mark[kept.index] for mark in history)))
+        return SlotBias(self._joint[0], self._no_distance, near, slots)
 
     def _own(self, depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What each candidate takes from itself, with weight 1."""
         queries, keys, values = (x.unflatten(1, (self.num_heads, -1)) for x in (q, k, v))
-        scores = (queries * self.encoder.alpha * keys).sum(2, keepdim=True)
-        tables = self._tables(depth)
-        if tables is not None:
-            zero = torch.zeros(1, 1, dtype=torch.int64, device=q.device)
-            scores = scores + position_time_bias(zero, zero, tables).to(scores.dtype).unsqueeze(2)
-        attention = F.silu(scores) / self.encoder.norm_length
+        scores = (queries * keys).sum(2, keepdim=True).mul_(self.encoder.alpha)
+        if self._joint is not None:
+            scores += self._joint[depth, self._no_distance].to(scores.dtype)
+        attention = F.silu(scores, inplace=True).div_(self.encoder.norm_length)
         return (attention * values).flatten(1)
 
     # -- attention ----------------------------------------------------------------------------
 
-    def _dense(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None) -> Tensor:
-        """q `[c, D]` over k and v `[H, N, d]`; seen and bias `[c or 1, N]`."""
-        scores = self._heads(q * self.encoder.alpha) @ k.transpose(1, 2)
-        if bias is not None:
-            scores += bias.to(scores.dtype)
-        attention = F.silu(scores, inplace=True)
-        attention *= seen.to(scores.dtype) / self.encoder.norm_length
-        return (attention.to(v.dtype) @ v).transpose(0, 1).flatten(1)
-
-    def _kept(
+    def _dense(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        kept: KeptRows,
         seen: Tensor,
         bias: Tensor | None,
-        mask_position: MaskPosition,
+        weights: Tensor | None = None,
+        mask_position: MaskPosition = "post",
     ) -> Tensor:
-        """q `[c, D]`, each over its own rows of k and v `[H, N, d]`; seen and bias `[P]`."""
-        scores = kept_scores(self._heads(q * self.encoder.alpha).contiguous(), k, kept)
+        """q `[c, D]` over k and v `[H, N, d]`; seen, bias and weights `[c or 1, N]`."""
+        scores = self._heads(q * self.encoder.alpha) @ k.transpose(1, 2)
         if bias is not None:
-            scores = scores + bias.to(scores.dtype)
-        weights = kept.weights.to(scores.dtype)
-        gain = seen.to(scores.dtype) / self.encoder.norm_length
-        if mask_position == "pre":
-            scores = scores * weights
-        else:
-            gain = gain * weights
-        return kept_sums((F.silu(scores) * gain).to(v.dtype), v, kept)
+            scores += bias.to(scores.dtype)
+        if weights is not None and mask_position == "pre":
+            scores *= weights.to(scores.dtype)
+        attention = F.silu(scores, inplace=True)
+        attention *= seen.to(scores.dtype) / self.encoder.norm_length
+        if weights is not None and mask_position == "post":
+            attention *= weights.to(scores.dtype)
+        return (attention.to(v.dtype) @ v).transpose(0, 1).flatten(1)
 
     def _heads(self, x: Tensor) -> Tensor:
         """`[T, D]` to `[H, T, d]`."""
         return x.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
 
-    def _tables(self, depth: int) -> PositionTimeBias | None:
-        return None if self.encoder.bias is None else self.encoder.bias(depth)
+    def _bias(self, depth: int, places: Tensor | None) -> Tensor | None:
+        """The relative bias of a layer at `places`, in their shape."""
+        return None if places is None or self._joint is None else self._joint[depth][places]
 
-    def _bias(self, depth: int, queries: Marks, rows: Tensor, keys: Marks) -> Tensor | None:
-        """The relative bias of some query rows over all keys, `[r, N]`."""
-        tables = self._tables(depth)
-        if tables is None:
-            return None
+    def _places(self, queries: Marks, rows: Tensor, keys: Marks) -> Tensor:
+        """Places in the bias table of some query rows over keys `[N]` or `[r, N]`, `[r, N]`."""
+        assert self.encoder.bias is not None
         positions, times = queries.positions[rows], queries.timestamps[rows]
-        return position_time_bias(
+        return bias_places(
             positions.unsqueeze(1) - keys.positions,
             (times.unsqueeze(1) - keys.timestamps).abs(),
-            tables,
+            self.encoder.bias(0),
         )
 
     def _layer(
@@ -311,6 +353,32 @@ class _Attend:
             return attended
         assert isinstance(self.layer, SequenceLayer)
         return SequenceLayer.attend(self.layer, q, k, v, spec, bias)
+
+
+def _plan_of(sequence: TokenSequence, place: int) -> tuple[UserPlan, int] | None:
+    """The plan of one request, and how many context tokens come before its history."""
+    plan: PreferencePlan | ServedPlan | None = sequence.row_plan
+    if plan is None or sequence.parts is None:
+        return None
+    context = sequence.parts.contextual_len
+    if isinstance(plan, ServedPlan):
+        return plan.users[place], context
+    first, start = sequence.parts.history_offsets[place], sequence.parts.candidate_offsets
+    return UserPlan.of(plan, slice(*start[place : place + 2].tolist()), first), context
+
+
+def _slots_of(plan: UserPlan, context: int, num_rows: int, num_heads: int) -> Slots:
+    """The rows that a plan keeps, behind the context tokens, all of which are read."""
+    device = plan.places.device
+    near = torch.arange(len(plan.recent), device=device) + (context + plan.recent.start)
+    if context:
+        near = torch.cat([torch.arange(context, device=device), near])
+    return Slots(near, plan.places + context, plan.weights, num_rows, num_heads)
+
+
+def _few(kept: Slots) -> bool:
+    """Whether gathering the slots costs less than a product with all rows."""
+    return 2 * kept.index.shape[1] < kept.num_rows
 
 
 def _appends(marks: Marks, old: int) -> bool:

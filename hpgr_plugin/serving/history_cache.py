@@ -20,18 +20,25 @@ class HistoryState:
             in another order when sessions are added), and only there.
         marks: int64 `[N, columns]`, positions, times, orders and domains.
         keys, values: `[H, N, d]` of every layer, H heads.
+        version: what the tokens were made from; equal versions with equal marks have equal tokens.
+            None: not known.
     """
 
     tokens: Tensor
     marks: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    version: Hashable = None
 
     @property
     def num_bytes(self) -> int:
         """Memory of the tensors."""
         tensors = (self.tokens, self.marks, *self.keys, *self.values)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def is_of(self, version: Hashable, marks: Tensor) -> bool:
+        """Whether the tokens of this version with these marks are those of this state."""
+        return version is not None and version == self.version and torch.equal(self.marks, marks)
 
     def is_prefix_of(self, tokens: Tensor, marks: Tensor) -> bool:
         """Whether these tokens begin with the ones of this state."""

@@ -13,35 +13,33 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class Metrics:
-    """Counters of one server.
+class RouteMetrics:
+    """Counters of one route.
 
     Args:
-        cache: of the scorer.
+        registry: that they are added to.
+        route: such as "/score".
+        prefix: of the names.
     """
 
-    def __init__(self, cache: HistoryCache) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, registry: CollectorRegistry, route: str, prefix: str) -> None:
         self._requests = Counter(
-            "hpgr_requests", "Requests of /score by status", ["status"], registry=self.registry
+            f"{prefix}_requests", f"Requests of {route} by status", ["status"], registry=registry
         )
         self._seconds = Histogram(
-            "hpgr_request_seconds", "Time of a request", buckets=_SECONDS, registry=self.registry
+            f"{prefix}_request_seconds", "Time of a request", buckets=_SECONDS, registry=registry
         )
         self._batch_size = Histogram(
-            "hpgr_batch_requests", "Requests in a batch", buckets=_SIZES, registry=self.registry
+            f"{prefix}_batch_requests", "Requests in a batch", buckets=_SIZES, registry=registry
         )
         self._batch_seconds = Histogram(
-            "hpgr_batch_seconds", "Time to score a batch", buckets=_SECONDS, registry=self.registry
+            f"{prefix}_batch_seconds", f"A batch of {route}", buckets=_SECONDS, registry=registry
         )
-        self.candidates = self._counter("hpgr_candidates", "Candidates of answered requests")
-        self.unknown_candidates = self._counter(
-            "hpgr_unknown_candidates", "Candidates that the model does not have"
+        self.unknown_history = Counter(
+            f"{prefix}_unknown_history_items",
+            "History items that the model does not have",
+            registry=registry,
         )
-        self.unknown_history = self._counter(
-            "hpgr_unknown_history_items", "History items that the model does not have"
-        )
-        self.registry.register(_CacheCollector(cache))
 
     def request(self, status: int, seconds: float) -> None:
         """Count one answer."""
@@ -52,6 +50,27 @@ class Metrics:
         """Count one batch."""
         self._batch_size.observe(size)
         self._batch_seconds.observe(seconds)
+
+
+class Metrics:
+    """Counters of one server.
+
+    Args:
+        cache: of the scorer.
+        slates: whether the server answers /slate.
+    """
+
+    def __init__(self, cache: HistoryCache, *, slates: bool = False) -> None:
+        self.registry = CollectorRegistry()
+        self.score = RouteMetrics(self.registry, "/score", "hpgr")
+        self.routes = {"/score": self.score}
+        if slates:
+            self.routes["/slate"] = RouteMetrics(self.registry, "/slate", "hpgr_slate")
+        self.candidates = self._counter("hpgr_candidates", "Candidates of answered requests")
+        self.unknown_candidates = self._counter(
+            "hpgr_unknown_candidates", "Candidates that the model does not have"
+        )
+        self.registry.register(_CacheCollector(cache))
 
     def watch_queue(self, num_waiting: Callable[[], int]) -> None:
         """Show how many requests wait."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from hpgr_plugin.data.requests import RequestSettings
 from hpgr_plugin.serving.vocabulary import UNKNOWN, RequestError, Vocabulary
 
 _FEW = 2**62
+_LATEST = 2**52
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +94,7 @@ def encode(
         RequestError: naming the field.
     """
     items = vocabulary.items(request.history_items, "history.items")
-    times = _times(request.history_times, "history.times", len(items))
-    descents = np.flatnonzero(np.diff(times) < 0)
-    if len(descents):
-        place = int(descents[0]) + 1
-        raise RequestError(f"history.times[{place}]", "is before the one in front of it")
+    times = history_times(request.history_times, len(items))
     actions = np.zeros(len(items), np.int64)
     if request.history_actions is not None:
         _check_length(request.history_actions, "history.actions", len(items))
@@ -106,9 +104,10 @@ def encode(
     candidates = vocabulary.items(request.candidates, "candidates")
     shown = request.times
     if isinstance(shown, int) and not isinstance(shown, bool):
-        shown = [shown] * len(candidates)
-    shown_at = _times(shown, "times", len(candidates))  # type: ignore[arg-type]
-    if not hide_future and len(set(shown_at.tolist())) > 1:
+        shown_at = _times([shown], "times", 1).repeat(len(candidates))
+    else:
+        shown_at = _times(shown, "times", len(candidates))  # type: ignore[arg-type]
+    if not hide_future and len(shown_at) and shown_at.min() < shown_at.max():
         raise RequestError("times", "takes one time for all candidates: hide_future is False")
     known = candidates != UNKNOWN
     history = np.stack([items, times, actions])[:, _kept(items, times, shown_at, settings)]
@@ -146,6 +145,20 @@ def batch_of(requests: Sequence[EncodedRequest]) -> Batch:
     )
 
 
+def history_times(values: Sequence[Any], length: int) -> np.ndarray:
+    """The times of a history of `length` items, int64 seconds.
+
+    Raises:
+        RequestError: they are no times, not one for each item, or not ascending.
+    """
+    times = _times(values, "history.times", length)
+    descents = np.flatnonzero(np.diff(times) < 0)
+    if len(descents):
+        place = int(descents[0]) + 1
+        raise RequestError(f"history.times[{place}]", "is before the one in front of it")
+    return times
+
+
 def _kept(
     items: np.ndarray, times: np.ndarray, shown_at: np.ndarray, settings: RequestSettings
 ) -> np.ndarray:
@@ -160,10 +173,15 @@ def _kept(
 def _times(values: Sequence[Any], name: str, length: int) -> np.ndarray:
     """int64 seconds."""
     _check_length(values, name, length)
+    if set(map(type, values)) <= {int}:
+        with suppress(OverflowError):
+            times = np.asarray(values, dtype=np.int64)
+            if not len(times) or (times.min() >= 0 and times.max() < _LATEST):
+                return times
     for place, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise RequestError(f"{name}[{place}]", f"takes whole seconds, got {value!r}")
-        if not 0 <= value < 2**52:
+        if not 0 <= value < _LATEST:
             raise RequestError(f"{name}[{place}]", f"takes seconds from 0 to 2^52, got {value}")
     return np.asarray(values, dtype=np.int64)
 

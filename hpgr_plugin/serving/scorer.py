@@ -123,7 +123,10 @@ class Scorer:
         logits = np.zeros(0, np.float32)
         if chosen:
             if self._encoder is not None:
-                self._encoder.for_users([request.user for request in chosen])
+                self._encoder.for_users(
+                    [request.user for request in chosen],
+                    [(one.version, *one.user_features.items()) for one in chosen],
+                )
             batch = batch_of(chosen).to(self.device)
             logits = self.model(batch).float().sigmoid().cpu().numpy()
         answers, start = [], 0

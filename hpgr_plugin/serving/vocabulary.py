@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -88,7 +90,11 @@ class Vocabulary:
         Raises:
             RequestError: an id of another type than the log's.
         """
-        return _codes(self.item_ids, ids, name)
+        return _codes(self.item_ids, ids, name, table=self._item_table)
+
+    @cached_property
+    def _item_table(self) -> np.ndarray | None:
+        return _table(self.item_ids)
 
     def actions(self, values: Sequence[Any], name: str) -> np.ndarray:
         """Codes int64 of actions.
@@ -100,16 +106,17 @@ class Vocabulary:
         if self.action_values is not None:
             known = self.action_values.tolist()
         code = {value: place for place, value in enumerate(known)}
-        codes = np.empty(len(values), np.int64)
+        with suppress(KeyError, TypeError):
+            return np.array([code[value] for value in values], np.int64)
         for place, value in enumerate(values):
             try:
-                codes[place] = code[value]
+                code[value]
             except (KeyError, TypeError):
                 shown = ", ".join(map(repr, known[:20]))
                 raise RequestError(
                     f"{name}[{place}]", f"takes one of {shown}, got {value!r}"
                 ) from None
-        return codes
+        raise AssertionError("one of the values has no code")
 
     def user_feature_codes(
         self, user_id: int | str | None, given: dict[str, Any]
@@ -166,23 +173,54 @@ class Vocabulary:
         )
 
 
-def _codes(known: np.ndarray, ids: Sequence[Any], name: str, strict: bool = True) -> np.ndarray:
+_SPARSEST = 16  # integers per id, up to which a table of all of them is kept
+
+
+def _table(known: np.ndarray) -> np.ndarray | None:
+    """The code of every integer from the first id to the last, `UNKNOWN` at the end.
+
+    None where ids are text, or far apart.
+    """
+    if not np.issubdtype(known.dtype, np.integer) or not len(known):
+        return None
+    span = int(known[-1]) - int(known[0]) + 1
+    if span > _SPARSEST * len(known):
+        return None
+    table = np.full(span + 1, UNKNOWN)
+    table[known - known[0]] = np.arange(len(known))
+    return table
+
+
+def _codes(
+    known: np.ndarray,
+    ids: Sequence[Any],
+    name: str,
+    *,
+    strict: bool = True,
+    table: np.ndarray | None = None,
+) -> np.ndarray:
     """Places of ids in the ascending `known`, `UNKNOWN` where they are not in it."""
     integers = bool(np.issubdtype(known.dtype, np.integer))
     kind = int if integers else str
-    value: Any
-    for place, value in enumerate(ids):
-        if type(value) is not kind:
-            if not strict:
-                return np.full(len(ids), UNKNOWN)
-            expected = "an integer" if integers else "text"
-            raise RequestError(
-                f"{name}[{place}]", f"item ids of this model are {expected}, got {value!r}"
-            )
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise RequestError(f"{name}[{place}]", f"takes a 64-bit integer, got {value}")
+    if not set(map(type, ids)) <= {kind}:
+        if not strict:
+            return np.full(len(ids), UNKNOWN)
+        place, value = next((p, v) for p, v in enumerate(ids) if type(v) is not kind)
+        expected = "an integer" if integers else "text"
+        raise RequestError(
+            f"{name}[{place}]", f"item ids of this model are {expected}, got {value!r}"
+        )
+    wanted: np.ndarray
+    try:
+        wanted = np.asarray(ids, dtype=np.int64 if integers else np.str_)
+    except OverflowError:
+        place, value = next((p, v) for p, v in enumerate(ids) if not -(2**63) <= v < 2**63)
+        raise RequestError(f"{name}[{place}]", f"takes a 64-bit integer, got {value}") from None
     if not len(ids) or not len(known):
         return np.full(len(ids), UNKNOWN)
-    wanted = np.asarray(ids, dtype=np.int64 if integers else np.str_)
+    if table is not None:
+        first, last = int(known[0]), int(known[-1])
+        inside = (wanted >= first) & (wanted <= last)
+        return table[np.where(inside, wanted - first, len(table) - 1)]
     places = np.searchsorted(known, wanted).clip(max=len(known) - 1)
     return np.where(known[places] == wanted, places, UNKNOWN)

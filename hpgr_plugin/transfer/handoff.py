@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.errors import HpgrError
@@ -25,6 +25,7 @@ _CHECKSUM_KEY = "hpgr_checksum"  # of the header's text
 _TABLE = "item_table"
 _ITEM_IDS = "item_ids"
 _SEM_PREFIX = "sem."
+_FEATURE_PREFIX = "item_features."
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -54,12 +55,14 @@ class Handoff(NamedTuple):
     Attributes:
         item_table: `[V, D]`.
         sem_state: state dict of the SEM, or None if stage 1 had none.
+        feature_state: state dict of the item features, or None if stage 1 had none.
         header: format_version, num_items, embedding_dim, vocabulary_digest, gap_seconds, sem (the
             SEM's settings, or None), extra and checksums (CRC-32 by tensor).
     """
 
     item_table: Tensor
     sem_state: dict[str, Tensor] | None
+    feature_state: dict[str, Tensor] | None
     header: dict[str, Any]
 
 
@@ -70,6 +73,7 @@ def save_handoff(
     sem: SessionEnhancementModule | None,
     vocabulary_digest: str,
     gap_seconds: int,
+    item_features: nn.Module | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Write a hand-over; an interrupted call leaves the old file, or none.
@@ -80,6 +84,7 @@ def save_handoff(
         sem: the session enhancement module of stage 1, or None.
         vocabulary_digest: digest of the items that the rows of the table belong to, in order.
         gap_seconds: the longest pause inside a session in stage 1, seconds.
+        item_features: the embeddings of item features of stage 1, or None.
         extra: anything JSON can hold.
 
     Raises:
@@ -87,7 +92,11 @@ def save_handoff(
     """
     if item_table.dim() != 2:
         raise ValueError(f"item_table must be [V, D], got {list(item_table.shape)}")
-    tensors = {_TABLE: _for_file(item_table), **_sem_tensors(sem)}
+    tensors = {
+        _TABLE: _for_file(item_table),
+        **_state(_SEM_PREFIX, sem),
+        **_state(_FEATURE_PREFIX, item_features),
+    }
     header = _header(
         shape=tuple(item_table.shape),
         sem=sem,
@@ -124,7 +133,7 @@ def save_handoff_in_blocks(
     Raises:
         ValueError: blocks that do not make up a float32 table of this shape.
     """
-    others = _sem_tensors(sem)
+    others = _state(_SEM_PREFIX, sem)
     if item_ids is not None:
         others[_ITEM_IDS] = _for_file(item_ids)
     header = _header(
@@ -188,11 +197,10 @@ def load_handoff(
         _compare(f"{path} does not fit", {name: header[name] for name in expected}, expected)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     _check_tensors(path, tensors, header)
-    table = tensors.pop(_TABLE)
     if (item_ids := tensors.pop(_ITEM_IDS, None)) is not None:
         header["extra"][_ITEM_IDS] = item_ids.tolist()
-    sem_state = {name.removeprefix(_SEM_PREFIX): value for name, value in tensors.items()}
-    return Handoff(table, sem_state if header["sem"] is not None else None, header)
+    sem_state = _below(_SEM_PREFIX, tensors) if header["sem"] is not None else None
+    return Handoff(tensors[_TABLE], sem_state, _below(_FEATURE_PREFIX, tensors) or None, header)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -227,6 +235,53 @@ def load_sem_state(sem: SessionEnhancementModule, handoff: Handoff) -> None:
     sem.causal = here["causal"]
 
 
+def load_feature_state(item_features: nn.Module, handoff: Handoff) -> None:
+    """Load the item features of a hand-over, all of them or none.
+
+    Raises:
+        HandoffError: the hand-over has none, or other ones.
+    """
+    if handoff.feature_state is None:
+        raise HandoffError("the hand-over has no item features, but the model has")
+    shapes = _shapes(handoff.feature_state), _shapes(item_features.state_dict())
+    _compare("the hand-over has other item features", *shapes)
+    item_features.load_state_dict(handoff.feature_state, strict=True)
+
+
+def inherit(
+    path: str | os.PathLike[str],
+    item_table: nn.Embedding,
+    sem: SessionEnhancementModule | None,
+    vocabulary_digest: str,
+    item_features: nn.Module | None = None,
+) -> tuple[str, ...]:
+    """Take over the item table and, where both sides have them, SEM and item features.
+
+    Returns:
+        The names of what was taken: "item_table", "sem", "item_features".
+
+    Raises:
+        FileNotFoundError: no such file.
+        HandoffError: see `load_handoff`, `load_sem_state` and `load_feature_state`.
+    """
+    handoff = load_handoff(
+        path,
+        num_items=item_table.num_embeddings,
+        embedding_dim=item_table.embedding_dim,
+        vocabulary_digest=vocabulary_digest,
+    )
+    with torch.no_grad():
+        item_table.weight.copy_(handoff.item_table)
+    inherited: tuple[str, ...] = ("item_table",)
+    if sem is not None and handoff.sem_state is not None:
+        load_sem_state(sem, handoff)
+        inherited += ("sem",)
+    if item_features is not None and handoff.feature_state is not None:
+        load_feature_state(item_features, handoff)
+        inherited += ("item_features",)
+    return inherited
+
+
 def sem_settings(sem: SessionEnhancementModule) -> dict[str, Any]:
     """The constructor arguments that the meaning of SEM weights depends on."""
     names = (
@@ -240,7 +295,9 @@ def sem_settings(sem: SessionEnhancementModule) -> dict[str, Any]:
         "max_session_length",
         "max_sessions",
     )
-    return {name: getattr(sem, name) for name in names}
+    # Of those below only what is on is named: older hand-overs do not have them.
+    options = {name: True for name in ("own_session", "session_tokens") if getattr(sem, name)}
+    return {name: getattr(sem, name) for name in names} | options
 
 
 def _header(
@@ -284,9 +341,10 @@ def _file_header(
     return json.dumps(entries).encode()
 
 
-def _sem_tensors(sem: SessionEnhancementModule | None) -> dict[str, Tensor]:
-    state = {} if sem is None else sem.state_dict()
-    return {_SEM_PREFIX + name: _for_file(value) for name, value in state.items()}
+def _state(prefix: str, module: nn.Module | None) -> dict[str, Tensor]:
+    """The state of a module, every name behind the prefix; nothing for None."""
+    state = {} if module is None else module.state_dict()
+    return {prefix + name: _for_file(value) for name, value in state.items()}
 
 
 def _for_file(value: Tensor) -> Tensor:
@@ -349,6 +407,12 @@ def _checksum(value: Tensor) -> int:
 
 def _bytes(value: Tensor) -> memoryview:
     return value.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    found = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:

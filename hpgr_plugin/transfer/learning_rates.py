@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,8 +55,11 @@ def parameter_groups(
     lr: float,
     inherited_lr_ratio: float = 0.1,
     weight_decay: float = 0.0,
+    frozen_epochs: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Optimizer groups named "inherited" and "fresh"; an empty group is left out.
+
+    With `frozen_epochs` there is one more group, "inherited_<name>", for each of its names.
 
     Args:
         module: its parameters that need no gradient are left out.
@@ -65,7 +68,9 @@ def parameter_groups(
         lr: learning rate of the fresh parameters.
         inherited_lr_ratio: inherited parameters have the learning rate `lr * inherited_lr_ratio`;
             0 freezes them, because AdamW multiplies its weight decay by the learning rate.
-        weight_decay: of both groups.
+        weight_decay: of all groups.
+        frozen_epochs: inherited name -> epochs, counted from the first, in which a trainer should
+            not change it; the group holds the number under "frozen_epochs".
 
     Raises:
         ValueError: a ratio outside [0, 1], a negative lr or weight decay, or an inherited name that
@@ -85,17 +90,24 @@ def parameter_groups(
             f"inherited must name parameters of {type(module).__name__}, got {unknown}; "
             f"it has {sorted({name.split('.')[0] for name in parameters})}"
         )
-    groups: dict[str, list[nn.Parameter]] = {"inherited": [], "fresh": []}
+    frozen = {name: epochs for name, epochs in (frozen_epochs or {}).items() if epochs > 0}
+    if unknown := sorted(frozen.keys() - set(inherited)):
+        raise ValueError(f"frozen_epochs takes inherited names, {sorted(inherited)}, got {unknown}")
+    held = {f"inherited_{name}": name for name in frozen}
+    groups: dict[str, list[nn.Parameter]] = {"inherited": [], "fresh": [], **{n: [] for n in held}}
     for name, parameter in parameters.items():
         if parameter.requires_grad:
-            is_inherited = any(_covers(n, name) for n in inherited)
-            groups["inherited" if is_inherited else "fresh"].append(parameter)
-    rates = {"inherited": lr * inherited_lr_ratio, "fresh": lr}
-    return [
-        {"name": name, "params": group, "lr": rates[name], "weight_decay": weight_decay}
-        for name, group in groups.items()
-        if group
-    ]
+            owners = [group for group, n in held.items() if _covers(n, name)]
+            owners += ["inherited" for n in inherited if _covers(n, name)]
+            groups[[*owners, "fresh"][0]].append(parameter)
+    made: list[dict[str, Any]] = []
+    for name, members in groups.items():
+        if members:
+            rate = lr if name == "fresh" else lr * inherited_lr_ratio
+            made.append({"name": name, "params": members, "lr": rate, "weight_decay": weight_decay})
+            if name in held:
+                made[-1]["frozen_epochs"] = frozen[held[name]]
+    return made
 
 
 def _covers(inherited: str, name: str) -> bool:

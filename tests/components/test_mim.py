@@ -6,10 +6,14 @@ from itertools import accumulate
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpgr_plugin.components.mim import MaskedItemModel, choose_masked
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.components.sessions import partition_sessions
+from hpgr_plugin.data import SequenceBatch
+from hpgr_plugin.errors import HpgrError
+from hpgr_plugin.hosts.embedded.train.planned import SequencePlanner
 
 V, D = 30, 8
 LENGTHS = [0, 1, 23, 2, 0, 40, 5, 1, 3]
@@ -126,6 +130,59 @@ def test_the_generator_decides():
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("limit", [V, V - 1])
+@pytest.mark.parametrize("with_sem", [True, False])
+def test_a_plan_made_before_the_step_changes_no_bit(with_sem, limit):
+    model, batch = build(with_sem, full_softmax_max_items=limit, num_sampled=64), histories()
+
+    def step(**arguments):
+        output = model(*batch, **arguments)
+        grads = torch.autograd.grad(output.loss, tuple(model.parameters()))
+        return [output.loss, output.accuracy, *grads]
+
+    planned = step(plan=model.plan(*batch, generator=rng(3)))
+    for here, before in zip(step(generator=rng(3)), planned, strict=True):
+        assert torch.equal(here, before)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators whose result the host reads, or whose size depends on the data."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        waits = name in self.NAMES
+        waits |= name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name.startswith("index") and isinstance(args[1], list | tuple):
+            waits |= any(i is not None and i.dtype == torch.bool for i in args[1])
+        if waits:
+            self.seen.append(name)
+        return func(*args, **kwargs)
+
+
+def test_a_planned_step_waits_for_nothing():
+    """On CUDA each of these operators would make the host wait for the device."""
+    counts = {}
+    for with_sem in (False, True):
+        model, batch = build(with_sem), histories()
+        plan = model.plan(*batch, generator=rng())
+        with Waits() as planned:
+            model(*batch, plan=plan).loss.backward()
+        with Waits() as unplanned:
+            model(*batch, generator=rng())
+        counts[with_sem] = len(planned.seen), len(unplanned.seen)
+    assert counts[False][0] == 0
+    assert counts[False][1] > 5
+    # The sessions are pooled in buckets here, and by a kernel on CUDA.
+    assert counts[True][0] <= 4
+
+
 # What is computed ---------------------------------------------------------------------------
 
 
@@ -160,19 +217,112 @@ def test_users_do_not_see_each_other():
         torch.testing.assert_close(alone, together[own], rtol=0, atol=1e-12)
 
 
+FEATURES = {
+    "feature_gate_tau": 3.0,
+    "item_feature_codes": {"genre": torch.arange(V) % 4},
+    "item_events": torch.arange(V) ** 2,
+}
+ON_ACTION = {"condition_on_action": True, "num_actions": 5}
+
+
+@pytest.mark.parametrize("options", [{}, ON_ACTION, FEATURES], ids=["plain", "action", "features"])
 @pytest.mark.parametrize("masking", ["item", "session", "mixed"])
 @pytest.mark.parametrize("with_sem", [True, False])
-def test_the_identity_of_a_masked_item_changes_nothing(with_sem, masking):
-    model = build(with_sem=with_sem, masking=masking, random_item_share=0.2)  # none stay
+def test_the_identity_of_a_masked_item_changes_nothing(with_sem, masking, options):
+    model = build(with_sem=with_sem, masking=masking, random_item_share=0.2, **options)  # none stay
     items, offsets, timestamps = histories()
+    given = {"actions": items % 5} if options is ON_ACTION else {}
     corruption = model.corrupt(items, offsets, timestamps, generator=rng())
-    before = model.encode(items, corruption, offsets, timestamps)
+    before = model.encode(items, corruption, offsets, timestamps, **given)
     for i in corruption.masked.nonzero().squeeze(1).tolist():
         other = items.clone()
         other[i] = (other[i] + 1) % V
         again = model.corrupt(other, offsets, timestamps, generator=rng())
         assert torch.equal(again.masked, corruption.masked)
-        assert torch.equal(model.encode(other, again, offsets, timestamps), before)
+        assert torch.equal(model.encode(other, again, offsets, timestamps, **given), before)
+
+
+@pytest.mark.parametrize("with_sem", [True, False])
+def test_features_speak_for_rare_items_as_input_and_in_the_softmax(with_sem):
+    model, plain = build(with_sem, **FEATURES), build(with_sem)
+    gate = (FEATURES["item_events"] / (FEATURES["item_events"] + 3.0)).double().unsqueeze(1)
+    genres = model.item_features.tables["genre"].weight[torch.arange(V) % 4]
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("item_features")}
+    state["item_table.weight"] = gate * model.item_table.weight + (1 - gate) * genres
+    plain.load_state_dict(state)
+    batch = histories()
+    got, want = (m(*batch, generator=rng()).loss for m in (model, plain))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    got.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_the_gate_needs_features():
+    for missing in ({"item_feature_codes": {}}, {"item_events": None}):
+        with pytest.raises(HpgrError, match="must be 0 for a log without item features"):
+            build(**{**FEATURES, **missing})
+    with pytest.raises(HpgrError, match=r"item_events must be \[30\]"):
+        build(**{**FEATURES, "item_events": torch.ones(3)})
+    with pytest.raises(HpgrError, match="feature_gate_tau"):
+        build(feature_gate_tau=-1.0)
+    unused = {**FEATURES, "feature_gate_tau": 0.0}
+    assert build(**unused).state_dict().keys() == build().state_dict().keys()
+
+
+def test_the_action_of_a_masked_item_is_read():
+    """And that of a neighbour, as every position's is."""
+    model = build(condition_on_action=True, num_actions=5)
+    items, offsets, timestamps = histories()
+    actions = items % 5
+    corruption = model.corrupt(items, offsets, timestamps, generator=rng())
+    before = model.encode(items, corruption, offsets, timestamps, actions=actions)
+    i = int(corruption.hidden.nonzero()[-1])
+    other = actions.clone()
+    other[i] = (other[i] + 1) % 5
+    changed = model.encode(items, corruption, offsets, timestamps, actions=other) != before
+    owner = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+    assert torch.equal(changed.any(1), owner == owner[i])
+    with pytest.raises(ValueError, match="need actions, got None"):
+        model(items, offsets, timestamps)
+
+
+@pytest.mark.parametrize("limit", [V, V - 1])
+def test_actions_weigh_the_loss(limit):
+    sampled = {"full_softmax_max_items": limit, "num_sampled": 64}
+    plain = build(**sampled)
+    model = build(action_weights=[0.0, 1.0, 3.0], num_actions=3, **sampled)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    items, offsets, timestamps = histories()
+    actions = torch.arange(len(items)) % 3
+    plan = plain.plan(items, offsets, timestamps, generator=rng())
+    by_action = []
+    for action in range(3):
+        places = plan.places[actions[plan.places] == action]
+        loss = plain(items, offsets, timestamps, plan=plan._replace(places=places)).loss
+        by_action.append((loss, len(places)))
+    want = sum(w * n * loss for w, (loss, n) in zip([0, 1, 3], by_action, strict=True))
+    want = want / sum(w * n for w, (_, n) in zip([0, 1, 3], by_action, strict=True))
+    got = model(items, offsets, timestamps, actions=actions, plan=plan).loss
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+def test_the_options_are_off_by_default():
+    names = MaskedItemModel(num_items=V, embedding_dim=D).state_dict()
+    assert not [name for name in names if "action" in name]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"condition_on_action": True}, "need num_actions"),
+        ({"action_weights": [1.0], "num_actions": 2}, "action_weights must be 2 numbers"),
+        ({"action_weights": [1.0, -1.0], "num_actions": 2}, "of 0 or more"),
+        ({"action_weights": [0.0, 0.0], "num_actions": 2}, "must not all be 0"),
+    ],
+)
+def test_bad_actions_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        build(**settings)
 
 
 def test_masking_after_sem_gives_the_item_away():
@@ -308,3 +458,18 @@ def test_bfloat16_autocast_on_cuda():
         got = model(*batch, generator=rng()).loss
     got.backward()
     torch.testing.assert_close(got, want, rtol=0.02, atol=0.0)
+
+
+@pytest.mark.gpu
+def test_a_planned_step_waits_for_nothing_on_cuda():
+    model = build().float().cuda()
+    planner = SequencePlanner(model, torch.device("cuda"))
+    items, offsets, timestamps = histories(lengths=[7, 0, 40, 1, 23] * 50)
+    sequences = SequenceBatch(items, timestamps, items % 5, offsets, torch.arange(250))
+    planned = [planner.plan(sequences, rng(seed)) for seed in range(2)]
+    try:
+        for batch, mode in zip(planned, ("default", "error"), strict=True):  # the first compiles
+            torch.cuda.set_sync_debug_mode(mode)
+            batch.to(planner.device).output_of(model).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -98,14 +98,66 @@ def test_equals_a_loop(pooling, causal, caps, num_layers):
     assert_same(fast, slow, inputs, value_atol=1e-10, rtol=1e-8)
 
 
+@pytest.mark.parametrize("cap", [50, 4])
+@pytest.mark.parametrize("fusion", ["gate", "add"])
+def test_the_own_session_is_read_as_far_as_the_token(fusion, cap):
+    """It equals the encoder over [CLS] and the tokens so far, one token at a time."""
+    sem = build(causal=True, fusion=fusion, own_session=True, max_session_length=cap)
+    plain = build(causal=True, fusion=fusion, max_session_length=cap)
+    plain.load_state_dict(sem.state_dict(), strict=False)
+    embeddings, offsets, timestamps = histories()
+    sessions = partition_sessions(timestamps, offsets)
+    rows = []
+    for i, session in enumerate(sessions.session_index.tolist()):
+        start = int(sessions.session_offsets[session])
+        place = (torch.arange(start, i + 1) - start).clamp(max=cap - 1)
+        x = embeddings[start : i + 1] + sem.item_position[place]
+        x = torch.cat([sem.session_cls[None], x])
+        own = encode(sem.intra_encoder, x, causal=True, window=cap, sink=True)[-1]
+        if fusion == "gate":
+            rms = embeddings[i].square().mean().sqrt()
+            own = sem.own_gate * rms * torch.nn.functional.layer_norm(own, own.shape)
+        rows.append(own)
+    added = sem(embeddings, offsets, timestamps) - plain(embeddings, offsets, timestamps)
+    torch.testing.assert_close(added, torch.stack(rows), rtol=0, atol=1e-10)
+
+
+def test_a_session_token_says_what_was_before_its_session():
+    sem = build(causal=True, session_tokens=True)
+    embeddings, offsets, timestamps = histories()
+    sessions = partition_sessions(timestamps, offsets)
+    starts = sessions.session_offsets[:-1].tolist()
+    tokens = sem.tokens(sem.context(embeddings, offsets, timestamps), offsets)
+    later = [s for s in starts if s not in offsets.tolist()]
+    assert tokens.before.tolist() == later
+    other = embeddings.clone()
+    changed = 40
+    other[changed] = torch.randn(D, dtype=torch.float64)
+    again = sem.tokens(sem.context(other, offsets, timestamps), offsets)
+    same = (again.values == tokens.values).all(1)
+    assert not same.all()
+    assert torch.equal(same, (tokens.before <= changed) | (tokens.before >= 64))
+
+
+def test_the_gate_starts_where_it_is_bound():
+    embeddings, offsets, timestamps = histories()
+    torch.manual_seed(0)
+    sem = SessionEnhancementModule(embedding_dim=D, num_heads=2, causal=True, gate_init=0.1)
+    assert torch.equal(sem.gate, torch.full((D,), 0.1))
+    added = sem(embeddings.float(), offsets, timestamps) - embeddings.float()
+    assert added.abs().max() > 0
+
+
 @pytest.mark.parametrize("fusion", ["gate", "add"])
 @pytest.mark.parametrize("caps", [(50, 50), (2, 3)])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_causal_no_later_item_changes_an_earlier_token(pooling, caps, fusion):
+@pytest.mark.parametrize("own_session", [False, True])
+def test_causal_no_later_item_changes_an_earlier_token(own_session, pooling, caps, fusion):
     sem = build(
         pooling=pooling,
         causal=True,
         fusion=fusion,
+        own_session=own_session,
         num_layers=2,
         max_session_length=caps[0],
         max_sessions=caps[1],
@@ -124,9 +176,16 @@ def test_causal_no_later_item_changes_an_earlier_token(pooling, caps, fusion):
     assert changed_something
 
 
+@pytest.mark.parametrize("own_session", [False, True])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_causal_the_length_and_times_of_the_future_do_not_show(pooling):
-    sem = build(pooling=pooling, causal=True, max_sessions=3, max_session_length=4)
+def test_causal_the_length_and_times_of_the_future_do_not_show(pooling, own_session):
+    sem = build(
+        pooling=pooling,
+        causal=True,
+        max_sessions=3,
+        max_session_length=4,
+        own_session=own_session,
+    )
     embeddings, _, timestamps = histories(lengths=[40])
     whole = sem(embeddings, torch.tensor([0, 40]), timestamps)
     for n in range(1, 40):
@@ -241,6 +300,7 @@ def test_the_dtype_of_the_embeddings_comes_back():
         ("max_session_length", 0),
         ("gap_seconds", -1),
         ("num_heads", 3),
+        ("gate_init", float("nan")),
     ],
 )
 def test_bad_arguments_are_named(argument, value):
@@ -266,6 +326,16 @@ def test_a_required_causal_form_is_not_given_up():
     assert sem.causal is True
     with pytest.raises(HpgrError, match="got False: candidates share a history, so SEM would"):
         build(causal=False).decide_causal(True, "candidates share a history")
+
+
+def test_session_tokens_need_the_causal_form():
+    with pytest.raises(HpgrError, match="session_tokens needs causal = True or None"):
+        build(causal=False, session_tokens=True)
+    sem = build(causal=None, session_tokens=True)
+    sem.decide_causal(False, "")
+    assert sem.causal is True
+    with pytest.raises(HpgrError, match=r"session_tokens must be False for a host: only"):
+        sem.refuse_tokens("a host")
 
 
 def test_embeddings_of_another_size():

@@ -20,6 +20,8 @@ HISTORIES, CANDIDATES = [5, 0, 1, 16, 9], [3, 2, 1, 4, 2]
 # Other forms of a component that every check covers too.
 FORMS: Mapping[str, list[dict[str, object]]] = {
     "PreferenceGuidedSparseAttention": [{"score": "cosine"}, {"layout": "shared_history"}],
+    "RandomItems": [{"layout": "shared_history"}],
+    "SessionEnhancementModule": [{"session_tokens": True}, {"own_session": True}],
     "TimeAwarePositionalEncoder": [{"form": "relative"}],
 }
 CLASSES = (LAYER, ENCODER, FEATURES, RARE)  # slots that take a class, which the ranker builds
@@ -30,6 +32,7 @@ ARGUMENTS = {
     "max_history": MAX_HISTORY,
     "causal": True,
     "top_k": 2,
+    "keep": 3,
     "sigma": 0.5,
     "alpha": 1.2,
 }

@@ -40,7 +40,8 @@ def _clear_gin() -> Iterator[None]:
         ("hpgr.PreferenceGuidedSparseAttention.score = 'norm'", "'dot' or 'cosine'"),
         (
             "hpgr.HSTURanker.attention_hook = @hpgr.SessionEnhancementModule()",
-            "@hpgr.PreferenceGuidedSparseAttention() or @hpgr.StochasticLength() or None",
+            "@hpgr.PreferenceGuidedSparseAttention() or @hpgr.StochasticLength() or "
+            "@hpgr.RandomItems() or None",
         ),
         ("hpgr.FinetuneSettings.epochs = 2.5", "an integer, got 2.5 (float)"),
         ("hpgr.FinetuneSettings.epochs = True", "an integer, got True (bool)"),

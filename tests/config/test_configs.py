@@ -25,7 +25,7 @@ from hpgr_plugin.config.scopes import check_scopes
 from hpgr_plugin.data import build_requests
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.train.distributed import Process
-from hpgr_plugin.hosts.embedded.train.stages import build_ranker
+from hpgr_plugin.hosts.embedded.train.stages import build_ranker, build_stage1
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -98,7 +98,8 @@ def test_the_rivals_are_rows_of_any_run() -> None:
 
 @pytest.mark.parametrize("config", RUNS)
 def test_run_files_describe_models(config: str) -> None:
-    describe_models([config])
+    features = ["hpgr.SyntheticReader.features = True"] if "features" in config else []
+    describe_models([config], features)
 
 
 def describe_models(configs: list[str], bindings: Sequence[str] = ()) -> None:
@@ -117,7 +118,7 @@ def describe_models(configs: list[str], bindings: Sequence[str] = ()) -> None:
             assert torch.isfinite(ranker(batch)).all()
         with gin.config_scope(row.stage1 if row else None):
             build("PretrainSettings")
-            stage1 = build("MaskedItemModel", num_items=task.data.log.num_items)
+            stage1 = build_stage1(task.data)
         assert isinstance(stage1, MaskedItemModel)
         if row is None or row.stage1 is not None:
             assert stage1.item_table.weight.shape == ranker.item_table.weight.shape

@@ -10,13 +10,13 @@ from hpgr_plugin.data.prepare import prepare_data
 from hpgr_plugin.data.synthetic import SyntheticReader
 
 
-@pytest.fixture
-def data() -> PreparedData:
+@pytest.fixture(params=["positives"])
+def data(request: pytest.FixtureRequest) -> PreparedData:
     return prepare_data(
         reader=SyntheticReader(num_users=20, num_clusters=6, liked_clusters=1),
         label=label_column("is_click"),
         split=LastFractionSplit(test=0.3, validation=0.1),
-        history_events="positives",
+        history_events=request.param,
         cache_dir=None,
     )
 
@@ -55,6 +55,27 @@ def test_nothing_after_the_training_part_is_seen(data: PreparedData) -> None:
         assert all(
             time < cut[user] for user, time in zip(users, batch.timestamps.numpy(), strict=True)
         )
+
+
+@pytest.mark.parametrize("data", ["all"], indirect=True)
+def test_only_positive_events(data: PreparedData) -> None:
+    log = data.log
+    loader = SequenceLoader(prepared=data, max_length=1000, min_length=1, only_positive=True)
+    rows = np.flatnonzero(data.is_history & (data.split == TRAIN) & (log.label == 1))
+    assert 0 < len(rows) < (data.is_history & (data.split == TRAIN)).sum()
+    whole = SequenceLoader(prepared=data, max_length=1000, min_length=1)
+    found = np.concatenate([batch.items.numpy() for batch in loader.batches()])
+    assert sorted(found) == sorted(log.item[rows])
+    actions = {  # each event keeps its own
+        (user, time, item): action
+        for user, time, item, action in zip(
+            log.event_users(), log.timestamp, log.item, log.action, strict=True
+        )
+    }
+    for batch in whole.batches():
+        users = np.repeat(batch.users.numpy(), batch.offsets.diff().numpy())
+        events = zip(users, batch.timestamps.tolist(), batch.items.tolist(), strict=True)
+        assert [actions[event] for event in events] == batch.actions.tolist()
 
 
 def test_lengths_are_checked(data: PreparedData) -> None:

@@ -34,6 +34,28 @@ def test_the_mean_in_chunks_is_the_full_one(rows_at_once, with_bias):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+def test_the_mean_takes_weights(rows_at_once, backend):
+    hidden, table, targets, bias = problem()
+    weights = torch.tensor([0.0, 1.0, 2.5, 0.5, 0.0, 3.0, 1.0], dtype=torch.float64)
+    got = mean_cross_entropy(
+        hidden, table, targets, bias, weights, chunk_bytes=rows_at_once * 23 * 8, backend=backend
+    )
+    losses = F.cross_entropy(F.linear(hidden, table, bias), targets, reduction="none")
+    want = (losses * weights).sum() / weights.sum()
+    torch.testing.assert_close(got.loss, want, rtol=0, atol=1e-12)
+    inputs = (hidden, table, bias)
+    for a, b in zip(
+        torch.autograd.grad(3 * got.loss, inputs),
+        torch.autograd.grad(3 * want, inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    nothing = mean_cross_entropy(hidden, table, targets, bias, 0 * weights, backend=backend)
+    assert nothing.loss == 0
+
+
 def test_the_mean_with_scores_far_apart():
     hidden, table, targets, bias = problem()
     got = mean_cross_entropy(1e3 * hidden, table, targets, bias, chunk_bytes=4 * 23 * 8)

@@ -16,6 +16,8 @@ from small_run import ROOT, results, run, write_config
 
 from hpgr_plugin.hosts.embedded.train.run_directory import checkpoint_folders
 
+pytestmark = pytest.mark.slow  # each starts two processes several times
+
 BINDINGS = (
     "hpgr.MaskedItemModel.tables = 'rows'",
     "hpgr.PretrainSettings.epochs = 4",

@@ -1,20 +1,19 @@
 """Small trained models of every kind of row, and their test requests in the log's own ids."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import gin
 import pytest
-import torch
+from small_task import ONE_PROCESS, config_files, configure
 
-from hpgr_plugin.cli import load_configs
 from hpgr_plugin.config.registry import build
 from hpgr_plugin.config.scopes import config_scope
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
-from hpgr_plugin.hosts.embedded.train.distributed import Process
 from hpgr_plugin.hosts.embedded.train.stages import finetune
 from hpgr_plugin.hosts.embedded.train.trainer import TrainingRun
 from hpgr_plugin.serving.export import export_checkpoint
+
+__all__ = ["configure"]
 
 SMALL = [
     "NUM_USERS = 30",
@@ -24,24 +23,13 @@ SMALL = [
     "hpgr.FinetuneSettings.epochs = 1",
     "hpgr.FinetuneSettings.warmup_steps = 5",
 ]
-FILES = [
-    f"configs/{name}.gin"
-    for name in ("data/synthetic", "models/hpgr_base", "models/hpgr_rows", "models/rivals")
-]
-ONE_PROCESS = Process(rank=0, world_size=1, device=torch.device("cpu"))
+FILES = config_files("models/hpgr_rows", "models/rivals")
 
 
 @pytest.fixture
-def configure() -> Iterator[Callable[..., Task]]:
-    """`configure("binding", ...)`: the small run with these bindings over it, and its task."""
-
-    def apply(*bindings: str) -> Task:
-        gin.clear_config()
-        load_configs(FILES, [*SMALL, *bindings])
-        return Task(build("prepare_data"), build("RequestSettings"), ONE_PROCESS)
-
-    yield apply
-    gin.clear_config()
+def small_run() -> tuple[list[str], list[str]]:
+    """The files and bindings that `configure` reads."""
+    return FILES, SMALL
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.mtgr import MTGRLayer
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
-from hpgr_plugin.serving import cached_encoder
+from hpgr_plugin.serving import cached_encoder, kept_rows
 from hpgr_plugin.serving.cached_encoder import CachedEncoder
 from hpgr_plugin.serving.history_cache import HistoryCache, HistoryState
 from hpgr_plugin.serving.kept_rows import ServedPreferences
@@ -59,7 +59,7 @@ def test_small_chunks_and_no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     for hook in ("dense", "recent"):
         model, batch = ranker(hook=HOOKS[hook](), relative_bias=False), requests(one_time=False)
         expected = model(batch)
-        monkeypatch.setattr(cached_encoder, "_CHUNK_ELEMENTS", 300)
+        monkeypatch.setattr(cached_encoder, "_CHUNK_ELEMENTS", {"cpu": 300})
         encoder = served(model)
         encoder.for_users("abcd")
         close(model(batch), expected)
@@ -110,6 +110,42 @@ def test_another_history_of_a_user_is_encoded_anew(change: str) -> None:
     assert encoder.cache.counts.misses == 2
     encoder.for_users(None)
     close(scores, model(other))
+
+
+@torch.no_grad()
+def test_equal_versions_are_trusted_where_marks_are_equal() -> None:
+    model, batch = ranker(), requests([30], [4])
+    encoder = served(model)
+    encoder.for_users(["user"], ["first"])
+    wanted = model(batch)
+    close(model(batch), wanted)
+    assert encoder.cache.counts.hits == 1
+    later = Batch(**{**vars(batch), "history_timestamps": batch.history_timestamps + 1})
+    model(later)  # its marks differ
+    assert encoder.cache.counts.misses == 2
+    encoder.for_users(["user"], ["second"])
+    close(model(later), model(later))
+    assert encoder.cache.counts.hits == 3  # found by comparing the tokens
+    other = Batch(**{**vars(later), "history_items": (batch.history_items + 1) % ITEMS})
+    encoder.for_users(["user"], ["third"])
+    model(other)
+    assert encoder.cache.counts.misses == 3
+
+
+@torch.no_grad()
+def test_a_plan_of_another_hook_is_taken() -> None:
+    class Other(PreferenceGuidedSparseAttention):
+        """Planned by itself: a subclass may do otherwise."""
+
+    for one_time in (True, False):
+        hook = Other(top_k=3, sigma=1.0, recent=4, layout="shared_history")
+        model, batch = ranker(hook=hook), requests(one_time=one_time)
+        expected = model(batch)
+        encoder = served(model)
+        model.attention_hook = hook
+        encoder.for_users("abcd")
+        close(model(batch), expected)
+        assert encoder.cache.counts.misses == 4
 
 
 @torch.no_grad()
@@ -167,13 +203,24 @@ def test_a_history_larger_than_the_bound_is_not_kept() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [300, 2**27])
+@pytest.mark.parametrize("one_time", [True, False], ids=["one-time", "own-times"])
 @pytest.mark.parametrize("sem", [False, True], ids=["", "sem"])
 @pytest.mark.parametrize("hook", ["dense", "recent", "anchors only, before the gate"])
 @pytest.mark.parametrize("layer", [HSTULayer, MTGRLayer])
 @torch.no_grad()
-def test_on_a_gpu(layer: type[SequenceLayer], hook: str, sem: bool) -> None:
-    model, batch = ranker(layer, HOOKS[hook](), sem=sem), requests(one_time=False)
+def test_on_a_gpu(
+    layer: type[SequenceLayer],
+    hook: str,
+    sem: bool,
+    one_time: bool,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batch = ranker(layer, HOOKS[hook](), sem=sem), requests(one_time=one_time)
     expected = model(batch)
+    for module in (cached_encoder, kept_rows):
+        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cuda": chunk})
     model.cuda()
     encoder = served(model)
     encoder.for_users("abcd")

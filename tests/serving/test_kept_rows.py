@@ -56,14 +56,14 @@ def test_plans_equal(
         backend="naive",
     )
     for chunk in (2**22, 200):
-        monkeypatch.setattr(kept_rows, "_CHUNK_ELEMENTS", chunk)
-        plan = plan_histories(given, settings)
+        monkeypatch.setattr(kept_rows, "_CHUNK_ELEMENTS", {"cpu": chunk})
+        plan = plan_histories(given, settings).compact()
         assert torch.equal(plan.offsets, expected.offsets)
         assert torch.equal(plan.index, expected.index)
         torch.testing.assert_close(plan.weights, expected.weights.float())
 
 
 def test_no_candidates() -> None:
-    plan = plan_histories(inputs([3], [0], items=5, timed=True), PlanSettings())
+    plan = plan_histories(inputs([3], [0], items=5, timed=True), PlanSettings()).compact()
     assert plan.offsets.tolist() == [0]
     assert len(plan.index) == 0

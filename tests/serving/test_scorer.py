@@ -16,6 +16,7 @@ from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, load_weights
 from hpgr_plugin.hosts.embedded.train.stages import build_ranker
 from hpgr_plugin.serving import Request, RequestError, Scorer
+from hpgr_plugin.serving.vocabulary import Vocabulary
 
 ROWS = ["hstu", "mtgr", "base", "pgsa", "pgsa_recent", "pgsa_recent_shared", "sem", "full"]
 ROWS += ["full_shared", "sasrec", "base_absolute"]
@@ -53,6 +54,25 @@ def test_served_scores_are_those_of_the_evaluation(
     # One sequence per candidate, or an encoder without layers: nothing is shared.
     keeps = row not in ("pgsa_recent", "full", "sasrec")
     assert (scorer.cache.counts.hits > 0) == keeps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_mib", [0, 64])
+@pytest.mark.parametrize("row", ROWS)
+def test_scores_on_a_gpu_are_those_on_a_cpu(
+    row: str, cache_mib: int, trained: Callable[..., tuple[Task, Path]]
+) -> None:
+    task, folder = trained(row)
+    requests = requests_of(task.data, task.requests)
+    expected = Scorer.load(folder, device="cpu", cache_mib=0).score(requests)
+    scorer = Scorer.load(folder, device="cuda", cache_mib=cache_mib)
+    for _ in range(2):
+        for answer, wanted in zip(scorer.score(requests), expected, strict=True):
+            np.testing.assert_allclose(
+                answer.probabilities, wanted.probabilities, rtol=0, atol=1e-4
+            )
+            assert answer.history_version == wanted.history_version
+    assert scorer.device.type == next(scorer.model.parameters()).device.type == "cuda"
 
 
 def test_reading_a_folder_leaves_the_configuration_alone(
@@ -191,3 +211,15 @@ def test_a_layout_that_the_training_chose_is_served(
     answers = scorer.score(requests_of(task.data, task.requests))
     scores = np.concatenate([answer.probabilities for answer in answers])
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("known", [[3, 4, 7, 30], [3, 10**15], [-(2**63), -5, 2**63 - 1], [9]])
+def test_items_are_found_with_and_without_a_table(known: list[int]) -> None:
+    vocabulary = Vocabulary(np.array(known), None, 2, np.zeros(0, np.int64))
+    asked = [*known, 2, 5, -(2**63), 2**63 - 1, 31, *known]
+    wanted = [known.index(item) if item in known else -1 for item in asked]
+    assert vocabulary.items(asked, "candidates").tolist() == wanted
+    assert vocabulary.items([], "candidates").tolist() == []
+    for bad in (2**63, True, "3", 1.0):
+        with pytest.raises(RequestError, match=r"candidates\[1\]"):
+            vocabulary.items([3, bad], "candidates")

@@ -214,7 +214,7 @@ def test_a_real_process_serves_and_stops_gracefully(trained: Trained) -> None:
     command = [sys.executable, "-m", "hpgr_plugin.serving", f"--model={folder}", f"--port={port}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "--batch_wait_ms=200"], env=environment, stderr=subprocess.PIPE, text=True
+        [*command, "--batch_wait_ms=2000"], env=environment, stderr=subprocess.PIPE, text=True
     )
     try:
         url = f"http://127.0.0.1:{port}"
@@ -234,7 +234,7 @@ def test_a_real_process_serves_and_stops_gracefully(trained: Trained) -> None:
             )
             assert shown.stdout.count("200 {'probabilities'") == 3
             under_way = pool.submit(post, body_of(requests[0]))
-            time.sleep(0.05)  # it waits for its batch
+            time.sleep(1.0)  # it waits for its batch
             process.send_signal(signal.SIGTERM)
             assert under_way.result().status_code == 200
         process.wait(timeout=30)

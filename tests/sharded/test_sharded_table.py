@@ -16,6 +16,7 @@ D = 8
 NO_TORCHREC = importlib.util.find_spec("torchrec") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_shards_are_the_whole_table(processes: int) -> None:
     in_processes(processes, check_all)
@@ -109,6 +110,7 @@ def check_torchrec_state() -> None:
     assert torch.equal(shard.tensor, table.weight)
 
 
+@pytest.mark.slow
 def test_the_initial_rows_do_not_depend_on_the_processes(tmp_path) -> None:
     whole = initial_rows(None)
     assert abs(whole.std() - 0.02) < 1e-3

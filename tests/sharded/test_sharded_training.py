@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import re
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.train.shards import clip_gradients, data_parallel, gather_blocks
 from hpgr_plugin.transfer.handoff import load_handoff, save_handoff, save_handoff_in_blocks
 
-V, D, STEPS, CLIP = 45, 16, 6, 0.05
+V, D, CLIP = 45, 16, 0.05
 NO_TORCHREC = importlib.util.find_spec("torchrec") is None
 
 
@@ -30,6 +31,8 @@ def build(tables: str, *, sampled: bool) -> MaskedItemModel:
         full_softmax_max_items=V - 1 if sampled else V,
         num_sampled=20,
         item_counts=torch.arange(V) if sampled else None,
+        condition_on_action=sampled,
+        num_actions=3,
         tables=tables,
     )
 
@@ -56,22 +59,26 @@ def optimizer_of(model: MaskedItemModel) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_training_equals_that_of_the_whole_table(processes: int, tmp_path) -> None:
-    in_processes(processes, check_training, str(tmp_path))
+@pytest.mark.parametrize(
+    ("processes", "steps"),
+    [(2, 3), *(pytest.param(n, 6, marks=pytest.mark.slow) for n in (2, 4))],
+)
+def test_training_equals_that_of_the_whole_table(processes: int, steps: int, tmp_path) -> None:
+    in_processes(processes, check_training, str(tmp_path), steps)
 
 
-def check_training(folder: str) -> None:
+def check_training(folder: str, steps: int) -> None:
+    """With 'rows' and 'torchrec': to start the processes takes longer than to train."""
     for sampled in (False, True):
         whole = build("dense", sampled=sampled)
         initial = copy.deepcopy(whole.state_dict())
-        wanted = train_whole(whole)
+        wanted = train_whole(whole, steps)
         for tables in ("rows",) if NO_TORCHREC else ("rows", "torchrec"):
             model = build(tables, sampled=sampled)
             model.item_table.load_rows(initial["item_table.weight"])
             others = {k: v for k, v in initial.items() if k != "item_table.weight"}
             model.load_state_dict(others, strict=False)
-            losses = train_sharded(model)
+            losses = train_sharded(model, steps)
             torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
             check_handoff(model, whole.item_table.weight.detach(), folder)
             for name, value in model.state_dict().items():
@@ -81,13 +88,14 @@ def check_training(folder: str) -> None:
                     )
 
 
-def train_whole(model: MaskedItemModel) -> list[float]:
+def train_whole(model: MaskedItemModel, steps: int) -> list[float]:
     """One model on the batches of all processes, as one batch: the mean is over all items."""
     optimizer, losses = optimizer_of(model), []
-    for step in range(STEPS):
+    for step in range(steps):
         outputs = [
-            model(*histories(process, step), generator=masks(process, step))
+            model(*batch, actions=batch[0] % 3, generator=masks(process, step))
             for process in range(dist.get_world_size())
+            for batch in (histories(process, step),)
         ]
         terms = sum(output.num_masked for output in outputs)
         loss = sum(output.loss * output.num_masked for output in outputs) / terms
@@ -100,12 +108,14 @@ def train_whole(model: MaskedItemModel) -> list[float]:
     return losses
 
 
-def train_sharded(model: MaskedItemModel) -> list[float]:
+def train_sharded(model: MaskedItemModel, steps: int) -> list[float]:
     """As the trainer does it."""
     process, world = dist.get_rank(), dist.get_world_size()
     forward, optimizer, losses = data_parallel(model), optimizer_of(model), []
-    for step in range(STEPS):
-        output = forward(*histories(process, step), generator=masks(process, step))
+    for step in range(steps):
+        batch = histories(process, step)
+        plan = model.plan(*batch, generator=masks(process, step))
+        output = forward(*batch, actions=batch[0] % 3, plan=plan)
         sums = torch.stack([output.loss * output.num_masked, torch.tensor(output.num_masked)])
         total = sums.detach().clone()
         dist.all_reduce(total)
@@ -145,8 +155,28 @@ def check_handoff(model: MaskedItemModel, whole: Tensor, folder: str) -> None:
         assert torch.equal(got.sem_state[name], value)
 
 
-def test_an_output_bias_needs_the_dense_table() -> None:
-    with pytest.raises(HpgrError, match="output_bias = True takes tables = 'dense', got 'rows'"):
-        MaskedItemModel(num_items=V, embedding_dim=D, output_bias=True, tables="rows")
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"output_bias": True},
+        {"action_weights": [0.5, 1.0], "num_actions": 2},
+        {"feature_gate_tau": 3.0, "item_feature_codes": {"genre": torch.arange(V)}},
+    ],
+    ids=["bias", "weights", "gate"],
+)
+@pytest.mark.parametrize("tables", ["rows", "torchrec"])
+def test_options_that_need_the_dense_table(tables: str, option: dict[str, Any]) -> None:
+    sizes: dict[str, Any] = {"num_items": V, "embedding_dim": D, "item_events": torch.arange(V)}
+    MaskedItemModel(**sizes, **option)
+    name, value = next(iter(option.items()))
+    words = (
+        f"hpgr.MaskedItemModel.{name} = {value} takes "
+        f"hpgr.MaskedItemModel.tables = 'dense', got '{tables}'"
+    )
+    with pytest.raises(HpgrError, match=f"^{re.escape(words)}$"):
+        MaskedItemModel(**sizes, **option, tables=tables)
+
+
+def test_unknown_tables() -> None:
     with pytest.raises(HpgrError, match="tables"):
         MaskedItemModel(num_items=V, embedding_dim=D, tables="sharded")

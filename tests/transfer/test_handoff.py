@@ -10,9 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from hpgr_plugin.components.item_features import ItemFeatures
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.transfer.handoff import (
     HandoffError,
+    load_feature_state,
     load_handoff,
     load_sem_state,
     read_header,
@@ -69,6 +71,36 @@ def test_round_trip(saved, table):
     load_sem_state(other, handoff)
     for name, value in sem.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
+
+
+def test_item_features_come_back_or_are_named(tmp_path, table, saved):
+    path = tmp_path / "h.safetensors"
+    made = ItemFeatures({"genre": torch.arange(V) % 4, "year": torch.arange(V)}, D)
+    arguments = {"vocabulary_digest": "abc", "gap_seconds": 600}
+    sem = build_sem()
+    save_handoff(path, item_table=table, sem=sem, item_features=made, **arguments)
+    handoff = load(path)
+    assert handoff.sem_state.keys() == sem.state_dict().keys()
+    other = ItemFeatures({"genre": torch.arange(V) % 4, "year": torch.arange(V)}, D)
+    load_feature_state(other, handoff)
+    for name, value in made.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    fewer = ItemFeatures({"genre": torch.arange(V) % 4}, D)
+    with pytest.raises(HandoffError, match=r"other item features: tables\.year\.weight"):
+        load_feature_state(fewer, handoff)
+    without = load(saved[0])
+    assert without.feature_state is None
+    with pytest.raises(HandoffError, match="has no item features"):
+        load_feature_state(fewer, without)
+
+
+def test_options_of_sem_are_part_of_its_settings(tmp_path, table):
+    path = tmp_path / "h.safetensors"
+    sem = build_sem(own_session=True)
+    save_handoff(path, item_table=table, sem=sem, vocabulary_digest="abc", gap_seconds=600)
+    load_sem_state(build_sem(own_session=True), load(path))
+    with pytest.raises(HandoffError, match="own_session is True there, None here"):
+        load_sem_state(build_sem(), load(path))
 
 
 def test_without_sem(tmp_path, table):

@@ -61,6 +61,26 @@ def test_every_parameter_is_in_one_group():
     }
 
 
+def test_names_that_are_frozen_first_have_a_group_of_their_own():
+    model = Model()
+    groups = parameter_groups(
+        model, inherited=("item_table", "sem"), lr=0.1, frozen_epochs={"sem": 2, "item_table": 0}
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    shown = {
+        g["name"]: (sorted(names[id(p)] for p in g["params"]), g.get("frozen_epochs", 0))
+        for g in groups
+    }
+    assert shown == {
+        "inherited": (["item_table.weight"], 0),
+        "inherited_sem": (["sem.bias", "sem.weight"], 2),
+        "fresh": (["semantic_head.bias", "semantic_head.weight"], 0),
+    }
+    assert [g["lr"] for g in groups] == pytest.approx([0.01, 0.1, 0.01])
+    with pytest.raises(ValueError, match="frozen_epochs takes inherited names"):
+        parameter_groups(model, inherited=("item_table",), lr=0.1, frozen_epochs={"sem": 1})
+
+
 def test_parameters_without_gradient_are_left_out():
     model = Model()
     model.item_table.requires_grad_(False)

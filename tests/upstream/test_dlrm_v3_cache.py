@@ -13,7 +13,7 @@ from hpgr_plugin.components.attention_hooks import (
     StochasticLength,
 )
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
-from hpgr_plugin.hosts.dlrm_v3.modules import Request
+from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.ops.compact.parts import sequence_parts
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("float64_operators")]

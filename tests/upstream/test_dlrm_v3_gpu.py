@@ -176,6 +176,7 @@ def recorded_passes(
         kernel=HammerKernel.TRITON,
         bf16_training=True,
         layers=layers,
+        capture=False,
         **slots(kind),
     )
     step(model, batch(LENGTHS, CANDIDATES, later=False, device="cuda"))
@@ -212,7 +213,7 @@ def test_fused_layers_do_not_wait_for_the_device_and_launch_few_kernels(
     assert len(on_device) <= most * len(stack._stu_layers)
 
 
-def test_captured_steps_are_the_steps() -> None:
+def test_captured_steps_add_up_and_leave_evaluation_alone() -> None:
     """Batches of other sizes, evaluation in between, and gradients of two steps added up."""
     plain, captured = (
         build_on_gpu(
@@ -243,7 +244,7 @@ def test_captured_steps_are_the_steps() -> None:
         with torch.no_grad():
             error = relative_error(captured(*data)[3], plain(*data)[3].cpu())
         assert error < 2.5e-2
-    assert captured._hstu_transducer.layers._captured._graphs
+    assert captured._hstu_transducer.captured._function._graphs
 
 
 def test_by_default_the_hosts_layers_run_what_the_kernels_cannot(

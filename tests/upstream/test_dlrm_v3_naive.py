@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
-from hpgr_plugin.hosts.dlrm_v3.modules import Request
+from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.ops.compact.parts import sequence_parts, short_sequences
 from hpgr_plugin.ops.hstu_attention import naive as naive_attention
 from hpgr_plugin.ops.preference_plan import PreferencePlan, plan_preferences

@@ -21,8 +21,9 @@ from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, attention
-from hpgr_plugin.hosts.dlrm_v3.attention import StepAttention
-from hpgr_plugin.hosts.dlrm_v3.modules import PreferenceTransducer, Request, RowSequences
+from hpgr_plugin.hosts.dlrm_v3.attention import RowSequences, StepAttention
+from hpgr_plugin.hosts.dlrm_v3.modules import PreferenceTransducer
+from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.hosts.dlrm_v3.selection import RankingBatch
 from hpgr_plugin.ops.compact.parts import joined_parts, short_sequences
 
@@ -44,11 +45,11 @@ class EncodeFirst(DlrmHSTU):
         data = RankingBatch(*args, **kwargs)
         plan, hook = self._plan(data), self.attention_hook
         assert hook is not None
-        times, query_times = self._times(data)
+        times, query_times = self.features.times(data)
         parts = joined_parts(
             data.history_offsets,
             data.candidate_offsets,
-            contextual_len=self._contextual_seq_len(),
+            contextual_len=self.features.contextual_len,
             num_history=len(times),
             num_candidates=len(query_times),
         )
@@ -221,6 +222,39 @@ def test_rows_that_are_made_again_in_the_backward(
         model = build(DlrmHSTU, dtype=torch.float64, **filled(layout))
         results.append(step(model, data))
     assert_equal(*results)
+
+
+class _ReadsTwice(torch.autograd.Function):
+    """Asks for what it saved twice, once in inference mode, as the host's Triton attention does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            (x,) = ctx.saved_tensors
+        assert not x.is_inference()
+        assert torch.equal(x, ctx.saved_tensors[0])
+        return grad.clone()
+
+
+def test_rows_are_made_again_for_the_hosts_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = batch([9, 4], [2, 1], later=False)
+    attend = attention.hstu_mha
+    expected = step(build(DlrmHSTU, dtype=torch.float64, **filled("per_candidate")), data)
+    monkeypatch.setattr(attention, "_ROWS_TO_RECOMPUTE", 0)
+    monkeypatch.setattr(
+        attention,
+        "hstu_mha",
+        lambda **arguments: _ReadsTwice.apply(attend(**arguments)),
+    )
+    model = build(DlrmHSTU, dtype=torch.float64, **filled("per_candidate"))
+    assert_equal(expected, step(model, data))
 
 
 class Wrapped(torch.nn.Module):

@@ -10,11 +10,12 @@ import pytest
 import torch
 from generative_recommenders.common import HammerKernel
 from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostDlrmHSTU
-from small_ranker import WIDTH, batch, build, small_config, step
+from small_ranker import TABLE_DIM, WIDTH, batch, build, small_config, step
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
-from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
+from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, attention
 from hpgr_plugin.hosts.dlrm_v3.positions import PlacedHSTUPositionalEncoder
 from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
 from hpgr_plugin.ops.compact.parts import sequence_parts
@@ -93,7 +94,8 @@ def test_filled_slots_wait_no_more_than_they_must(
     layout: str, candidates: list[int], more: int
 ) -> None:
     data = batch(LENGTHS, candidates, device="cuda")
-    host, mine = waits(make(HostDlrmHSTU), data), waits(make(DlrmHSTU, **slots(layout)), data)
+    plain = make(DlrmHSTU, capture=False, **slots(layout))
+    host, mine = waits(make(HostDlrmHSTU), data), waits(plain, data)
     allowed = len(host) + (more if layout == "per_candidate" else 1)
     assert len(mine) <= allowed, f"host: {host}\nmine: {mine}"
 
@@ -101,9 +103,57 @@ def test_filled_slots_wait_no_more_than_they_must(
 @pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
 def test_filled_slots_add_at_most_a_hundred_launches(layout: str) -> None:
     data = batch(LENGTHS, ONE_EACH, device="cuda")
-    host, mine = launches(make(HostDlrmHSTU), data), launches(make(DlrmHSTU, **slots(layout)), data)
+    plain = make(DlrmHSTU, capture=False, **slots(layout))
+    host, mine = launches(make(HostDlrmHSTU), data), launches(plain, data)
     print(f"host {host}, {layout} {mine}")
     assert mine <= host + 100
+
+
+def assert_close_in_norm(got: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
+    """Of bfloat16 steps that add up in another order."""
+    error = (got.float() - wanted.float()).norm()
+    assert error <= 5e-2 * wanted.float().norm() + 1e-4, name
+
+
+CAPTURED = ["hook", "positions", "sem"]
+
+
+def captured_slots(kind: str) -> dict[str, Any]:
+    torch.manual_seed(3)
+    filled = slots("per_candidate")
+    if kind == "hook":
+        del filled["positional_encoder"]
+    if kind == "sem":
+        filled["sem"] = SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2)
+    return filled
+
+
+@pytest.mark.parametrize("candidates", [ONE_EACH, SEVERAL], ids=["one-each", "several"])
+@pytest.mark.parametrize("kind", CAPTURED)
+def test_captured_steps_are_the_steps(kind: str, candidates: list[int]) -> None:
+    plain = make(DlrmHSTU, capture=False, **captured_slots(kind))
+    mine = make(DlrmHSTU, **captured_slots(kind))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-2) for model in (plain, mine)]
+    graphs = mine._hstu_transducer.captured._function._graphs
+    for seed in (0, 1, 2, 0):
+        lengths = [n + seed for n in LENGTHS]
+        data = batch(lengths, candidates, seed=seed, device="cuda")
+        reference, got = step(plain, data), step(mine, data)
+        for a, b in zip(got[0], reference[0], strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2e-2)
+        assert got[1].keys() == reference[1].keys()
+        for name, wanted in reference[1].items():
+            assert_close_in_norm(got[1][name], wanted, name)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert 1 <= len(graphs) <= 4
+
+
+def test_captured_steps_wait_no_more_than_the_others() -> None:
+    data = batch(LENGTHS, ONE_EACH, device="cuda")
+    mine = make(DlrmHSTU, **slots("per_candidate"))
+    assert len(waits(mine, data)) <= len(waits(make(HostDlrmHSTU), data)) + 1
+    assert mine._hstu_transducer.captured._function._graphs
 
 
 def test_empty_slots_add_no_launch() -> None:
@@ -140,6 +190,18 @@ def test_many_candidates_take_no_more_memory_than_the_host(count: int) -> None:
     mine = peak(DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention(top_k=8, recent=32))
     print(f"host {host:.0f} MiB, auto {mine:.0f} MiB")
     assert mine < 1.05 * host
+
+
+@pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
+def test_the_hosts_layers_make_their_projections_again(
+    monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    data, results = batch(LENGTHS, SEVERAL, device="cuda"), []
+    for least in (2**16, 0):
+        monkeypatch.setattr(attention, "_ROWS_TO_RECOMPUTE", least)
+        results.append(step(make(DlrmHSTU, layers="host", **slots(layout)), data))
+    for name, wanted in results[0][1].items():
+        assert_close_in_norm(results[1][1][name], wanted, name)
 
 
 def test_places_are_those_of_the_hosts_kernel() -> None:

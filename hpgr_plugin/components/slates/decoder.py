@@ -6,6 +6,7 @@ the trie), from the same blocks and the same semantic ids.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,27 +33,44 @@ class Slates(NamedTuple):
     log_probs: Tensor
 
 
-class SlateDecoder(nn.Module):
-    """The interface; `hpgr.SlateModel.decoder` takes a subclass.
+@dataclass(frozen=True, kw_only=True)
+class DecoderSizes:
+    """The sizes of the slate model, which its decoder follows.
 
-    Args:
-        ids: semantic ids of the catalogue.
+    Attributes:
         embedding_dim: D.
         num_heads: attention heads.
         dropout: inside the blocks.
         slate_size: M.
     """
 
-    def __init__(
-        self,
-        *,
-        ids: SemanticIds,
-        embedding_dim: int,
-        num_heads: int,
-        dropout: float,
-        slate_size: int,
-    ) -> None:
+    embedding_dim: int
+    num_heads: int
+    dropout: float
+    slate_size: int
+
+    def stack(self, num_layers: int, *, cross: bool) -> DecoderStack:
+        """Blocks of these sizes; `cross` as in `DecoderStack`."""
+        return DecoderStack(
+            num_layers,
+            embedding_dim=self.embedding_dim,
+            num_heads=self.num_heads,
+            dropout=self.dropout,
+            cross=cross,
+        )
+
+
+class SlateDecoder(nn.Module):
+    """The interface; `hpgr.SlateModel.decoder` takes a subclass.
+
+    Args:
+        ids: semantic ids of the catalogue.
+        sizes: of the model.
+    """
+
+    def __init__(self, *, ids: SemanticIds, sizes: DecoderSizes) -> None:
         super().__init__()
+        embedding_dim, slate_size = sizes.embedding_dim, sizes.slate_size
         check_at_least(1, slate_size=slate_size)
         if ids.num_items < slate_size:
             raise HpgrError(f"a slate of {slate_size} needs as many items, got {ids.num_items}")
@@ -200,7 +218,7 @@ class HierarchicalDecoder(SlateDecoder):
     each item, and the summed digits of the item are the planner's next input.
 
     Args:
-        ids, embedding_dim, num_heads, dropout, slate_size: see `SlateDecoder`.
+        ids, sizes: see `SlateDecoder`.
         planner_layers: blocks; 0 leaves the planner out: ihat_m is then a learned vector.
         generator_layers: blocks.
         generator_context: whether the generator reads the context too.
@@ -210,26 +228,21 @@ class HierarchicalDecoder(SlateDecoder):
         self,
         *,
         ids: SemanticIds,
-        embedding_dim: int,
-        num_heads: int,
-        dropout: float,
-        slate_size: int,
+        sizes: DecoderSizes,
         planner_layers: int = 4,
         generator_layers: int = 1,
         generator_context: bool = True,
     ) -> None:
-        sizes: dict[str, Any] = {"embedding_dim": embedding_dim, "num_heads": num_heads}
-        sizes["dropout"] = dropout
-        super().__init__(ids=ids, **sizes, slate_size=slate_size)
+        super().__init__(ids=ids, sizes=sizes)
         check_at_least(0, planner_layers=planner_layers)
         self.settings = {
             "planner_layers": planner_layers,
             "generator_layers": generator_layers,
             "generator_context": generator_context,
         }
-        self.planner = DecoderStack(planner_layers, **sizes, cross=True) if planner_layers else None
-        self.generator = DecoderStack(generator_layers, **sizes, cross=generator_context)
-        self.slots = nn.Parameter(torch.empty(slate_size, embedding_dim))
+        self.planner = sizes.stack(planner_layers, cross=True) if planner_layers else None
+        self.generator = sizes.stack(generator_layers, cross=generator_context)
+        self.slots = nn.Parameter(torch.empty(sizes.slate_size, sizes.embedding_dim))
         nn.init.normal_(self.slots, std=INIT_STD)
 
     def log_probs(self, context: Context, slates: Tensor) -> Tensor:
@@ -270,31 +283,25 @@ class HierarchicalDecoder(SlateDecoder):
         return Slates(items, torch.cat(scores, dim=1))
 
 
-class FlatItemDecoder(SlateDecoder):
-    """Flat autoregression over the digits of one item, as in TIGER: its best M are the slate.
-
-    Training predicts every item of the slate from the context only.
+class FlatDecoder(SlateDecoder):
+    """What the flat autoregressions share: one stack of blocks.
 
     Args:
-        ids, embedding_dim, num_heads, dropout, slate_size: see `SlateDecoder`.
+        ids, sizes: see `SlateDecoder`.
         num_layers: blocks.
     """
 
-    def __init__(
-        self,
-        *,
-        ids: SemanticIds,
-        embedding_dim: int,
-        num_heads: int,
-        dropout: float,
-        slate_size: int,
-        num_layers: int = 5,
-    ) -> None:
-        sizes: dict[str, Any] = {"embedding_dim": embedding_dim, "num_heads": num_heads}
-        sizes["dropout"] = dropout
-        super().__init__(ids=ids, **sizes, slate_size=slate_size)
+    def __init__(self, *, ids: SemanticIds, sizes: DecoderSizes, num_layers: int = 5) -> None:
+        super().__init__(ids=ids, sizes=sizes)
         self.settings = {"num_layers": num_layers}
-        self.stack = DecoderStack(num_layers, **sizes, cross=True)
+        self.stack = sizes.stack(num_layers, cross=True)
+
+
+class FlatItemDecoder(FlatDecoder):
+    """Flat autoregression over the digits of one item, as in TIGER: its best M are the slate.
+
+    Training predicts every item of the slate from the context only. Arguments: see `FlatDecoder`.
+    """
 
     def log_probs(self, context: Context, slates: Tensor) -> Tensor:
         """See `SlateDecoder.log_probs`; items of a slate do not depend on each other."""
@@ -316,30 +323,16 @@ class FlatItemDecoder(SlateDecoder):
         return Slates(items, scores)
 
 
-class FlatSlateDecoder(SlateDecoder):
+class FlatSlateDecoder(FlatDecoder):
     """Flat autoregression over all digits of the slate, as in OneRec: one sequence of M L tokens.
 
-    Args:
-        ids, embedding_dim, num_heads, dropout, slate_size: see `SlateDecoder`.
-        num_layers: blocks.
+    Arguments: see `FlatDecoder`.
     """
 
-    def __init__(
-        self,
-        *,
-        ids: SemanticIds,
-        embedding_dim: int,
-        num_heads: int,
-        dropout: float,
-        slate_size: int,
-        num_layers: int = 5,
-    ) -> None:
-        sizes: dict[str, Any] = {"embedding_dim": embedding_dim, "num_heads": num_heads}
-        sizes["dropout"] = dropout
-        super().__init__(ids=ids, **sizes, slate_size=slate_size)
-        self.settings = {"num_layers": num_layers}
-        self.stack = DecoderStack(num_layers, **sizes, cross=True)
-        self.places = nn.Parameter(torch.empty(slate_size, ids.num_levels, embedding_dim))
+    def __init__(self, *, ids: SemanticIds, sizes: DecoderSizes, num_layers: int = 5) -> None:
+        super().__init__(ids=ids, sizes=sizes, num_layers=num_layers)
+        places = torch.empty(sizes.slate_size, ids.num_levels, sizes.embedding_dim)
+        self.places = nn.Parameter(places)
         nn.init.normal_(self.places, std=INIT_STD)
 
     def log_probs(self, context: Context, slates: Tensor) -> Tensor:

@@ -195,7 +195,15 @@ class PreferenceSTULayer(STULayer):
         """Run `function(x, ...)`; of a large batch only x is kept for the backward."""
         if not self.recomputes(x):
             return function(x, *args, **kw)
-        return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=False, **kw)
+
+        # The host's Triton attention asks for what it saved more than once, and in inference mode,
+        # which only the reentrant form allows: its backward runs the whole function anew.
+        return checkpoint(
+            lambda rows: function(rows, *args, **kw),
+            x,
+            use_reentrant=True,
+            preserve_rng_state=False,
+        )
 
     def _attend(
         self,

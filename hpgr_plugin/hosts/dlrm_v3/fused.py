@@ -16,7 +16,6 @@ from generative_recommenders.common import HammerKernel
 from generative_recommenders.modules.stu import STULayer, STUStack
 from torch import Tensor, nn
 
-from hpgr_plugin.components.captured_stack import CapturedStack, Inputs
 from hpgr_plugin.components.hstu_stack import read_histories, read_sequences
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3.attention import (
@@ -58,16 +57,12 @@ class FusedLayers:
         choice: "fused", "host", or None: fused where the Triton kernels can run the step, else the
             host's layers; the log says once which it is.
         binding: The name of the choice in an error.
-        capture: Whether small passes over one sequence per candidate run as CUDA graphs.
 
     Raises:
         HpgrError: "fused" with an option of the host that is not supported.
     """
 
-    def __init__(
-        self, stack: nn.Module, choice: Layers | None, *, binding: str, capture: bool = False
-    ) -> None:
-        self._captured = CapturedStack() if capture else None
+    def __init__(self, stack: nn.Module, choice: Layers | None, *, binding: str) -> None:
         self._choice = choice
         self._binding = binding
         unsupported = unsupported_option(stack)
@@ -92,7 +87,7 @@ class FusedLayers:
             return None
         reason = unsupported_option(stack)
         if reason is None and self._choice is None:
-            reason = _why_slower(stack, x)
+            reason = _why_slower(stack, x.device)
         if reason is None and x.is_cuda:
             reason = _why_not(stack, x, sequences, step)
         if reason is None:
@@ -104,14 +99,17 @@ class FusedLayers:
         _say(f"the STU layers run on the host's kernels: {reason}")
         return None
 
+    def expected(self, stack: Any, device: torch.device) -> bool:
+        """Whether the layers will run fused on CUDA, as far as is known before a step."""
+        if self._choice == "host" or device.type != "cuda" or unsupported_option(stack):
+            return False
+        on_kernels = backend_choices().get("hstu_layer", "triton") == "triton"
+        return on_kernels and (self._choice == "fused" or _why_slower(stack, device) is None)
+
     def _candidates(
         self, stack: Any, x: Tensor, sequences: RowSequences, step: StepAttention
     ) -> Tensor:
         spec, form = _spec(stack, sequences, step), _form(stack, x)
-        if self._can_capture(x, sequences, step):
-            replayed = self._replay(stack, x, spec, form)
-            if replayed is not None:
-                return replayed
         layers = layer_weights(stack, x.dtype)
         if step.candidates is not None:
             return _over_histories(x, layers, form, spec, step.candidates)
@@ -125,20 +123,6 @@ class FusedLayers:
             max_candidates=_most_candidates(sequences),
         )
 
-    def _can_capture(self, x: Tensor, sequences: RowSequences, step: StepAttention) -> bool:
-        """Whether the pass is one that graphs are made for."""
-        weighted = step.column_weights is not None and step.mask_position == "post"
-        on_kernels = x.is_cuda and backend_choices().get("hstu_layer", "triton") == "triton"
-        return self._captured is not None and weighted and on_kernels and sequences.one_target
-
-    def _replay(self, stack: Any, x: Tensor, spec: AttentionSpec, form: LayerForm) -> Tensor | None:
-        assert self._captured is not None
-        assert spec.column_weights is not None
-        lengths = spec.max_length, spec.norm_length
-        inputs = Inputs(x, spec.column_weights, spec.offsets, *lengths)
-        parameters = [p for layer in stack._stu_layers for p in _parameters(layer)]
-        return self._captured.run(inputs, parameters, form, spec.alpha)
-
     def _error(self, reason: str) -> HpgrError:
         return HpgrError(
             f'{self._binding} = "fused" {reason}; bind {self._binding} = "host", or None for the '
@@ -146,9 +130,9 @@ class FusedLayers:
         )
 
 
-def _why_slower(stack: Any, x: Tensor) -> str | None:
-    """Why the host's layers are the faster ones for these rows, or None."""
-    if not x.is_cuda:
+def _why_slower(stack: Any, device: torch.device) -> str | None:
+    """Why the host's layers are the faster ones for rows on this device, or None."""
+    if device.type != "cuda":
         return "the rows are not on a CUDA device"
     kernel = stack.hammer_kernel()
     if kernel != HammerKernel.TRITON:

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from generative_recommenders.modules.hstu_transducer import HSTUTransducer
 from generative_recommenders.modules.preprocessors import InputPreprocessor
 from torch import Tensor
 
-from hpgr_plugin.components.attention_hooks import Layout, MaskPosition
 from hpgr_plugin.components.sem import SessionContext, SessionEnhancementModule
 from hpgr_plugin.hosts.dlrm_v3.attention import (
     CandidateRows,
@@ -20,8 +18,9 @@ from hpgr_plugin.hosts.dlrm_v3.attention import (
     StepAttention,
 )
 from hpgr_plugin.hosts.dlrm_v3.fused import FusedLayers
+from hpgr_plugin.hosts.dlrm_v3.padded import CapturedPasses
 from hpgr_plugin.hosts.dlrm_v3.positions import set_places
-from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
+from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.hosts.seams import host_has_seam
 from hpgr_plugin.ops.compact.parts import (
     SequenceParts,
@@ -98,39 +97,6 @@ class SessionPreprocessor(InputPreprocessor):
         return bool(self._preprocessor.interleave_targets())
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the transducer should do in one forward pass.
-
-    Attributes:
-        parts: Of the sequences `[contextual | history | candidates]` that its layers get.
-        plan: By the histories of these sequences; its rows are candidates, or users; None keeps all
-            history.
-        max_targets: The most candidates of a user, or more.
-        layout: That of the plan.
-        mask_position: "post" A' = SiLU(s) * M, "pre" A' = SiLU(M * s).
-        hide_future: Whether, without a plan of candidates, history at or after a candidate's own
-            time is hidden from it (a plan of candidates hides it already).
-        by_user: Whether row b of the plan keeps the whole history of sequence b, as it is here.
-        full_length: The longest sequence before any was shortened; None: none was.
-        longest_row: An upper bound of the items in a row of the plan; None: unknown.
-        places: Where the rows are in the full sequences; None: the sequences are whole.
-        context: SEM's, of the full histories; None: SEM runs on the sequences as they come.
-    """
-
-    parts: SequenceParts
-    plan: PreferencePlan | None
-    max_targets: int
-    layout: Layout = "shared_history"
-    mask_position: MaskPosition = "post"
-    hide_future: bool = True
-    by_user: bool = False
-    full_length: int | None = None
-    longest_row: int | None = None
-    places: FullPlaces | None = None
-    context: SessionContext | None = None
-
-
 class PreferenceTransducer(HSTUTransducer):
     """The host's transducer; while a `Request` is set on it, it follows that.
 
@@ -142,11 +108,37 @@ class PreferenceTransducer(HSTUTransducer):
     Attributes:
         contextual_seq_len: Tokens in front of every history.
         layers: Runs the layers where it can; None: the host's own do.
+        captured: Replays passes with a request from CUDA graphs where it can; None: never.
     """
 
     contextual_seq_len: int = 0
     layers: FusedLayers | None = None
+    captured: CapturedPasses | None = None
     _request: Request | None = None
+
+    def forward(self, **call: Any) -> Any:
+        """As the host's: the candidates `[C, D]`, and None with a request."""
+        if self._request is not None and self._can_capture(call["seq_embeddings"]):
+            assert self.captured is not None
+            candidates = self.captured.run(self, call, self._request)
+            if candidates is not None:
+                return candidates, None
+        return super().forward(**call)
+
+    def _can_capture(self, rows: Tensor) -> bool:
+        if self.captured is None or self.layers is None or torch.jit.is_tracing():
+            return False
+        return self.layers.expected(self._stu_module, rows.device)
+
+    def run_request(self, call: dict[str, Any], request: Request) -> Tensor:
+        """Candidates `[C, D]` of these arguments of `forward` and their request."""
+        before = self._request
+        try:
+            with self.requested(request):
+                candidates: Tensor = super().forward(**call)[0]
+        finally:
+            self._request = before
+        return candidates
 
     @contextlib.contextmanager
     def requested(self, request: Request) -> Iterator[None]:
@@ -252,7 +244,7 @@ class PreferenceTransducer(HSTUTransducer):
         )
         weights, plan = None, request.plan
         if request.by_user and plan is not None:
-            weights, plan = _weights_of_rows(request.parts, plan), None
+            weights, plan = _scaled(_weights_of_rows(request.parts, plan), request), None
         step = StepAttention(
             column_weights=weights,
             mask_position=request.mask_position,
@@ -291,7 +283,7 @@ class PreferenceTransducer(HSTUTransducer):
             1,
         )
         step = StepAttention(
-            column_weights=rows.weights,
+            column_weights=_scaled(rows.weights, request),
             mask_position=request.mask_position,
             norm_ratio=rows.max_len / (request.full_length or max_seq_len),
         )
@@ -333,6 +325,10 @@ class PreferenceTransducer(HSTUTransducer):
             seq_timestamps=seq_timestamps.index_select(0, self._request.parts.candidate_rows()),
             seq_payloads=seq_payloads,
         )
+
+
+def _scaled(weights: Tensor, request: Request) -> Tensor:
+    return weights if request.weight_scale is None else weights * request.weight_scale
 
 
 def _weights_of_rows(parts: SequenceParts, plan: PreferencePlan) -> Tensor:

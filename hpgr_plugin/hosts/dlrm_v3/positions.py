@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.errors import HpgrError
-from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
-from hpgr_plugin.ops.compact.parts import sequence_parts
+from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces, RankingBatch
+from hpgr_plugin.ops.compact.parts import SequenceParts, sequence_parts
 from hpgr_plugin.ops.preference_plan import count_earlier
 
 _SECONDS_PER_STEP = 60.0  # of the square root that the host's time buckets count in
@@ -27,24 +27,11 @@ class PlacedHSTUPositionalEncoder(HSTUPositionalEncoder):
 
     places: FullPlaces | None = None
 
-    def forward(
-        self,
-        max_seq_len: int,
-        seq_lengths: Tensor,
-        seq_offsets: Tensor,
-        seq_timestamps: Tensor,
-        seq_embeddings: Tensor,
-        num_targets: Tensor | None,
-    ) -> Tensor:
+    def forward(self, *, seq_timestamps: Tensor, seq_embeddings: Tensor, **others: Any) -> Tensor:
         """As the host's, `[L, D]` to `[L, D]`."""
         if self.places is None:
             encoded: Tensor = super().forward(
-                max_seq_len=max_seq_len,
-                seq_lengths=seq_lengths,
-                seq_offsets=seq_offsets,
-                seq_timestamps=seq_timestamps,
-                seq_embeddings=seq_embeddings,
-                num_targets=num_targets,
+                seq_timestamps=seq_timestamps, seq_embeddings=seq_embeddings, **others
             )
             return encoded
         position = F.embedding(self._positions(self.places), self._position_embeddings_weight)
@@ -112,17 +99,17 @@ class TimeAwareHSTUPositionalEncoder(HammerModule):
 
     def forward(
         self,
-        max_seq_len: int,
+        *,
         seq_lengths: Tensor,
         seq_offsets: Tensor,
         seq_timestamps: Tensor,
         seq_embeddings: Tensor,
         num_targets: Tensor | None,
+        **_: Any,
     ) -> Tensor:
         """Add the positions.
 
         Args:
-            max_seq_len: The longest sequence; not used.
             seq_lengths: `[B]`.
             seq_offsets: `[B + 1]`.
             seq_timestamps: `[L]` seconds.
@@ -169,6 +156,45 @@ class TimeAwareHSTUPositionalEncoder(HammerModule):
         )
         rows = torch.arange(parts.num_history, device=timestamps.device)
         return FullPlaces(parts, rows, parts.history_offsets, earlier)
+
+
+def batch_places(
+    encoder: Any,
+    batch: RankingBatch,
+    times: tuple[Tensor, Tensor],
+    parts: SequenceParts,
+    kept_rows: Tensor | None,
+) -> FullPlaces | None:
+    """Where the rows are in the full sequences; None: the encoder finds it by itself.
+
+    Args:
+        encoder: The transducer's positional encoder, or None.
+        batch: With its full histories.
+        times: Of the history items `[T]` and of the candidates `[C]`.
+        parts: Of the sequences that the transducer gets.
+        kept_rows: `[P]` rows of the flat histories that are left, or None: all.
+    """
+    is_time_aware = isinstance(encoder, TimeAwareHSTUPositionalEncoder)
+    if kept_rows is None and not is_time_aware:
+        return None
+    offsets = batch.history_offsets.long()
+    device = times[0].device
+    rows = torch.arange(len(times[0]), device=device) if kept_rows is None else kept_rows
+    if not is_time_aware:
+        return FullPlaces(parts, rows, offsets)
+    table = encoder.encoder
+    shared = batch.max_num_candidates > 1 and not table.hide_future
+    if shared or batch.max_uih_len + 1 > (table.max_positions or 0):
+        table.check_lengths(offsets, batch.candidate_offsets)
+    earlier = count_earlier(
+        times[0],
+        offsets,
+        times[1],
+        batch.candidate_offsets,
+        max_history=batch.max_uih_len,
+        max_candidates=batch.max_num_candidates,
+    )
+    return FullPlaces(parts, rows, offsets, earlier)
 
 
 def set_places(encoder: Any, places: FullPlaces | None) -> None:

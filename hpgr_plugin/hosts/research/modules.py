@@ -46,6 +46,7 @@ class HierarchicalInputPreprocessor(nn.Module):
     ) -> None:
         super().__init__()
         if sem is not None:
+            sem.refuse_tokens("hpgr.SequentialEncoder")
             sem.decide_causal(True, WHY_CAUSAL)
         self.host_preprocessor: Any = host_preprocessor
         self.sem = sem

@@ -16,6 +16,7 @@ from hpgr_plugin.ops.hstu_attention.kernels import (
     _sequence,
     _silu_block,
     _silu_block_with_slope,
+    _store,
 )
 
 _NOTHING = tl.constexpr(-(2**62))  # the order of a query that sees only itself
@@ -25,7 +26,10 @@ _NOTHING = tl.constexpr(-(2**62))  # the order of a query that sees only itself
 def _rows_of_block(first, QueryRows, QueryOrder, QueryPositions, Times, start, length, query_start,
                    query_length, ROWS: tl.constexpr, CHOSEN: tl.constexpr, ORDERS: tl.constexpr,
                    BIAS: tl.constexpr):  # fmt: skip
-    """Rows, the column that each is, its order, position and time; [ROWS] each."""
+    """Rows, the column that each is, its order, position and time, [ROWS] each; and their range.
+
+    The range is what `_any_seen` needs: the lowest and the highest column, and the highest order.
+    """
     rows = first + tl.arange(0, ROWS)
     inside = rows < query_length
     own = rows + (length - query_length)
@@ -41,14 +45,16 @@ def _rows_of_block(first, QueryRows, QueryOrder, QueryPositions, Times, start, l
     if BIAS:
         position = tl.load(QueryPositions + at, mask=inside, other=0).to(tl.int32)
         time = tl.load(Times + at, mask=inside, other=0).to(tl.int64)
-    return rows, own, order, position, time
+    low = tl.min(tl.where(inside, own, 2**30))
+    high = tl.max(tl.where(inside, own, -1))
+    return rows, own, order, position, time, low, high, tl.max(order)
 
 
 @triton.jit
 def _columns_of_block(first, KeyOrder, Positions, Times, Weights, start, length,
                       COLUMNS: tl.constexpr, ORDERS: tl.constexpr, BIAS: tl.constexpr,
                       WEIGHTS: tl.constexpr):  # fmt: skip
-    """Columns, their order, position, time and weight; [COLUMNS] each."""
+    """Columns, their order, position, time and weight, [COLUMNS] each; their end, least order."""
     columns = first + tl.arange(0, COLUMNS)
     inside = columns < length
     at = start + columns
@@ -63,7 +69,8 @@ def _columns_of_block(first, KeyOrder, Positions, Times, Weights, start, length,
         time = tl.load(Times + at, mask=inside, other=0).to(tl.int64)
     if WEIGHTS:
         weight = tl.load(Weights + at, mask=inside, other=0.0)
-    return columns, order, position, time, weight
+    high = tl.minimum(first + COLUMNS, length)
+    return columns, order, position, time, weight, high, tl.min(order)
 
 
 @triton.jit
@@ -113,11 +120,6 @@ def _buckets(row_position, row_time, column_position, column_time, Distances, FA
 
 
 @triton.jit
-def _bias(position, time, PositionTable, TimeTable):
-    return tl.load(PositionTable + position) + tl.load(TimeTable + time)
-
-
-@triton.jit
 def _weights(rows, columns, weight, Matrix, pitch, weight_start, first_weighted, query_length,
              length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MATRIX: tl.constexpr,
              WEIGHTS: tl.constexpr):  # fmt: skip
@@ -134,15 +136,48 @@ def _weights(rows, columns, weight, Matrix, pitch, weight_start, first_weighted,
 
 
 @triton.jit
-def _weighted_rows(sequence, WeightOffsets, query_start, query_length, SOME: tl.constexpr):
-    """Where the weights of a sequence start, and its first row that has them."""
+def _scores(q, k, position, time, key_position, key_time, Distances, PositionTable, TimeTable,
+            alpha, BIAS: tl.constexpr, FAR: tl.constexpr, TIMES: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """Scaled scores with their bias, and the buckets of both; [ROWS, COLUMNS] each."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * alpha
+    near = position[:, None] - key_position[None, :]
+    far = near
+    if BIAS:
+        near, far = _buckets(position, time, key_position, key_time, Distances, FAR, TIMES)
+        scores += tl.load(PositionTable + near) + tl.load(TimeTable + far)
+    return scores, near, far
+
+
+@triton.jit
+def _keys_and_values(K, V, columns, length, stride_kt, stride_vt, D: tl.constexpr,
+                     DV: tl.constexpr):  # fmt: skip
+    k = _load(K, columns, length, stride_kt, D, True)
+    return k, _load(V, columns, length, stride_vt, DV, True)
+
+
+@triton.jit
+def _sequence_of_program(Q, K, V, Offsets, QueryOffsets, Targets, WeightOffsets, num_blocks,
+                         stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+                         H: tl.constexpr, SUFFIX: tl.constexpr, TARGETS: tl.constexpr,
+                         SOME: tl.constexpr):  # fmt: skip
+    """What `_sequence` says; where its weights start, and its first row with any; Q, K, V there."""
+    pid = tl.program_id(0)
+    block, head, start, length, query_start, query_length, history = _sequence(
+        pid, num_blocks, Offsets, QueryOffsets, Targets, H, SUFFIX, TARGETS
+    )
     weight_start = query_start
     first_weighted = 0
     if SOME:
-        weight_start = tl.load(WeightOffsets + sequence).to(tl.int64)
-        count = (tl.load(WeightOffsets + sequence + 1).to(tl.int64) - weight_start).to(tl.int32)
+        of_sequence = WeightOffsets + pid // num_blocks // H
+        weight_start = tl.load(of_sequence).to(tl.int64)
+        count = (tl.load(of_sequence + 1).to(tl.int64) - weight_start).to(tl.int32)
         first_weighted = query_length - count
-    return weight_start, first_weighted
+    Q += query_start * stride_qt + head * stride_qh
+    K += start * stride_kt + head * stride_kh
+    V += start * stride_vt + head * stride_vh
+    return (block, head, start, length, query_start, query_length, history, weight_start,
+            first_weighted, Q, K, V)  # fmt: skip
 
 
 @triton.jit
@@ -154,46 +189,33 @@ def general_forward_kernel(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SUFFIX: tl.constexpr, CHOSEN: tl.constexpr, CROSS: tl.constexpr, TARGETS: tl.constexpr,
     ORDERS: tl.constexpr, BIAS: tl.constexpr, WEIGHTS: tl.constexpr, MATRIX: tl.constexpr,
-    SOME: tl.constexpr, PRE: tl.constexpr, FAR: tl.constexpr, POSITIONS: tl.constexpr,
-    TIMES: tl.constexpr, POSITIONS_WIDE: tl.constexpr, TIMES_WIDE: tl.constexpr,
+    SOME: tl.constexpr, PRE: tl.constexpr, FAR: tl.constexpr, TIMES: tl.constexpr,
     APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block, head, start, length, query_start, query_length, history = _sequence(
-        tl.program_id(0), num_blocks, Offsets, QueryOffsets, Targets, H, SUFFIX, TARGETS
-    )
+    (block, head, start, length, query_start, query_length, history, weight_start, first_weighted,
+     Q, K, V) = _sequence_of_program(
+        Q, K, V, Offsets, QueryOffsets, Targets, WeightOffsets, num_blocks, stride_qt, stride_qh,
+        stride_kt, stride_kh, stride_vt, stride_vh, H, SUFFIX, TARGETS, SOME,
+    )  # fmt: skip
     first_row = (num_blocks - 1 - block) * ROWS
     if first_row >= query_length:
         return
-    sequence = tl.program_id(0) // num_blocks // H
-    rows, own, order, position, time = _rows_of_block(
+    rows, own, order, position, time, own_low, own_high, order_high = _rows_of_block(
         first_row, QueryRows, QueryOrder, QueryPositions, Times, start, length, query_start,
         query_length, ROWS, CHOSEN, ORDERS, BIAS,
     )  # fmt: skip
-    inside = rows < query_length
-    own_low, own_high = tl.min(tl.where(inside, own, 2**30)), tl.max(tl.where(inside, own, -1))
-    order_high = tl.max(order)
-    weight_start, first_weighted = _weighted_rows(
-        sequence, WeightOffsets, query_start, query_length, SOME
-    )
-    Q += query_start * stride_qt + head * stride_qh
-    K += start * stride_kt + head * stride_kh
-    V += start * stride_vt + head * stride_vh
     q = _load(Q, rows, query_length, stride_qt, D, True)
     acc = tl.zeros((ROWS, DV), dtype=tl.float32)
     for first in tl.range(0, length, COLUMNS):
-        columns, key_order, key_position, key_time, weight = _columns_of_block(
+        columns, key_order, key_position, key_time, weight, high, key_low = _columns_of_block(
             first, KeyOrder, Positions, Times, Weights, start, length, COLUMNS, ORDERS, BIAS,
             WEIGHTS,
         )  # fmt: skip
-        high = tl.minimum(first + COLUMNS, length)
-        key_low = tl.min(key_order)
         if _any_seen(first, high, own_low, own_high, key_low, order_high, ORDERS, CROSS):
-            k = _load(K, columns, length, stride_kt, D, True)
-            v = _load(V, columns, length, stride_vt, DV, True)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * alpha
-            if BIAS:
-                near, far = _buckets(position, time, key_position, key_time, Distances, FAR, TIMES)
-                scores += _bias(near, far, PositionTable, TimeTable)
+            k, v = _keys_and_values(K, V, columns, length, stride_kt, stride_vt, D, DV)
+            scores, _, _ = _scores(q, k, position, time, key_position, key_time, Distances,
+                                   PositionTable, TimeTable, alpha, BIAS, FAR, TIMES,
+                                   PRECISION)  # fmt: skip
             m = _weights(rows, columns, weight, Matrix, pitch, weight_start, first_weighted,
                          query_length, length, ROWS, COLUMNS, MATRIX, WEIGHTS)  # fmt: skip
             if PRE:
@@ -205,23 +227,27 @@ def general_forward_kernel(
             attention = tl.where(seen, attention, 0.0)
             acc = tl.dot(attention.to(v.dtype), v, acc, input_precision=PRECISION)
     Out += query_start * stride_ot + head * stride_oh
-    out = (acc * inverse_norm).to(Out.dtype.element_ty)
-    where = Out + rows[:, None] * stride_ot + tl.arange(0, DV)[None, :]
-    tl.store(where, out, mask=inside[:, None])
+    _store(Out, acc * inverse_norm, rows, query_length, stride_ot, DV)
 
 
 @triton.jit
-def _d_scores(q, k, v, grad, position, time, key_position, key_time, Distances, PositionTable,
-              TimeTable, m, seen, alpha, BIAS: tl.constexpr, PRE: tl.constexpr,
-              FAR: tl.constexpr, TIMES: tl.constexpr, APPROXIMATE: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
-    """Attention weights, gradient of the scores before M, and buckets; [ROWS, COLUMNS] each."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * alpha
-    near = seen.to(tl.int32)
-    far = near
-    if BIAS:
-        near, far = _buckets(position, time, key_position, key_time, Distances, FAR, TIMES)
-        scores += _bias(near, far, PositionTable, TimeTable)
+def _d_scores(q, k, v, grad, rows, own, order, position, time, columns, key_order, key_position,
+              key_time, weight, Distances, PositionTable, TimeTable, Matrix, pitch, weight_start,
+              first_weighted, query_length, length, history, alpha, ROWS: tl.constexpr,
+              COLUMNS: tl.constexpr, CROSS: tl.constexpr, TARGETS: tl.constexpr,
+              ORDERS: tl.constexpr, BIAS: tl.constexpr, WEIGHTS: tl.constexpr,
+              MATRIX: tl.constexpr, PRE: tl.constexpr, FAR: tl.constexpr, TIMES: tl.constexpr,
+              APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Attention weights, gradient of the scores before M, what is seen, and buckets.
+
+    [ROWS, COLUMNS] each.
+    """
+    m = _weights(rows, columns, weight, Matrix, pitch, weight_start, first_weighted,
+                 query_length, length, ROWS, COLUMNS, MATRIX, WEIGHTS)  # fmt: skip
+    seen = _seen(own, order, columns, key_order, length, history, ORDERS, CROSS, TARGETS)
+    scores, near, far = _scores(q, k, position, time, key_position, key_time, Distances,
+                                PositionTable, TimeTable, alpha, BIAS, FAR, TIMES,
+                                PRECISION)  # fmt: skip
     if PRE:
         scores = scores * m
     attention, slope = _silu_block_with_slope(scores, 1.0, APPROXIMATE)
@@ -229,7 +255,7 @@ def _d_scores(q, k, v, grad, position, time, key_position, key_time, Distances, 
     if not PRE:
         attention = attention * m
     d_scores = tl.where(seen, d_attention * slope * m, 0.0)
-    return tl.where(seen, attention, 0.0), d_scores, near, far
+    return tl.where(seen, attention, 0.0), d_scores, seen, near, far
 
 
 @triton.jit
@@ -256,30 +282,22 @@ def general_backward_rows_kernel(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SUFFIX: tl.constexpr, CHOSEN: tl.constexpr, CROSS: tl.constexpr, TARGETS: tl.constexpr,
     ORDERS: tl.constexpr, BIAS: tl.constexpr, WEIGHTS: tl.constexpr, MATRIX: tl.constexpr,
-    SOME: tl.constexpr, PRE: tl.constexpr, FAR: tl.constexpr, POSITIONS: tl.constexpr,
-    TIMES: tl.constexpr, POSITIONS_WIDE: tl.constexpr, TIMES_WIDE: tl.constexpr,
-    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
+    SOME: tl.constexpr, PRE: tl.constexpr, FAR: tl.constexpr, TIMES: tl.constexpr,
+    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr, POSITIONS: tl.constexpr,
+    POSITIONS_WIDE: tl.constexpr, TIMES_WIDE: tl.constexpr,
 ):  # fmt: skip
-    block, head, start, length, query_start, query_length, history = _sequence(
-        tl.program_id(0), num_blocks, Offsets, QueryOffsets, Targets, H, SUFFIX, TARGETS
-    )
+    (block, head, start, length, query_start, query_length, history, weight_start, first_weighted,
+     Q, K, V) = _sequence_of_program(
+        Q, K, V, Offsets, QueryOffsets, Targets, WeightOffsets, num_blocks, stride_qt, stride_qh,
+        stride_kt, stride_kh, stride_vt, stride_vh, H, SUFFIX, TARGETS, SOME,
+    )  # fmt: skip
     first_row = (num_blocks - 1 - block) * ROWS
     if first_row >= query_length:
         return
-    sequence = tl.program_id(0) // num_blocks // H
-    rows, own, order, position, time = _rows_of_block(
+    rows, own, order, position, time, own_low, own_high, order_high = _rows_of_block(
         first_row, QueryRows, QueryOrder, QueryPositions, Times, start, length, query_start,
         query_length, ROWS, CHOSEN, ORDERS, BIAS,
     )  # fmt: skip
-    inside = rows < query_length
-    own_low, own_high = tl.min(tl.where(inside, own, 2**30)), tl.max(tl.where(inside, own, -1))
-    order_high = tl.max(order)
-    weight_start, first_weighted = _weighted_rows(
-        sequence, WeightOffsets, query_start, query_length, SOME
-    )
-    Q += query_start * stride_qt + head * stride_qh
-    K += start * stride_kt + head * stride_kh
-    V += start * stride_vt + head * stride_vh
     Grad += query_start * stride_gt + head * stride_gh
     q = _load(Q, rows, query_length, stride_qt, D, True)
     grad = _load(Grad, rows, query_length, stride_gt, DV, True)
@@ -287,39 +305,36 @@ def general_backward_rows_kernel(
     by_position = tl.zeros((ROWS, POSITIONS_WIDE), dtype=tl.float32)
     by_time = tl.zeros((ROWS, TIMES_WIDE), dtype=tl.float32)
     for first in tl.range(0, length, COLUMNS):
-        columns, key_order, key_position, key_time, weight = _columns_of_block(
+        columns, key_order, key_position, key_time, weight, high, key_low = _columns_of_block(
             first, KeyOrder, Positions, Times, Weights, start, length, COLUMNS, ORDERS, BIAS,
             WEIGHTS,
         )  # fmt: skip
-        high = tl.minimum(first + COLUMNS, length)
-        key_low = tl.min(key_order)
         if _any_seen(first, high, own_low, own_high, key_low, order_high, ORDERS, CROSS):
-            k = _load(K, columns, length, stride_kt, D, True)
-            v = _load(V, columns, length, stride_vt, DV, True)
-            m = _weights(rows, columns, weight, Matrix, pitch, weight_start, first_weighted,
-                         query_length, length, ROWS, COLUMNS, MATRIX, WEIGHTS)  # fmt: skip
-            seen = _seen(own, order, columns, key_order, length, history, ORDERS, CROSS, TARGETS)
-            _, d_scores, near, far = _d_scores(
-                q, k, v, grad, position, time, key_position, key_time, Distances, PositionTable,
-                TimeTable, m, seen, alpha, BIAS, PRE, FAR, TIMES, APPROXIMATE, PRECISION,
+            k, v = _keys_and_values(K, V, columns, length, stride_kt, stride_vt, D, DV)
+            _, d_scores, seen, near, far = _d_scores(
+                q, k, v, grad, rows, own, order, position, time, columns, key_order, key_position,
+                key_time, weight, Distances, PositionTable, TimeTable, Matrix, pitch, weight_start,
+                first_weighted, query_length, length, history, alpha, ROWS, COLUMNS, CROSS,
+                TARGETS, ORDERS, BIAS, WEIGHTS, MATRIX, PRE, FAR, TIMES, APPROXIMATE, PRECISION,
             )  # fmt: skip
             dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
             if BIAS:
-                seen = seen & inside[:, None]
+                seen = seen & (rows < query_length)[:, None]
                 by_position = _add_by_bucket(by_position, d_scores, near, seen, POSITIONS_WIDE)
                 by_time = _add_by_bucket(by_time, d_scores, far, seen, TIMES_WIDE)
     DQ += query_start * stride_dt + head * stride_dh
-    dq = (dq * (alpha * inverse_norm)).to(DQ.dtype.element_ty)
-    where = DQ + rows[:, None] * stride_dt + tl.arange(0, D)[None, :]
-    tl.store(where, dq, mask=inside[:, None])
+    _store(DQ, dq * (alpha * inverse_norm), rows, query_length, stride_dt, D)
     if BIAS:
         Partial += tl.program_id(0).to(tl.int64) * (POSITIONS + TIMES)
-        places = tl.arange(0, POSITIONS_WIDE)
-        total = tl.sum(by_position, 0) * inverse_norm
-        tl.store(Partial + places, total, mask=places < POSITIONS)
-        places = tl.arange(0, TIMES_WIDE)
-        total = tl.sum(by_time, 0) * inverse_norm
-        tl.store(Partial + POSITIONS + places, total, mask=places < TIMES)
+        _store_sums(Partial, by_position, inverse_norm, POSITIONS, POSITIONS_WIDE)
+        _store_sums(Partial + POSITIONS, by_time, inverse_norm, TIMES, TIMES_WIDE)
+
+
+@triton.jit
+def _store_sums(Sums, values, factor, COUNT: tl.constexpr, WIDE: tl.constexpr):
+    """Write the sums over rows of values [ROWS, WIDE], times a factor, to COUNT places."""
+    places = tl.arange(0, WIDE)
+    tl.store(Sums + places, tl.sum(values, 0) * factor, mask=places < COUNT)
 
 
 @triton.jit
@@ -332,60 +347,42 @@ def general_backward_columns_kernel(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SUFFIX: tl.constexpr, CHOSEN: tl.constexpr, CROSS: tl.constexpr, TARGETS: tl.constexpr,
     ORDERS: tl.constexpr, BIAS: tl.constexpr, WEIGHTS: tl.constexpr, MATRIX: tl.constexpr,
-    SOME: tl.constexpr, PRE: tl.constexpr, FAR: tl.constexpr, POSITIONS: tl.constexpr,
-    TIMES: tl.constexpr, POSITIONS_WIDE: tl.constexpr, TIMES_WIDE: tl.constexpr,
+    SOME: tl.constexpr, PRE: tl.constexpr, FAR: tl.constexpr, TIMES: tl.constexpr,
     APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block, head, start, length, query_start, query_length, history = _sequence(
-        tl.program_id(0), num_blocks, Offsets, QueryOffsets, Targets, H, SUFFIX, TARGETS
-    )
+    (block, head, start, length, query_start, query_length, history, weight_start, first_weighted,
+     Q, K, V) = _sequence_of_program(
+        Q, K, V, Offsets, QueryOffsets, Targets, WeightOffsets, num_blocks, stride_qt, stride_qh,
+        stride_kt, stride_kh, stride_vt, stride_vh, H, SUFFIX, TARGETS, SOME,
+    )  # fmt: skip
     first_column = block * COLUMNS
     if first_column >= length:
         return
-    sequence = tl.program_id(0) // num_blocks // H
-    columns, key_order, key_position, key_time, weight = _columns_of_block(
+    columns, key_order, key_position, key_time, weight, high, key_low = _columns_of_block(
         first_column, KeyOrder, Positions, Times, Weights, start, length, COLUMNS, ORDERS, BIAS,
         WEIGHTS,
     )  # fmt: skip
-    high = tl.minimum(first_column + COLUMNS, length)
-    key_low = tl.min(key_order)
-    weight_start, first_weighted = _weighted_rows(
-        sequence, WeightOffsets, query_start, query_length, SOME
-    )
-    Q += query_start * stride_qt + head * stride_qh
-    K += start * stride_kt + head * stride_kh
-    V += start * stride_vt + head * stride_vh
     Grad += query_start * stride_gt + head * stride_gh
-    k = _load(K, columns, length, stride_kt, D, True)
-    v = _load(V, columns, length, stride_vt, DV, True)
+    k, v = _keys_and_values(K, V, columns, length, stride_kt, stride_vt, D, DV)
     dk = tl.zeros((COLUMNS, D), dtype=tl.float32)
     dv = tl.zeros((COLUMNS, DV), dtype=tl.float32)
     for first in tl.range(0, query_length, ROWS):
-        rows, own, order, position, time = _rows_of_block(
+        rows, own, order, position, time, own_low, own_high, order_high = _rows_of_block(
             first, QueryRows, QueryOrder, QueryPositions, Times, start, length, query_start,
             query_length, ROWS, CHOSEN, ORDERS, BIAS,
         )  # fmt: skip
-        inside = rows < query_length
-        own_low, own_high = tl.min(tl.where(inside, own, 2**30)), tl.max(tl.where(inside, own, -1))
-        order_high = tl.max(order)
         if _any_seen(first_column, high, own_low, own_high, key_low, order_high, ORDERS, CROSS):
             q = _load(Q, rows, query_length, stride_qt, D, True)
             grad = _load(Grad, rows, query_length, stride_gt, DV, True)
-            m = _weights(rows, columns, weight, Matrix, pitch, weight_start, first_weighted,
-                         query_length, length, ROWS, COLUMNS, MATRIX, WEIGHTS)  # fmt: skip
-            seen = _seen(own, order, columns, key_order, length, history, ORDERS, CROSS, TARGETS)
-            attention, d_scores, _, _ = _d_scores(
-                q, k, v, grad, position, time, key_position, key_time, Distances, PositionTable,
-                TimeTable, m, seen, alpha, BIAS, PRE, FAR, TIMES, APPROXIMATE, PRECISION,
+            attention, d_scores, _, _, _ = _d_scores(
+                q, k, v, grad, rows, own, order, position, time, columns, key_order, key_position,
+                key_time, weight, Distances, PositionTable, TimeTable, Matrix, pitch, weight_start,
+                first_weighted, query_length, length, history, alpha, ROWS, COLUMNS, CROSS,
+                TARGETS, ORDERS, BIAS, WEIGHTS, MATRIX, PRE, FAR, TIMES, APPROXIMATE, PRECISION,
             )  # fmt: skip
             dv = tl.dot(tl.trans(attention.to(grad.dtype)), grad, dv, input_precision=PRECISION)
             dk = tl.dot(tl.trans(d_scores.to(q.dtype)), q, dk, input_precision=PRECISION)
     DK += start * stride_dkt + head * stride_dkh
     DV_ += start * stride_dvt + head * stride_dvh
-    inside_columns = (columns < length)[:, None]
-    dk = (dk * (alpha * inverse_norm)).to(DK.dtype.element_ty)
-    dv = (dv * inverse_norm).to(DV_.dtype.element_ty)
-    to_k = DK + columns[:, None] * stride_dkt + tl.arange(0, D)[None, :]
-    to_v = DV_ + columns[:, None] * stride_dvt + tl.arange(0, DV)[None, :]
-    tl.store(to_k, dk, mask=inside_columns)
-    tl.store(to_v, dv, mask=inside_columns)
+    _store(DK, dk * (alpha * inverse_norm), columns, length, stride_dkt, D)
+    _store(DV_, dv * inverse_norm, columns, length, stride_dvt, DV)

@@ -70,6 +70,13 @@ def _load(X, rows, count, stride, SIZE: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _store(X, values, rows, count, stride, SIZE: tl.constexpr):
+    """Write values `[R, SIZE]` to the rows of X before `count`."""
+    where = X + rows[:, None] * stride + tl.arange(0, SIZE)[None, :]
+    tl.store(where, values.to(X.dtype.element_ty), mask=rows[:, None] < count)
+
+
+@triton.jit
 def _seen(positions, columns, history, TARGETS: tl.constexpr):
     """Whether the rows at these positions see these columns, both shaped for broadcasting."""
     seen = positions >= columns
@@ -161,11 +168,8 @@ def forward_kernel(Q, K, V, Out, Offsets, QueryOffsets, Targets, Weights,
         acc, q, K, V, Matrix, positions, free, last, length, history, stride_kt, stride_vt, alpha,
         D, DV, COLUMNS, MATRIX, TARGETS, APPROXIMATE, PRECISION, True,
     )  # fmt: skip
-    in_o = tl.arange(0, DV)
     Out += query_start * stride_ot + head * stride_oh
-    out = (acc * inverse_norm).to(Out.dtype.element_ty)
-    inside = rows[:, None] < query_length
-    tl.store(Out + rows[:, None] * stride_ot + in_o[None, :], out, mask=inside)
+    _store(Out, acc * inverse_norm, rows, query_length, stride_ot, DV)
 
 
 @triton.jit
@@ -222,9 +226,7 @@ def backward_rows_kernel(Q, K, V, Grad, DQ, Offsets, QueryOffsets, Targets, Weig
         dq, q, grad, K, V, Matrix, positions, free, last, length, history, stride_kt, stride_vt,
         alpha, D, DV, COLUMNS, MATRIX, TARGETS, APPROXIMATE, PRECISION, True,
     )  # fmt: skip
-    dq = (dq * (alpha * inverse_norm)).to(DQ.dtype.element_ty)
-    inside = rows[:, None] < query_length
-    tl.store(DQ + rows[:, None] * stride_dt + tl.arange(0, D)[None, :], dq, mask=inside)
+    _store(DQ, dq * (alpha * inverse_norm), rows, query_length, stride_dt, D)
 
 
 @triton.jit

@@ -7,13 +7,14 @@ the loops: SiLU(s) M is V with its rows scaled by M, SiLU(M s) is K with its row
 gradient is scaled as it is written. Scores scaled in registers measured 1.5 times slower, forward.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from hpgr_plugin.ops.dispatch import dot_precision, interpreted
+from hpgr_plugin.ops.dispatch import interpreted
 from hpgr_plugin.ops.hstu_attention import general
 from hpgr_plugin.ops.hstu_attention.kernels import (
     backward_columns_kernel,
@@ -21,19 +22,11 @@ from hpgr_plugin.ops.hstu_attention.kernels import (
     forward_kernel,
     zero_spare_rows_kernel,
 )
+from hpgr_plugin.ops.hstu_attention.launch import Blocks, launch
 from hpgr_plugin.ops.hstu_attention.spec import AttentionSpec, PositionTimeBias
 from hpgr_plugin.ops.hstu_layer.rowwise import scale_rows
 
 _SPARE_ROWS = 8  # rows a program looks at
-
-
-class Blocks(NamedTuple):
-    """AttentionSpec of one program: rows, columns, warps and the depth of the load pipeline."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
 
 
 def hstu_attention(
@@ -44,8 +37,8 @@ def hstu_attention(
     if bias is None and why_not_plain(q, k, v, spec) is None:
         output = _Attention.apply(q, k, v, _with_float_weights(spec))
     else:
-        tables = (None, None) if bias is None else bias[:2]
-        output = _GeneralAttention.apply(q, k, v, *tables, bias, spec)
+        tables, exact = ((), 0) if bias is None else (bias[:2], bias.exact_positions)
+        output = _GeneralAttention.apply(spec, exact, q, k, v, *tables)
     return output
 
 
@@ -94,10 +87,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        zero_spare_rows(dq, ctx.spec, of_queries=True)
-        zero_spare_rows(dk, ctx.spec)
-        zero_spare_rows(dv, ctx.spec)
+        dq, dk, dv = _empty_gradients(q, k, v, ctx.spec)
         attention_backward(_unit_stride(grad), q, k, v, dq, dk, dv, ctx.spec)
         return dq, dk, dv, None
 
@@ -105,42 +95,43 @@ class _Attention(torch.autograd.Function):
 class _GeneralAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position_table: Tensor | None,
-        time_table: Tensor | None,
-        bias: PositionTimeBias | None,
-        spec: AttentionSpec,
+        ctx: Any, spec: AttentionSpec, exact: int, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor
     ) -> Tensor:
         q, k, v = (_unit_stride(x) for x in (q, k, v))
         output = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         zero_spare_rows(output, spec, of_queries=True)
-        general.forward(q, k, v, output, spec, bias)
-        ctx.save_for_backward(q, k, v, position_table, time_table)
-        ctx.exact = 0 if bias is None else bias.exact_positions
+        general.forward(q, k, v, output, spec, _bias(tables, exact))
+        ctx.save_for_backward(q, k, v, *tables)
+        ctx.exact = exact
         ctx.spec = spec
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, position_table, time_table = ctx.saved_tensors
-        bias = None
-        if position_table is not None:
-            bias = PositionTimeBias(position_table, time_table, ctx.exact)
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        zero_spare_rows(dq, ctx.spec, of_queries=True)
-        zero_spare_rows(dk, ctx.spec)
-        zero_spare_rows(dv, ctx.spec)
-        grad = _unit_stride(grad)
-        tables = general.backward(grad, q, k, v, (dq, dk, dv), ctx.spec, bias)
-        if bias is None or tables is None:
-            return dq, dk, dv, None, None, None, None
-        by_position, by_time = (
-            total.to(table.dtype) for total, table in zip(tables, bias[:2], strict=True)
-        )
-        return dq, dk, dv, by_position, by_time, None, None
+        q, k, v, *tables = ctx.saved_tensors
+        gradients = _empty_gradients(q, k, v, ctx.spec)
+        bias = _bias(tables, ctx.exact)
+        totals = general.backward(_unit_stride(grad), q, k, v, gradients, ctx.spec, bias)
+        of_tables = (total.to(x.dtype) for total, x in zip(totals, tables, strict=True))
+        return None, None, *gradients, *of_tables
+
+
+def _bias(tables: Sequence[Tensor], exact: int) -> PositionTimeBias | None:
+    if not tables:
+        return None
+    position_table, time_table = tables
+    return PositionTimeBias(position_table, time_table, exact)
+
+
+def _empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv for the kernels to write: zero where they do not."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    zero_spare_rows(dq, spec, of_queries=True)
+    zero_spare_rows(dk, spec)
+    zero_spare_rows(dv, spec)
+    return dq, dk, dv
 
 
 def _scaled(x: Tensor, weights: Tensor) -> Tensor:
@@ -233,20 +224,16 @@ def _launch(
     blocks: Blocks,
     **constants: bool,
 ) -> None:
-    """Run a kernel on `num_blocks` blocks of every head of every sequence; q, k, v come first."""
-    q, k, v = tensors[:3]
-    num_sequences = spec.offsets.numel() - 1
-    if num_blocks * num_sequences == 0:
-        return
-    kernel[(num_blocks * num_sequences * q.shape[1],)](
-        *tensors,
-        *_sequence_arguments(spec, q),
-        *_strides(*tensors),
+    launch(
+        kernel,
         num_blocks,
-        spec.alpha,
-        1.0 / spec.norm_length,
+        tensors,
+        _sequence_arguments(spec, tensors[0]),
+        spec,
+        blocks,
+        CROSS=not spec.causal,
+        TARGETS=spec.num_targets is not None,
         **constants,
-        **_constants(q, k, v, spec, blocks),
     )
 
 
@@ -303,27 +290,3 @@ def _sequence_arguments(
         q if spec.row_weights is None else spec.row_weights,
         0 if spec.row_weights is None else spec.row_weights.stride(0),
     )
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]
-
-
-def _constants(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, blocks: Blocks
-) -> dict[str, Any]:
-    return {
-        "H": q.shape[1],
-        "D": q.shape[2],
-        "DV": v.shape[2],
-        "ROWS": blocks.rows,
-        "COLUMNS": blocks.columns,
-        "SUFFIX": spec.query_offsets is not None,
-        "CROSS": not spec.causal,
-        "MATRIX": spec.row_weights is not None,
-        "TARGETS": spec.num_targets is not None,
-        "APPROXIMATE": q.is_cuda and q.dtype != torch.float32,
-        "PRECISION": dot_precision(q.dtype, q.device),
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
-    }

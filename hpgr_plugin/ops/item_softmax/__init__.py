@@ -9,6 +9,7 @@ from hpgr_plugin.ops.item_softmax.losses import (
     SoftmaxInputs,
     sampled_cross_entropy,
     sampled_cross_entropy_of_rows,
+    total_weight,
 )
 from hpgr_plugin.ops.item_softmax.sharded import ShardInputs
 
@@ -19,6 +20,7 @@ __all__ = [
     "sampled_cross_entropy",
     "sampled_cross_entropy_of_rows",
     "sharded_cross_entropy",
+    "total_weight",
 ]
 
 _OPERATOR = triton_operator(__name__)
@@ -29,6 +31,7 @@ def mean_cross_entropy(
     item_table: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
+    weights: Tensor | None = None,
     *,
     chunk_bytes: int | None = None,
     backend: str | None = None,
@@ -45,13 +48,14 @@ def mean_cross_entropy(
         item_table: `[V, D]`.
         targets: int64 `[M]`, in `[0, V)`.
         bias: `[V]`.
+        weights: `[M]` of the positions in the mean, 0 or more, without gradient; None: all alike.
         chunk_bytes: bound of the memory for logits, at least those of one position are held.
         backend: "triton", "torch" or "naive"; None: the fastest that can.
 
     Returns:
         The mean loss, and how many positions had no item that scored higher than the target.
     """
-    inputs = SoftmaxInputs(hidden, item_table, targets, bias, chunk_bytes)
+    inputs = SoftmaxInputs(hidden, item_table, targets, bias, chunk_bytes, weights)
     loss: MeanLoss = _OPERATOR.run("mean_cross_entropy", inputs, backend=backend)
     return loss
 

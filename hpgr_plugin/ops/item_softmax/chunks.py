@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hpgr_plugin.ops.item_softmax.losses import MeanLoss, SoftmaxInputs
+from hpgr_plugin.ops.item_softmax.losses import MeanLoss, SoftmaxInputs, total_weight
 
 CHUNK_BYTES = 1 << 27  # of logits in memory at the same time
 CUDA_CHUNK_BYTES = 1 << 30  # there every further chunk adds to the table's gradient in memory
@@ -35,7 +35,7 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
 
 def mean_in_chunks(inputs: SoftmaxInputs, softmax_slope: SoftmaxSlope) -> MeanLoss:
     """See `hpgr_plugin.ops.item_softmax.mean_cross_entropy`."""
-    hidden, item_table, targets, bias, chunk_bytes = inputs
+    hidden, item_table, targets, bias, chunk_bytes, weights = inputs
     dtype = product_dtype(hidden)
     if chunk_bytes is None:
         chunk_bytes = CUDA_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES
@@ -43,8 +43,8 @@ def mean_in_chunks(inputs: SoftmaxInputs, softmax_slope: SoftmaxSlope) -> MeanLo
     learned = (hidden, item_table, bias)
     slopes = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
     loss, hits = _MeanCrossEntropy.apply(
-        hidden.to(dtype), item_table, bias, targets, min(rows, max(1, len(hidden))), slopes,
-        softmax_slope,
+        hidden.to(dtype), item_table, bias, targets, weights,
+        min(rows, max(1, len(hidden))), slopes, softmax_slope,
     )  # fmt: skip
     return MeanLoss(loss, hits)
 
@@ -57,6 +57,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         table: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        weights: Tensor | None,
         rows: int,
         slopes: bool,
         softmax_slope: SoftmaxSlope,
@@ -70,13 +71,17 @@ class _MeanCrossEntropy(torch.autograd.Function):
                 chunk = slice(start, start + rows)
                 scores = hidden[chunk] @ weight.T
                 losses, hit, slope = softmax_slope(scores, targets[chunk], bias, with_slope=slopes)
+                if weights is not None:
+                    losses = losses * weights[chunk]
+                    if slopes:
+                        slope.mul_(weights[chunk].to(slope.dtype).unsqueeze(1))
                 loss, hits = loss + losses.sum(), hits + hit.sum()
                 if grads is not None:
                     grads.add(chunk, slope, hidden[chunk], weight)
                 del scores, slope  # before the next chunk's are made
         ctx.save_for_backward(*(() if grads is None else grads.of_inputs()))
         ctx.dtypes = hidden.dtype, table.dtype, None if bias is None else bias.dtype
-        ctx.count = max(1, len(hidden))
+        ctx.count = total_weight(len(hidden), weights)
         ctx.mark_non_differentiable(hits)
         return loss / ctx.count, hits
 
@@ -87,7 +92,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             grads.append(None if dtype is None else (grad * share).to(dtype))
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 class _Gradients:

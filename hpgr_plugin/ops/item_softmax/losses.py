@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SMALLEST_WEIGHT = 1e-12  # of all positions together: without any, the mean is 0
+
 
 class SoftmaxInputs(NamedTuple):
     """The arguments of `mean_cross_entropy`."""
@@ -16,6 +18,7 @@ class SoftmaxInputs(NamedTuple):
     targets: Tensor
     bias: Tensor | None
     chunk_bytes: int | None
+    weights: Tensor | None = None
 
 
 class ItemLosses(NamedTuple):
@@ -23,6 +26,11 @@ class ItemLosses(NamedTuple):
 
     losses: Tensor
     hits: Tensor
+
+
+def total_weight(count: int, weights: Tensor | None) -> Tensor | int:
+    """What a weighted sum of losses is divided by; never zero."""
+    return max(1, count) if weights is None else weights.sum().clamp(min=_SMALLEST_WEIGHT)
 
 
 class MeanLoss(NamedTuple):

@@ -6,6 +6,7 @@ from hpgr_plugin.ops.dispatch import triton_operator
 from hpgr_plugin.ops.preference_plan.plan import (
     PlanInputs,
     PlanSettings,
+    PlanTimes,
     PreferencePlan,
     Selection,
     most_kept,
@@ -115,12 +116,14 @@ def count_earlier(
     """
     earlier: Tensor = _OPERATOR.run(
         "count_earlier",
-        history_timestamps,
-        history_offsets,
-        candidate_timestamps,
-        candidate_offsets,
-        max_history=len(history_timestamps) if max_history is None else max_history,
-        max_candidates=len(candidate_timestamps) if max_candidates is None else max_candidates,
+        PlanTimes(
+            history_timestamps,
+            history_offsets,
+            candidate_timestamps,
+            candidate_offsets,
+            len(history_timestamps) if max_history is None else max_history,
+            len(candidate_timestamps) if max_candidates is None else max_candidates,
+        ),
         backend=backend,
     )
     return earlier

@@ -5,7 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from hpgr_plugin.ops.preference_plan.plan import PlanInputs, PlanSettings, PreferencePlan
+from hpgr_plugin.ops.preference_plan.plan import (
+    PlanInputs,
+    PlanSettings,
+    PlanTimes,
+    PreferencePlan,
+)
 
 
 def plan_preferences(inputs: PlanInputs, settings: PlanSettings) -> PreferencePlan:
@@ -42,20 +47,11 @@ def plan_preferences(inputs: PlanInputs, settings: PlanSettings) -> PreferencePl
     )
 
 
-def count_earlier(
-    history_timestamps: Tensor,
-    history_offsets: Tensor,
-    candidate_timestamps: Tensor,
-    candidate_offsets: Tensor,
-    *,
-    max_history: int,
-    max_candidates: int,
-) -> Tensor:
+def count_earlier(times: PlanTimes) -> Tensor:
     """Eq. 4 word for word: the number of items with t_i < t_C."""
-    counts = torch.zeros(len(candidate_timestamps), dtype=torch.int64)
-    for b in range(len(history_offsets) - 1):
-        start, end = history_offsets[b : b + 2].tolist()
-        for c in range(*candidate_offsets[b : b + 2].tolist()):
-            times = history_timestamps[start:end]
-            counts[c] = int((times < candidate_timestamps[c]).sum())
-    return counts.to(history_timestamps.device)
+    counts = torch.zeros(len(times.candidates), dtype=torch.int64)
+    for b in range(len(times.history_offsets) - 1):
+        start, end = times.history_offsets[b : b + 2].tolist()
+        for c in range(*times.candidate_offsets[b : b + 2].tolist()):
+            counts[c] = int((times.history[start:end] < times.candidates[c]).sum())
+    return counts.to(times.history.device)

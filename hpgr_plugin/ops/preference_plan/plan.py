@@ -74,6 +74,17 @@ class PlanSettings(NamedTuple):
         return self
 
 
+class PlanTimes(NamedTuple):
+    """The arguments of `count_earlier`, with both bounds."""
+
+    history: Tensor
+    history_offsets: Tensor
+    candidates: Tensor
+    candidate_offsets: Tensor
+    max_history: int
+    max_candidates: int
+
+
 @dataclass(frozen=True)
 class PlanInputs:
     """Histories and candidates of B users: the arguments of `plan_preferences`, and two bounds.

@@ -9,6 +9,7 @@ from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids
 from hpgr_plugin.ops.preference_plan.plan import (
     PlanInputs,
     PlanSettings,
+    PlanTimes,
     PreferencePlan,
     gaussian_kernel,
 )
@@ -57,24 +58,18 @@ def plan_preferences(inputs: PlanInputs, settings: PlanSettings) -> PreferencePl
     return PreferencePlan(index, weights, complete_cumsum(counts))
 
 
-def count_earlier(
-    history_timestamps: Tensor,
-    history_offsets: Tensor,
-    candidate_timestamps: Tensor,
-    candidate_offsets: Tensor,
-    *,
-    max_history: int,
-    max_candidates: int,
-) -> Tensor:
+def count_earlier(times: PlanTimes) -> Tensor:
     """See the operator: a binary search in all rows at once."""
-    users = segment_ids(candidate_offsets, len(candidate_timestamps))
-    start = history_offsets[:-1].long()[users]
-    low, high = start, history_offsets[1:].long()[users]
+    if len(times.history_offsets) == 2:
+        return torch.searchsorted(times.history.contiguous(), times.candidates.contiguous())
+    users = segment_ids(times.candidate_offsets, len(times.candidates))
+    start = times.history_offsets[:-1].long()[users]
+    low, high = start, times.history_offsets[1:].long()[users]
     # One step too many changes nothing, so an upper bound of the lengths will do.
-    last = max(0, len(history_timestamps) - 1)
-    for _ in range(max_history.bit_length()):
+    last = max(0, len(times.history) - 1)
+    for _ in range(times.max_history.bit_length()):
         middle = (low + high) // 2
-        before = history_timestamps[middle.clamp(max=last)] < candidate_timestamps
+        before = times.history[middle.clamp(max=last)] < times.candidates
         open_ = low < high
         low = torch.where(open_ & before, middle + 1, low)
         high = torch.where(open_ & ~before, middle, high)

@@ -32,6 +32,7 @@ from hpgr_plugin.ops.preference_plan.kernels import (
 from hpgr_plugin.ops.preference_plan.plan import (
     PlanInputs,
     PlanSettings,
+    PlanTimes,
     PreferencePlan,
     Selection,
     gaussian_kernel,
@@ -92,31 +93,21 @@ def weight_matrix(inputs: PlanInputs, settings: PlanSettings) -> Tensor:
     return weights.view(len(inputs.candidate_embeddings), inputs.max_history or 0)
 
 
-def count_earlier(
-    history_timestamps: Tensor,
-    history_offsets: Tensor,
-    candidate_timestamps: Tensor,
-    candidate_offsets: Tensor,
-    *,
-    max_history: int,
-    max_candidates: int,
-) -> Tensor:
+def count_earlier(times: PlanTimes) -> Tensor:
     """See `hpgr_plugin.ops.preference_plan.count_earlier`."""
-    counts = torch.empty(
-        len(candidate_timestamps), dtype=torch.int64, device=history_timestamps.device
-    )
-    blocks = triton.cdiv(max_candidates, _SEARCHES)
-    programs = (len(history_offsets) - 1) * blocks
+    counts = torch.empty(len(times.candidates), dtype=torch.int64, device=times.history.device)
+    blocks = triton.cdiv(times.max_candidates, _SEARCHES)
+    programs = (len(times.history_offsets) - 1) * blocks
     if programs:
         visible_kernel[(programs,)](
-            history_timestamps.contiguous(), candidate_timestamps.contiguous(), history_offsets,
-            candidate_offsets, counts, blocks, max_history.bit_length(), LANES=_SEARCHES,
-            num_warps=1,
+            times.history.contiguous(), times.candidates.contiguous(), times.history_offsets,
+            times.candidate_offsets, counts, blocks, times.max_history.bit_length(),
+            LANES=_SEARCHES, num_warps=1,
         )  # fmt: skip
     return counts
 
 
-def why_not_count_earlier(*_: Tensor, max_history: int, max_candidates: int) -> str | None:
+def why_not_count_earlier(_: PlanTimes) -> str | None:
     """The kernel takes everything."""
     return None
 

@@ -4,6 +4,7 @@ import torch
 
 from hpgr_plugin.components.slates.blocks import Context
 from hpgr_plugin.components.slates.decoder import (
+    DecoderSizes,
     FlatItemDecoder,
     FlatSlateDecoder,
     HierarchicalDecoder,
@@ -32,8 +33,8 @@ def decoder_of(kind: str, ids: SemanticIds, slate_size: int = 4) -> SlateDecoder
     """In evaluation mode, with weights whose output is far from uniform."""
     torch.manual_seed(1)
     cls, arguments = KINDS[kind]
-    sizes = {"embedding_dim": WIDTH, "num_heads": 2, "dropout": 0.0, "slate_size": slate_size}
-    model = cls(ids=ids, **sizes, **arguments)
+    sizes = DecoderSizes(embedding_dim=WIDTH, num_heads=2, dropout=0.0, slate_size=slate_size)
+    model = cls(ids=ids, sizes=sizes, **arguments)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -1,18 +1,12 @@
 """A small two-stage run on the synthetic log, configured as users configure theirs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import gin
 import pytest
-import torch
+from small_task import config_files, configure, training
 
-from hpgr_plugin.cli import load_configs
-from hpgr_plugin.config.registry import build
-from hpgr_plugin.hosts.embedded.report.evaluation import Task
-from hpgr_plugin.hosts.embedded.train.distributed import Process
-from hpgr_plugin.hosts.embedded.train.trainer import TrainingRun
+__all__ = ["configure", "training"]
 
 SMALL = [
     "NUM_USERS = 40",
@@ -25,33 +19,13 @@ SMALL = [
     "hpgr.FinetuneSettings.patience = 3",
     "hpgr.FinetuneSettings.warmup_steps = 5",
 ]
-FILES = [
-    f"configs/{name}.gin" for name in ("data/synthetic", "models/hpgr_base", "models/hpgr_rows")
-]
-ONE_PROCESS = Process(rank=0, world_size=1, device=torch.device("cpu"))
+FILES = config_files("models/hpgr_rows")
 
 
 @pytest.fixture
-def configure() -> Iterator[Callable[..., Task]]:
-    """`configure("binding", ...)`: the small run with these bindings over it, and its task."""
-
-    def apply(*bindings: str) -> Task:
-        gin.clear_config()
-        load_configs(FILES, [*SMALL, *bindings])
-        return Task(build("prepare_data"), build("RequestSettings"), ONE_PROCESS)
-
-    yield apply
-    gin.clear_config()
-
-
-@pytest.fixture
-def training(tmp_path: Path) -> Callable[..., TrainingRun]:
-    """`training("folder")`: a training that writes there, by default with seed 0."""
-
-    def make(folder: str = "run", *, seed: int = 0, **changes: Any) -> TrainingRun:
-        return TrainingRun(seed, tmp_path / folder, ONE_PROCESS, **changes)
-
-    return make
+def small_run() -> tuple[list[str], list[str]]:
+    """The files and bindings that `configure` reads."""
+    return FILES, SMALL
 
 
 @pytest.fixture

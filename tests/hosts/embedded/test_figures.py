@@ -179,7 +179,7 @@ def test_mistakes_end_in_one_line(ablation: Path, capsys: pytest.CaptureFixture[
     changed(ablation, lambda rows: [{**rows[1], "seeds": [{"auc": 0.5}]}])
     assert "'hstu' has no seconds_per_step" in error("figure8", "--results", str(ablation))
     (ablation / "results.json").write_text("{}")
-    assert "is not of an ablation" in error("figure4", "--results", str(ablation))
+    assert "is not of a finished ablation" in error("figure4", "--results", str(ablation))
 
 
 def test_rows_of_figures_are_trained_and_drawn(

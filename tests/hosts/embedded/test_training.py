@@ -7,6 +7,7 @@ from pathlib import Path
 import gin
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpgr_plugin.config.registry import build
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
@@ -88,6 +89,99 @@ def test_resuming_gives_the_same_numbers(
         for name in ("whole", "killed")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_resuming_stage_1_inside_an_epoch_gives_the_same_numbers(
+    configure: Configure, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks belong to a step, wherever the batches before it were planned."""
+
+    def train(folder: str, resume: bool = False) -> dict:
+        task = configure("hpgr.PretrainSettings.checkpoint_every = 3")
+        with gin.config_scope("mim_sem"):
+            run = training(folder, resume=resume)
+            return without_costs(pretrain(task, build("PretrainSettings"), run).metrics)
+
+    whole = train("whole")
+    step = Trainer._step
+
+    def killed_at_step_4(self: Trainer, *args: object) -> torch.Tensor:
+        if self.progress.step == 4:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", killed_at_step_4)
+        with pytest.raises(KeyboardInterrupt):
+            train("killed")
+    assert train("killed", resume=True) == whole
+    shown = EventAccumulator(str(tmp_path / "whole" / "tb"))
+    shown.Reload()
+    steps = [event.step for event in shown.Scalars("train/loss")]
+    assert steps == list(range(10, int(whole["steps"]) + 1, 10)) != []
+
+
+def test_stage_1_with_actions_is_handed_over(configure: Configure, training: Training) -> None:
+    losses = {}
+    for name, bindings in {
+        "plain": [],
+        "on_action": ["hpgr.MaskedItemModel.condition_on_action = True"],
+        "weighted": ["hpgr.MaskedItemModel.action_weights = [0.5, 2.0]"],
+        "positive": ["hpgr.SequenceLoader.only_positive = True"],
+    }.items():
+        task = configure("hpgr.prepare_data.history_events = 'all'", *bindings)
+        assert task.data.log.num_actions == 2
+        stage1 = pretrain(task, build("PretrainSettings"), training(name))
+        losses[name] = stage1.metrics["loss"]
+        assert build_ranker(task, pretrained=stage1.handoff).inherited == ("item_table",)
+    assert len(set(losses.values())) == 4
+
+
+def test_stage_2_inherits_the_item_features_of_stage_1(
+    configure: Configure, training: Training
+) -> None:
+    task = configure(
+        "hpgr.SyntheticReader.features = True",
+        "hpgr.MaskedItemModel.feature_gate_tau = 5.0",
+        "hpgr.RareItems.gate_tau = 5.0",
+        "hpgr.HSTURanker.rare_items = @hpgr.RareItems",
+    )
+    stage1 = pretrain(task, build("PretrainSettings"), training())
+    ranker = build_ranker(task, pretrained=stage1.handoff)
+    assert ranker.inherited == ("item_table", "item_features")
+    fresh = build_ranker(task)
+    for name, value in ranker.item_features.state_dict().items():
+        assert not torch.equal(value, fresh.item_features.state_dict()[name])
+
+
+def test_a_pre_trained_sem_is_frozen_for_its_first_epochs(
+    configure: Configure, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = configure(
+        "hpgr.SessionEnhancementModule.gate_init = 0.1",
+        "hpgr.FinetuneSettings.frozen_sem_epochs = 1",
+    )
+    seen: list[tuple[int, list[torch.Tensor]]] = []
+    step = Trainer._step
+
+    def watched(self: Trainer, *args: object) -> torch.Tensor:
+        loss = step(self, *args)
+        if self.run.stage == "finetune":
+            weights = [p.detach().clone() for p in self.model.sem.parameters()]
+            seen.append((self.progress.epoch, weights))
+        return loss
+
+    with gin.config_scope("mim_sem"):
+        stage1 = pretrain(task, build("PretrainSettings"), training("1"))
+    with gin.config_scope("sem"):
+        start = [p.detach() for p in build_ranker(task, pretrained=stage1.handoff).sem.parameters()]
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_step", watched)
+            finetune(task, build("FinetuneSettings"), training("2"), pretrained=stage1.handoff)
+    assert {epoch for epoch, _ in seen} == {0, 1, 2}
+    for epoch, weights in seen:
+        same = [torch.equal(a, b) for a, b in zip(start, weights, strict=True)]
+        assert all(same) if epoch == 0 else not any(same)
 
 
 def test_stage_2_starts_from_stage_1(configure: Configure, training: Training) -> None:

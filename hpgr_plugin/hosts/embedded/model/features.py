@@ -1,4 +1,4 @@
-"""Side features: a token for each user feature, a sum of embeddings for those of an item."""
+"""Side features: a token for each user feature, and the statistics of a candidate."""
 
 from __future__ import annotations
 
@@ -90,26 +90,3 @@ def log_odds(features: Mapping[str, Tensor], owner: str, *, prior_events: float 
     """
     count, likes, half = features[f"{owner}_count"], features[f"{owner}_likes"], prior_events / 2
     return ((likes + half) / (count - likes + half)).log()
-
-
-class ItemFeatures(nn.Module):
-    """The summed embeddings of an item's categorical features.
-
-    Args:
-        codes: feature name -> ``[V]`` int64 code of every item.
-        embedding_dim: ``D``.
-    """
-
-    def __init__(self, codes: Mapping[str, Tensor], embedding_dim: int) -> None:
-        super().__init__()
-        self.names = sorted(codes)
-        self.tables = nn.ModuleDict()
-        for name in self.names:
-            values = codes[name].long()
-            self.tables[name] = embedding(int(values.max()) + 1, embedding_dim)
-            self.register_buffer(f"codes_{name}", values, persistent=False)
-
-    def forward(self, items: Tensor) -> Tensor:
-        """Items ``[L]`` -> ``[L, D]``."""
-        parts = [self.tables[name](getattr(self, f"codes_{name}")[items]) for name in self.names]
-        return torch.stack(parts).sum(0)

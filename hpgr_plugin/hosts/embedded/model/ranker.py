@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from hpgr_plugin.components.attention_hooks import (
@@ -14,12 +13,12 @@ from hpgr_plugin.components.attention_hooks import (
     PreferenceGuidedSparseAttention,
 )
 from hpgr_plugin.components.checks import check_at_least, check_share
+from hpgr_plugin.components.item_features import ItemFeatures
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, VisibilityCheck
-from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.components.sem import SessionEnhancementModule, SessionTokens
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.features import (
-    ItemFeatures,
     ItemOdds,
     OddsNetwork,
     UserFeatureTokens,
@@ -36,7 +35,7 @@ from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes, TokenF
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.preference_plan import PreferencePlan
-from hpgr_plugin.transfer.handoff import Handoff, load_handoff, load_sem_state
+from hpgr_plugin.transfer.handoff import inherit
 
 _NAME = "hpgr.HSTURanker"
 Statistics = Literal["linear", "network"]
@@ -195,6 +194,8 @@ class HSTURanker(nn.Module):
             )
         else:
             _check_rival(encoder, attention_hook, positional_encoder)
+            if sem is not None:
+                sem.refuse_tokens(f"{_NAME}.encoder = @hpgr.{encoder.__name__}")
             self.encoder = encoder(
                 sizes=RivalSizes(
                     embedding_dim=embedding_dim,
@@ -217,26 +218,12 @@ class HSTURanker(nn.Module):
             nn.init.zeros_(self.item_bias.weight)
         self.inherited: tuple[str, ...] = ()
         if pretrained is not None:
-            self._inherit(
-                load_handoff(
-                    pretrained,
-                    num_items=num_items,
-                    embedding_dim=embedding_dim,
-                    vocabulary_digest=vocabulary_digest,
-                )
+            self.inherited = inherit(
+                pretrained, self.item_table, sem, vocabulary_digest, self.item_features
             )
         if getattr(attention_hook, "table", None) == "frozen":
             assert isinstance(attention_hook, PreferenceGuidedSparseAttention)
             attention_hook.freeze(self.item_table.weight)
-
-    def _inherit(self, handoff: Handoff) -> None:
-        """Take over the item table and, where both sides have one, SEM."""
-        with torch.no_grad():
-            self.item_table.weight.copy_(handoff.item_table)
-        self.inherited = ("item_table",)
-        if self.sem is not None and handoff.sem_state is not None:
-            load_sem_state(self.sem, handoff)
-            self.inherited += ("sem",)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits `[C]` of the batch's candidates: the paper's Figure 2, top to bottom."""
@@ -255,8 +242,12 @@ class HSTURanker(nn.Module):
                 batch.candidate_offsets,
                 batch.candidate_timestamps,
             )
+        session_tokens = None
         if self.sem is not None:  # Eq. 1 and 2
-            history = self.sem(history, batch.history_offsets, batch.history_timestamps)
+            sessions = self.sem.context(history, batch.history_offsets, batch.history_timestamps)
+            history = self.sem.fuse(history, sessions)
+            if self.sem.session_tokens:
+                session_tokens = self._scaled(self.sem.tokens(sessions, batch.history_offsets))
         history, candidates, context = self._add_features(batch, index, history, candidates)
         if isinstance(self.encoder, RivalEncoder):
             if context is not None:
@@ -264,7 +255,9 @@ class HSTURanker(nn.Module):
             encoded = self.encoder(RivalTokens(batch, index, history, candidates, context))
         else:
             tokens = (history, candidates, context)
-            encoded = self._encode_sequences(self.encoder, batch, index, tokens, plan)
+            encoded = self._encode_sequences(
+                self.encoder, batch, index, tokens, plan, session_tokens
+            )
         if self.odds_network is not None:
             encoded = encoded + self.odds_network(batch.candidate_features)
         logits: Tensor = self.head(encoded).squeeze(1)  # Eq. 6 takes their sigmoid
@@ -281,6 +274,7 @@ class HSTURanker(nn.Module):
         index: RequestIndex,
         tokens: tuple[Tensor, Tensor, Tensor | None],
         plan: PreferencePlan | None,
+        session_tokens: SessionTokens | None,
     ) -> Tensor:
         """The candidates `[C, D]` after the layers; tokens: history, candidates, context."""
         history, candidates, context = tokens
@@ -294,11 +288,16 @@ class HSTURanker(nn.Module):
             dynamic_mask=self.dynamic_mask,
             plan=plan,
             layout="shared_history" if hook is None else hook.layout,
+            session_tokens=session_tokens,
         )
         encoded: Tensor = encoder(
             sequence, mask_position="post" if hook is None else hook.mask_position
         )
         return encoded
+
+    def _scaled(self, tokens: SessionTokens) -> SessionTokens:
+        """The tokens as the encoder takes them, see `_add_features`."""
+        return tokens._replace(values=self.input_dropout(tokens.values * self.input_scale))
 
     def embed_items(self, items: Tensor) -> Tensor:
         """The embeddings of items `[L]`, `[L, D]`: what PGSA scores, and the tokens begin with."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hpgr_plugin.components.checks import check_at_least
+from hpgr_plugin.components.item_features import gated
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.model.features import embedding
 from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes
@@ -66,5 +67,4 @@ class RareItems(nn.Module):
         rows = torch.where(unknown.unsqueeze(1), self.unknown_table.weight, rows)
         if self.gate_tau == 0 or features is None:
             return rows
-        gate = (counts / (counts + self.gate_tau)).to(rows.dtype).unsqueeze(1)
-        return gate * rows + (1 - gate) * features
+        return gated(rows, features, counts, self.gate_tau)

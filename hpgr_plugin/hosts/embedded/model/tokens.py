@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from hpgr_plugin.components.positions import count_earlier, moved_up
+from hpgr_plugin.components.sem import SessionTokens
 from hpgr_plugin.data.batch import Batch
+from hpgr_plugin.hosts.embedded.model.session_tokens import MixedHistory
 from hpgr_plugin.ops.compact.parts import SequenceParts, short_sequences
 from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids, segment_positions
 from hpgr_plugin.ops.preference_plan import PreferencePlan
@@ -160,6 +162,7 @@ def build_sequence(
     dynamic_mask: bool,
     plan: PreferencePlan | None = None,
     layout: str = "shared_history",
+    session_tokens: SessionTokens | None = None,
 ) -> TokenSequence:
     """The encoder's tokens, shortened where the plan's layout says so.
 
@@ -172,20 +175,30 @@ def build_sequence(
         dynamic_mask: MTGR's mask: what every candidate may see is fully connected.
         plan: of the attention hook; None keeps every history whole.
         layout: of the plan, see `AttentionHook.layout`.
+        session_tokens: go into the histories, with the marks of the items they go before.
     """
+    history_marks = _history_marks(batch, index, dynamic_mask)
+    history_offsets = batch.history_offsets
+    if session_tokens is not None:
+        mixed = MixedHistory.of(session_tokens, history_offsets, len(history))
+        if plan is not None:
+            plan = mixed.mix_plan(plan, *_rows_of_plan(batch, index, layout))
+        history = mixed.mix(history, session_tokens.values)
+        history_marks = mixed.mix(history_marks, history_marks[session_tokens.before])
+        history_offsets = mixed.offsets
     users = batch.num_requests
     context_len = 0 if context is None else len(context) // max(1, users)
-    lengths = batch.history_offsets.diff() + batch.candidate_offsets.diff() + context_len
+    lengths = history_offsets.diff() + batch.candidate_offsets.diff() + context_len
     parts = SequenceParts(
         seq_offsets=complete_cumsum(lengths),
-        history_offsets=batch.history_offsets,
+        history_offsets=history_offsets,
         candidate_offsets=batch.candidate_offsets,
         contextual_len=context_len,
         num_history=len(history),
         num_candidates=len(candidates),
     )
     tokens = [history, candidates] if context is None else [context, history, candidates]
-    marks = [_history_marks(batch, index, dynamic_mask), _candidate_marks(batch, index)]
+    marks = [history_marks, _candidate_marks(batch, index)]
     rows = [parts.history_rows(), parts.candidate_rows()]
     if context is not None:
         marks.insert(0, _context_marks(len(context), history.device))
@@ -213,6 +226,14 @@ def build_sequence(
         candidates_per_sequence=short.num_targets,
         column_weights=short.weights,
     )
+
+
+def _rows_of_plan(batch: Batch, index: RequestIndex, layout: str) -> tuple[Tensor, Tensor | None]:
+    """Whose each row of a plan is, and the first item that it must not see."""
+    if layout == "per_user":
+        return torch.arange(batch.num_requests, device=batch.users.device), None
+    users = index.candidate_users
+    return users, batch.history_offsets[:-1][users] + index.visible
 
 
 def _history_marks(batch: Batch, index: RequestIndex, dynamic_mask: bool) -> Tensor:

@@ -90,25 +90,21 @@ def run_slate_ablation(
         for scope in every:
             run = training(scope, scope, seed)
             with config_scope(scope):
-                made = tokenize(
-                    task.data, build("TokenizeSettings"), run, embeddings=stage1.handoff
-                )
+                reads = build("TokenizeSettings", embeddings=str(stage1.handoff))
+                made = tokenize(task.data, reads, run)
             tokens[scope] = made
             measured[scope].append(made.metrics)
         for line in table:
             scope, row = line["scope"], settings[line["scope"]]
-            found = None if row.tokenizer is None else tokens[row.tokenizer].tokens
+            given = {} if row.tokenizer is None else {"tokens": str(tokens[row.tokenizer].tokens)}
             run = training(scope, row.title, seed)
             with config_scope(scope):
                 if row.start is None:
-                    given = {"tokens": found, "pretrained": stage1.handoff}
-                    trained = train_slates(task, build("SlateSettings"), run, **given)
+                    slates = build("SlateSettings", **given)
+                    trained = train_slates(task, slates, run, pretrained=stage1.handoff)
                 else:
-                    given = {
-                        "tokens": found,
-                        "model": output_dir / f"{row.start}_seed{seed}" / MODEL,
-                    }
-                    trained = align(task, build("AlignSettings"), run, **given)
+                    given["model"] = str(output_dir / f"{row.start}_seed{seed}" / MODEL)
+                    trained = align(task, build("AlignSettings", **given), run)
             line["seeds"].append(trained.metrics)
             LOG.info("%s, seed %d: test NDCG %.4f", row.title, seed, _ndcg(line, seed=-1))
             if task.process.is_main:  # an interrupted run keeps the rows that it finished

@@ -13,7 +13,7 @@ from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.components.slates.alignment import SlateLogProbs
 from hpgr_plugin.components.slates.beam import Allowed
 from hpgr_plugin.components.slates.blocks import Context
-from hpgr_plugin.components.slates.decoder import SlateDecoder, Slates
+from hpgr_plugin.components.slates.decoder import DecoderSizes, SlateDecoder, Slates
 from hpgr_plugin.components.slates.semantic_ids import SemanticIds
 from hpgr_plugin.components.transformer import INIT_STD
 from hpgr_plugin.data.batch import Batch
@@ -22,7 +22,7 @@ from hpgr_plugin.hosts.embedded.slates.context import ContextEncoder, Encoder
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.item_softmax import mean_cross_entropy
 from hpgr_plugin.ops.jagged import jagged_to_padded_dense, segment_ids, segment_positions
-from hpgr_plugin.transfer.handoff import load_handoff, load_sem_state
+from hpgr_plugin.transfer.handoff import inherit
 
 _NAME = "hpgr.SlateModel"
 
@@ -88,6 +88,7 @@ class SlateModel(nn.Module):
         check_share(dropout=dropout)
         if sem is not None:
             check_width(_NAME, "sem", sem.embedding_dim, expected=embedding_dim, of="the model")
+            sem.refuse_tokens(_NAME)
             sem.decide_causal(False, "")  # a slate's history ends before its first item
         if num_items < slate_size:
             raise HpgrError(f"{_NAME}.slate_size takes at most {num_items}, got {slate_size}")
@@ -134,32 +135,19 @@ class SlateModel(nn.Module):
                 raise SlotError(f"{_NAME}.decoder needs semantic ids (hpgr.SlateSettings.tokens)")
             self.decoder = decoder(
                 ids=ids,
-                embedding_dim=embedding_dim,
-                num_heads=num_heads,
-                dropout=dropout,
-                slate_size=slate_size,
+                sizes=DecoderSizes(
+                    embedding_dim=embedding_dim,
+                    num_heads=num_heads,
+                    dropout=dropout,
+                    slate_size=slate_size,
+                ),
                 **(decoder_arguments or {}),
             )
         self.inherited: tuple[str, ...] = ()
         if pretrained is not None:
-            self._inherit(pretrained, vocabulary_digest)
-
-    def _inherit(self, path: str, vocabulary_digest: str) -> None:
-        """Take over the item table and, where both sides have one, SEM."""
-        handoff = load_handoff(
-            path,
-            num_items=self.num_items,
-            embedding_dim=self.item_table.embedding_dim,
-            vocabulary_digest=vocabulary_digest,
-        )
-        with torch.no_grad():
-            self.item_table.weight.copy_(handoff.item_table)
-        if self.decoder is not None:
-            self.decoder.start_from(handoff.item_table)
-        self.inherited = ("item_table",)
-        if self.sem is not None and handoff.sem_state is not None:
-            load_sem_state(self.sem, handoff)
-            self.inherited += ("sem",)
+            self.inherited = inherit(pretrained, self.item_table, sem, vocabulary_digest)
+            if self.decoder is not None:
+                self.decoder.start_from(self.item_table.weight)
 
     def context(self, batch: Batch) -> Context:
         """The encoded histories of a batch."""

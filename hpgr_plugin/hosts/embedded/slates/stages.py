@@ -11,22 +11,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.components.slates.alignment import (
-    OBJECTIVES,
-    Objective,
-    SlateLogProbs,
-    by_feedback,
-    dpo_loss,
-    nearest_items,
-    orpo_loss,
-    other_order,
-    replaced,
-    simpo_loss,
-    too_similar,
-)
+from hpgr_plugin.components.slates import alignment
+from hpgr_plugin.components.slates.alignment import OBJECTIVES, Objective, SlateLogProbs
 from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.data import Batch
-from hpgr_plugin.data.events import require
+from hpgr_plugin.data.events import require, require_fields
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.slates.artefact import (
@@ -56,8 +45,7 @@ class SlateSettings(TrainSettings):
     """`TrainSettings` of the pre-training of a slate model.
 
     Attributes:
-        tokens: tokens.safetensors of the stage `tokenize`; None without a decoder, or where the
-            stage before gives it.
+        tokens: tokens.safetensors of the stage `tokenize`; None without a decoder.
     """
 
     tokens: str | None = None
@@ -68,7 +56,7 @@ class AlignSettings(TrainSettings):
     """`TrainSettings` of preference alignment, and its loss.
 
     Attributes:
-        model: slates.safetensors of the stage `slates`; None: the stage before gives it.
+        model: slates.safetensors of the stage `slates`.
         tokens: tokens.safetensors, whose vectors say which items are similar.
         loss: "orpo", "dpo" or "simpo", see `components.slates.alignment`.
         alpha: weight of the odds in ORPO.
@@ -95,9 +83,7 @@ class AlignSettings(TrainSettings):
         for name, takes in (("loss", get_args(Loss)), ("diversity", ("similar", "dissimilar"))):
             value = getattr(self, name)
             require(value in takes, f"AlignSettings.{name}", f"one of {list(takes)}", value)
-        for name in ("alpha", "beta"):
-            value = getattr(self, name)
-            require(value >= 0, f"AlignSettings.{name}", "0 or more", value)
+        require_fields(self, 0, "alpha", "beta")
         fits = bool(self.objectives) and set(self.objectives) <= set(OBJECTIVES)
         require(fits, "AlignSettings.objectives", f"some of {list(OBJECTIVES)}", self.objectives)
 
@@ -116,12 +102,7 @@ class TrainedSlates:
 
 
 def train_slates(
-    task: Task,
-    settings: SlateSettings,
-    run: TrainingRun,
-    *,
-    tokens: Path | None = None,
-    pretrained: Path | None = None,
+    task: Task, settings: SlateSettings, run: TrainingRun, *, pretrained: Path | None = None
 ) -> TrainedSlates:
     """Train a slate model by -log P of the slates that users took.
 
@@ -129,11 +110,10 @@ def train_slates(
         task: data and requests: the candidates of a request are a slate.
         settings: how it is trained.
         run: seed, folder and process.
-        tokens: in place of `settings.tokens`.
         pretrained: hand-over of stage 1; None leaves the slot to gin.
     """
     seed_everything(run.seed)
-    model = build_slate_model(task, tokens=tokens or settings.tokens, pretrained=pretrained)
+    model = build_slate_model(task, tokens=settings.tokens, pretrained=pretrained)
 
     def loss(forward: nn.Module, batch: Batch, step: int) -> tuple[Tensor, int]:
         return cast("tuple[Tensor, int]", forward(batch))
@@ -141,14 +121,7 @@ def train_slates(
     return _fit(model, task, settings, loss, replace(run, stage="slates"))
 
 
-def align(
-    task: Task,
-    settings: AlignSettings,
-    run: TrainingRun,
-    *,
-    model: Path | None = None,
-    tokens: Path | None = None,
-) -> TrainedSlates:
+def align(task: Task, settings: AlignSettings, run: TrainingRun) -> TrainedSlates:
     """Align a trained slate model with feedback.
 
     y+ is the slate with its liked items first; slates without a liked item are left out.
@@ -157,14 +130,12 @@ def align(
         task: as in `train_slates`.
         settings: how it is trained.
         run: seed, folder and process.
-        model: in place of `settings.model`.
-        tokens: in place of `settings.tokens`.
 
     Raises:
         HpgrError: no model or no tokens, or they are of other items.
     """
     seed_everything(run.seed)
-    source, vectors = model or settings.model, tokens or settings.tokens
+    source, vectors = settings.model, settings.tokens
     if source is None or vectors is None:
         name = "model" if source is None else "tokens"
         raise HpgrError(f"hpgr.AlignSettings.{name} takes a file of the stage before, got None")
@@ -198,7 +169,7 @@ class WorseSlates:
         self, settings: AlignSettings, tokens: Tokens, run: TrainingRun, slate_size: int
     ) -> None:
         self.settings, self.run = settings, run
-        self.near = nearest_items(
+        self.near = alignment.nearest_items(
             tokens.vectors, slate_size - 1, farthest=settings.diversity == "dissimilar"
         ).to(run.process.device)
 
@@ -215,9 +186,9 @@ class WorseSlates:
         seed = (self.run.seed << 32) + (step << 8) + self.run.process.rank
         rng = torch.Generator().manual_seed(seed)
         made = {
-            "order": other_order(better, lengths, rng),
-            "interest": replaced(better, self._disliked(batch), rng),
-            "diversity": too_similar(better, self.near),
+            "order": alignment.other_order(better, lengths, rng),
+            "interest": alignment.replaced(better, self._disliked(batch), rng),
+            "diversity": alignment.too_similar(better, self.near),
         }
         options = torch.stack([made[name] for name in self.settings.objectives])
         drawn = torch.randint(len(options), (len(better),), generator=rng).to(better.device)
@@ -256,7 +227,7 @@ class _Alignment(nn.Module):
         slates, lengths = padded_slates(batch, size)
         labels = padded_labels(batch, size)
         labels[torch.arange(size, device=labels.device) >= lengths.unsqueeze(1)] = -1
-        better = by_feedback(slates, labels)
+        better = alignment.by_feedback(slates, labels)
         worse = self.worse.draw(batch, better, lengths, step)
         losses = self._losses(batch, better, worse, lengths)
         liked = (labels > 0).any(1)
@@ -269,10 +240,10 @@ class _Alignment(nn.Module):
             with torch.no_grad():
                 first, second = self._pair(reference, batch, better, worse, lengths)
             totals = first.total(), second.total()
-            return dpo_loss(*pair, totals, beta=settings.beta)
+            return alignment.dpo_loss(*pair, totals, beta=settings.beta)
         if settings.loss == "simpo":
-            return simpo_loss(*pair, beta=settings.beta, margin=settings.margin)
-        return orpo_loss(*pair, alpha=settings.alpha)
+            return alignment.simpo_loss(*pair, beta=settings.beta, margin=settings.margin)
+        return alignment.orpo_loss(*pair, alpha=settings.alpha)
 
     @staticmethod
     def _pair(

@@ -20,7 +20,7 @@ from hpgr_plugin.components.slates.quality import (
 from hpgr_plugin.components.slates.semantic_ids import SemanticIds
 from hpgr_plugin.components.slates.tokenizer import RQVAE, ItemTokenizer
 from hpgr_plugin.data import PreparedData
-from hpgr_plugin.data.events import require
+from hpgr_plugin.data.events import require_fields
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.slates.artefact import Tokens, save_tokens
 from hpgr_plugin.hosts.embedded.slates.items import ItemLoader, draw_positives, positive_items
@@ -38,7 +38,7 @@ class TokenizeSettings(TrainSettings):
 
     Attributes:
         embeddings: a stage-1 hand-over, or a .npy file [V, E] with a row for every item of the
-            log, in the order of its codes. None: the stage before gives them.
+            log, in the order of its codes.
         tokenizer: the class `CRQVAE`, `RQVAE` or `ResidualKMeans`.
         index_size: most items that may share their digits.
         passes: times that every item comes in an epoch.
@@ -61,15 +61,8 @@ class TokenizeSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.autoencoder_passes >= 0,
-            "TokenizeSettings.autoencoder_passes",
-            "0 or more",
-            self.autoencoder_passes,
-        )
-        for name in ("index_size", "passes", "batch_items", "window", "positives"):
-            value = getattr(self, name)
-            require(value >= 1, f"TokenizeSettings.{name}", "1 or more", value)
+        require_fields(self, 0, "autoencoder_passes")
+        require_fields(self, 1, "index_size", "passes", "batch_items", "window", "positives")
 
 
 @dataclass(frozen=True)
@@ -85,29 +78,21 @@ class Tokenized:
     metrics: dict[str, Any]
 
 
-def tokenize(
-    data: PreparedData,
-    settings: TokenizeSettings,
-    run: TrainingRun,
-    *,
-    embeddings: Path | None = None,
-) -> Tokenized:
+def tokenize(data: PreparedData, settings: TokenizeSettings, run: TrainingRun) -> Tokenized:
     """Train a tokenizer and write the semantic ids of all items.
 
     Args:
         data: whose items they are, and what goes together.
         settings: how it is trained.
         run: seed, folder and process.
-        embeddings: in place of `settings.embeddings`.
 
     Raises:
         HpgrError: no embeddings, or they are of other items.
     """
     seed_everything(run.seed)
-    source = embeddings or settings.embeddings
-    if source is None:
+    if settings.embeddings is None:
         raise HpgrError("hpgr.TokenizeSettings.embeddings takes a hand-over or a .npy file")
-    vectors = read_vectors(Path(source), data).to(run.process.device)
+    vectors = read_vectors(Path(settings.embeddings), data).to(run.process.device)
     if settings.tokenizer is None:
         raise HpgrError("hpgr.TokenizeSettings.tokenizer takes @hpgr.CRQVAE, without brackets")
     tokenizer = settings.tokenizer(input_dim=vectors.shape[1]).to(run.process.device)

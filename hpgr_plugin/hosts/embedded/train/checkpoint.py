@@ -39,7 +39,9 @@ def save_checkpoint(path: Path, state: dict[str, Any], process: Process) -> None
     generators = gather_objects(_generators())
     if not process.is_main:
         return
-    content = {"format_version": FORMAT_VERSION, "generators": generators, **state}
+    content = {"format_version": FORMAT_VERSION, "generators": generators, **_on_host(state)}
+    if process.device.type == "cuda":
+        torch.cuda.synchronize(process.device)  # the only wait: one for each tensor takes longer
     try:
         with atomic_write(path) as temporary:
             torch.save(content, temporary)
@@ -48,6 +50,15 @@ def save_checkpoint(path: Path, state: dict[str, Any], process: Process) -> None
                 file.write(checksum.encode())
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _on_host(value: Any) -> Any:
+    """Tensors of nested dicts and lists on the host; those of CUDA are still being copied."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _on_host(part) for name, part in value.items()}
+    return [_on_host(part) for part in value] if isinstance(value, list) else value
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:

@@ -177,12 +177,15 @@ class ShardedCheckpoints:
 
     def _make_optimizer_state(self) -> None:
         """AdamW makes it in its first step; here it is there to be read into."""
-        for parameter in self.model.parameters():
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                # The fused AdamW counts its steps on the device.
+                device = parameter.device if group["fused"] else torch.device("cpu")
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
     def _forget_what_was_not_stored(self, stored: Mapping[str, Any]) -> None:
         """Weights that never had a gradient have no state."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,14 @@ from hpgr_plugin.data import (
     check_splits,
     item_mean_scores,
 )
-from hpgr_plugin.data.events import require
+from hpgr_plugin.data.events import require_fields
 from hpgr_plugin.data.log import TRAIN
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.evaluation import Task, inference_seconds, kept_tokens
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, load_weights
 from hpgr_plugin.hosts.embedded.train.distributed import Process, barrier, seed_everything
 from hpgr_plugin.hosts.embedded.train.losses import listwise_loss, pairwise_loss
+from hpgr_plugin.hosts.embedded.train.planned import PlannedSequences, SequencePlanner
 from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT
 from hpgr_plugin.hosts.embedded.train.shards import gather_blocks
 from hpgr_plugin.hosts.embedded.train.trainer import (
@@ -56,16 +56,16 @@ class FinetuneSettings(TrainSettings):
     Attributes:
         pairwise_weight: of the logistic loss on pairs of a positive and a negative.
         listwise_weight: of the softmax over a request's candidates.
+        frozen_sem_epochs: first epochs in which a pre-trained SEM keeps the weights of stage 1.
     """
 
     pairwise_weight: float = 0.0
     listwise_weight: float = 0.0
+    frozen_sem_epochs: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("pairwise_weight", "listwise_weight"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"FinetuneSettings.{name}", "0 or more", value)
+        require_fields(self, 0, "pairwise_weight", "listwise_weight", "frozen_sem_epochs")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
     """
     seed_everything(run.seed)
     data, process = task.data, run.process
-    model = build("MaskedItemModel", num_items=data.log.num_items).to(process.device)
+    model = build_stage1(data).to(process.device)
     task.decide_causal(model.sem)
     held_out = np.random.default_rng(run.seed).random(data.log.num_users) < HELD_OUT_USERS
     sequences = {"prepared": data, "max_length": model.max_sequence_length, "seed": run.seed}
@@ -107,20 +107,25 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
     check_sequences(train)
     validation = build("SequenceLoader", **sequences, users=held_out)
 
-    def loss(forward: nn.Module, batch: SequenceBatch, step: int) -> tuple[Tensor, int]:
+    planner = SequencePlanner(model, process.device)
+
+    def prepare(batch: SequenceBatch, step: int) -> PlannedSequences:
         masks = torch.Generator().manual_seed(_mask_seed(run.seed, step, process.rank))
-        output = forward(batch.items, batch.offsets, batch.timestamps, generator=masks)
+        return planner.plan(batch, masks)
+
+    def loss(forward: nn.Module, batch: PlannedSequences, step: int) -> tuple[Tensor, int]:
+        output = batch.output_of(forward)
         return output.loss * output.num_masked, output.num_masked
 
     def validate() -> dict[str, float]:
         masks = torch.Generator().manual_seed(run.seed)
-        losses = hits = masked = 0.0
-        for batch in validation.batches():
-            batch = batch.to(process.device)
-            output = model(batch.items, batch.offsets, batch.timestamps, generator=masks)
-            losses += output.loss.item() * output.num_masked
-            hits += output.accuracy.item() * output.num_masked
+        sums = torch.zeros(2, dtype=torch.float64, device=process.device)
+        masked = 0
+        for batch in validation.map_batches(lambda batch, _: planner.plan(batch, masks)):
+            output = batch.to(process.device).output_of(model)
+            sums += torch.stack([output.loss, output.accuracy]).double() * output.num_masked
             masked += output.num_masked
+        losses, hits = sums.tolist()  # the only wait for the device
         return {"loss": losses / max(1, masked), "accuracy": hits / max(1, masked)}
 
     trainer = Trainer(
@@ -130,6 +135,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
         ),
         loader=train,
         loss=loss,
+        prepare=prepare,
         validate=validate,
         monitor=("loss", False),
         settings=settings,
@@ -187,6 +193,7 @@ def finetune(
             lr=settings.learning_rate,
             inherited_lr_ratio=model.inherited_lr_ratio,
             weight_decay=settings.weight_decay,
+            frozen_epochs={"sem": settings.frozen_sem_epochs} if "sem" in model.inherited else {},
         ),
         loader=train,
         loss=loss,
@@ -224,6 +231,17 @@ def item_mean(task: Task, output_dir: Path | None = None) -> dict[str, Any]:
     return task.metrics(scored)
 
 
+def build_stage1(data: PreparedData) -> MaskedItemModel:
+    """The configured masked item model for this data, on the CPU."""
+    known = arguments_from_data(data)
+    model: MaskedItemModel = build(
+        "MaskedItemModel",
+        **{name: known[name] for name in ("num_items", "num_actions", "item_feature_codes")},
+        item_events=known["item_counts"],
+    )
+    return model
+
+
 def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
     """The configured ranker for this data, on the process's device.
 
@@ -242,7 +260,6 @@ def build_ranker(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
         model.attention_hook.decide_layout(
             max_history=task.requests.max_history,
             max_candidates=task.requests.max_candidates,
-            device_type=task.process.device.type,
         )
     return model.to(task.process.device)
 
@@ -290,7 +307,13 @@ def _write_handoff(
     }
     if not isinstance(table, RowShardedTable):
         if process.is_main:
-            save_handoff(path, item_table=table.weight, extra=_source_ids(log), **common)
+            save_handoff(
+                path,
+                item_table=table.weight,
+                item_features=model.item_features,
+                extra=_source_ids(log),
+                **common,
+            )
         return
     blocks = gather_blocks(table)
     if not process.is_main:

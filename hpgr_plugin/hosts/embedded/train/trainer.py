@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from hpgr_plugin.data.batches import Loader
+from hpgr_plugin.data.events import require, require_fields
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.train.checkpoint import (
     CheckpointError,
@@ -35,6 +36,8 @@ from hpgr_plugin.hosts.embedded.train.shards import (
 )
 
 LOG = logging.getLogger(__name__)
+LOG_EVERY = 10  # steps between the losses that TensorBoard shows
+LOSSES_PER_WAIT = 20  # of them are copied from the device at a time
 
 
 @dataclass(frozen=True)
@@ -69,21 +72,12 @@ class TrainSettings:
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
-        for names, smallest, fits in (
-            (("epochs", "evaluations_per_epoch", "patience"), "1 or more", lambda x: x >= 1),
-            (("learning_rate", "clip_norm"), "a number above 0", lambda x: 0 < x < math.inf),
-            (
-                ("weight_decay", "warmup_steps", "checkpoint_every"),
-                "0 or more",
-                lambda x: 0 <= x < math.inf,
-            ),
-        ):
-            for name in names:
-                if not fits(getattr(self, name)):
-                    raise HpgrError(
-                        f"hpgr.{type(self).__name__}.{name} takes {smallest}, "
-                        f"got {getattr(self, name)}"
-                    )
+        require_fields(self, 1, "epochs", "evaluations_per_epoch", "patience")
+        require_fields(self, 0, "weight_decay", "warmup_steps", "checkpoint_every")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            fits = 0 < value < math.inf
+            require(fits, f"{type(self).__name__}.{name}", "a number above 0", value)
 
 
 @dataclass(frozen=True)
@@ -127,9 +121,12 @@ class Trainer:
 
     Attributes:
         model: on its device.
-        groups: parameter groups of the optimizer, each with its learning rate after warm-up.
+        groups: parameter groups of the optimizer, each with its learning rate after warm-up; in
+            its first "frozen_epochs", if it has that entry, a group keeps its weights.
         loader: the batches.
         loss: `(model, batch, step) -> (sum of losses, number of terms)`.
+        prepare: `(batch, step) -> batch`, run ahead of the step on the loader's thread; what it
+            makes has a method `to(device)`. None takes the batches as they are.
         validate: computes the validation metrics; called on every process.
         monitor: name of the metric that decides, and whether more is better.
         settings: how it is trained.
@@ -146,16 +143,22 @@ class Trainer:
     settings: TrainSettings
     run: TrainingRun
     progress: Progress = field(default_factory=Progress)
+    prepare: Callable[[Any, int], Any] | None = None
 
     def __post_init__(self) -> None:
         self.process = self.run.process
-        self.optimizer = torch.optim.AdamW(self.groups, weight_decay=self.settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.groups,
+            weight_decay=self.settings.weight_decay,
+            fused=True if self.process.device.type == "cuda" else None,
+        )
         for group in self.optimizer.param_groups:
             group["full_lr"] = group["lr"]
         self.best_state: dict[str, Tensor] = {}
         self._total = sum(self.loader.num_batches(e) for e in range(self.settings.epochs))
         self._writer: SummaryWriter | None = None
         self._clock = 0.0
+        self._losses: dict[int, Tensor] = {}
         self._forward = self.model
         self._sharded: ShardedCheckpoints | None = None
         if sharded_tables(self.model):
@@ -222,12 +225,14 @@ class Trainer:
         batches = self.loader.num_batches(progress.epoch)
         every = max(1, math.ceil(batches / settings.evaluations_per_epoch))
         self._clock = time.perf_counter()
-        for batch in self.loader.batches(progress.epoch, start=progress.batch):
+        for batch in self._batches():
             loss = self._step(batch)
             progress.batch += 1
             bar.update()
-            if progress.step % 10 == 0:
-                self._log({"train/loss": loss})
+            if progress.step % LOG_EVERY == 0:
+                self._losses[progress.step] = loss
+            if len(self._losses) >= LOSSES_PER_WAIT:
+                self._log_losses()
             if progress.batch % every == 0 and progress.batch < batches:
                 self._evaluate()
             if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
@@ -241,16 +246,28 @@ class Trainer:
         progress.batch = 0
         self._save()
 
+    def _batches(self) -> Iterator[Any]:
+        """The rest of the epoch's batches, prepared."""
+        progress, prepare = self.progress, self.prepare
+        if prepare is None:
+            return self.loader.batches(progress.epoch, start=progress.batch)
+        first = progress.step - progress.batch  # the step of the epoch's first batch
+        return self.loader.map_batches(
+            lambda batch, number: prepare(batch, first + number), progress.epoch, progress.batch
+        )
+
     def _step(self, batch: Any) -> Tensor:
         self._forward.train()
         factor = self._learning_rate_factor()
         for group in self.optimizer.param_groups:
-            group["lr"] = factor * group["full_lr"]
+            frozen = self.progress.epoch < group.get("frozen_epochs", 0)
+            group["lr"] = 0.0 if frozen else factor * group["full_lr"]
         batch = batch.to(self.process.device)
         with self._autocast():
             loss_sum, terms = self.loss(self._forward, batch, self.progress.step)
         # Processes have different numbers of terms: the mean is over all of them.
-        terms_everywhere = sum_over_ranks(torch.tensor(float(terms), device=loss_sum.device))
+        # Not torch.tensor, which waits for the device to copy the number there.
+        terms_everywhere = sum_over_ranks(torch.full((), float(terms), device=loss_sum.device))
         loss = loss_sum / terms_everywhere.clamp(min=1)
         self.optimizer.zero_grad(set_to_none=True)
         (loss * self.process.world_size).backward()
@@ -308,13 +325,22 @@ class Trainer:
             self.best_state = {key: value.detach().clone() for key, value in state.items()}
         self._clock = time.perf_counter()
 
-    def _log(self, values: Mapping[str, float | Tensor]) -> None:
-        """Write scalars for TensorBoard; a tensor waits for the device."""
+    def _log(self, values: Mapping[str, float]) -> None:
+        """Write scalars for TensorBoard."""
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(name, float(value), self.progress.step)
+                self._writer.add_scalar(name, value, self.progress.step)
+
+    def _log_losses(self) -> None:
+        """Write the losses since the last call, with one wait for the device."""
+        if self._writer is not None and self._losses:
+            values = torch.stack(list(self._losses.values())).tolist()
+            for step, value in zip(self._losses, values, strict=True):
+                self._writer.add_scalar("train/loss", value, step)
+        self._losses.clear()
 
     def _save(self) -> None:
+        self._log_losses()
         state = {"stage": self.run.stage, "progress": vars(self.progress)}
         if self._sharded is not None:
             self._sharded.save(self.best_state, state)

@@ -23,8 +23,20 @@ from hpgr_plugin.hosts.embedded.slates.artefact import (
     save_tokens,
 )
 from hpgr_plugin.hosts.embedded.slates.evaluation import outcomes
-from hpgr_plugin.hosts.embedded.slates.stages import align, build_slate_model, train_slates
-from hpgr_plugin.hosts.embedded.slates.tokenize import read_vectors, tokenize
+from hpgr_plugin.hosts.embedded.slates.stages import (
+    AlignSettings,
+    SlateSettings,
+    TrainedSlates,
+    align,
+    build_slate_model,
+    train_slates,
+)
+from hpgr_plugin.hosts.embedded.slates.tokenize import (
+    Tokenized,
+    TokenizeSettings,
+    read_vectors,
+    tokenize,
+)
 from hpgr_plugin.hosts.embedded.train.trainer import Trainer, TrainingRun
 from hpgr_plugin.report.__main__ import main as report
 
@@ -44,6 +56,19 @@ def vectors(configure: Configure, tmp_path: Path) -> Path:
     path = tmp_path / "vectors.npy"
     np.save(path, (values + 0.3 * rng.normal(size=values.shape)).astype(np.float32))
     return path
+
+
+def tokenizer_of(vectors: Path, **changes: Any) -> TokenizeSettings:
+    return build("TokenizeSettings", embeddings=str(vectors), **changes)
+
+
+def slates_of(tokens: Tokenized, **changes: Any) -> SlateSettings:
+    return build("SlateSettings", tokens=str(tokens.tokens), **changes)
+
+
+def alignment_of(tokens: Tokenized, model: TrainedSlates, **changes: Any) -> AlignSettings:
+    files = {"tokens": str(tokens.tokens), "model": str(model.model)}
+    return build("AlignSettings", **files, **changes)
 
 
 def without_costs(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -89,18 +114,16 @@ def test_resuming_gives_the_same_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task = configure()
-    tokens = tokenize(task.data, build("TokenizeSettings"), training("t"), embeddings=vectors)
-    model = train_slates(task, build("SlateSettings"), training("m"), tokens=tokens.tokens)
+    tokens = tokenize(task.data, tokenizer_of(vectors), training("t"))
+    model = train_slates(task, slates_of(tokens), training("m"))
 
     def run(target: TrainingRun) -> dict[str, Any]:
         if stage == "tokenize":
-            settings = replace(build("TokenizeSettings"), checkpoint_every=1)
-            return tokenize(task.data, settings, target, embeddings=vectors).metrics
+            settings = tokenizer_of(vectors, checkpoint_every=1)
+            return tokenize(task.data, settings, target).metrics
         if stage == "slates":
-            settings = replace(build("SlateSettings"), checkpoint_every=1)
-            return train_slates(task, settings, target, tokens=tokens.tokens).metrics
-        settings = replace(build("AlignSettings"), checkpoint_every=1)
-        return align(task, settings, target, model=model.model, tokens=tokens.tokens).metrics
+            return train_slates(task, slates_of(tokens, checkpoint_every=1), target).metrics
+        return align(task, alignment_of(tokens, model, checkpoint_every=1), target).metrics
 
     whole = run(training("whole"))
     step, count = Trainer._step, 0
@@ -161,10 +184,10 @@ def test_alignment_raises_the_odds_of_what_was_liked(
     loss: str, configure: Configure, training: Training, vectors: Path
 ) -> None:
     task = configure()
-    tokens = tokenize(task.data, build("TokenizeSettings"), training("t"), embeddings=vectors)
-    model = train_slates(task, build("SlateSettings"), training("m"), tokens=tokens.tokens)
-    settings = replace(
-        build("AlignSettings"), loss=loss, epochs=12, patience=12, learning_rate=3e-3,
+    tokens = tokenize(task.data, tokenizer_of(vectors), training("t"))
+    model = train_slates(task, slates_of(tokens), training("m"))
+    settings = alignment_of(
+        tokens, model, loss=loss, epochs=12, patience=12, learning_rate=3e-3,
         objectives=("interest",), warmup_steps=1,
     )  # fmt: skip
     kept: list[float] = []
@@ -176,7 +199,7 @@ def test_alignment_raises_the_odds_of_what_was_liked(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_step", watched)
-        align(task, settings, training("a"), model=model.model, tokens=tokens.tokens)
+        align(task, settings, training("a"))
     count = max(2, len(kept) // 4)
     assert np.mean(kept[-count:]) < np.mean(kept[:count])
 
@@ -185,8 +208,8 @@ def test_a_saved_model_gives_the_same_slates(
     configure: Configure, training: Training, vectors: Path
 ) -> None:
     task = configure("hpgr.SlateModel.sem = @hpgr.SessionEnhancementModule()")
-    tokens = tokenize(task.data, build("TokenizeSettings"), training("t"), embeddings=vectors)
-    made = train_slates(task, build("SlateSettings"), training("m"), tokens=tokens.tokens)
+    tokens = tokenize(task.data, tokenizer_of(vectors), training("t"))
+    made = train_slates(task, slates_of(tokens), training("m"))
     model, item_ids = load_model(made.model)
     assert item_ids == task.data.log.item_ids.tolist()
     found = outcomes(model, task.loader("test"), task.process)
@@ -199,7 +222,7 @@ def test_slates_never_hold_an_item_of_the_history(
     task = configure("hpgr.SyntheticReader.items_per_cluster = 40")
     rng = np.random.default_rng(0).normal(size=(task.data.log.num_items, 16))
     np.save(vectors, rng.astype(np.float32))
-    tokens = tokenize(task.data, build("TokenizeSettings"), training("t"), embeddings=vectors)
+    tokens = tokenize(task.data, tokenizer_of(vectors), training("t"))
     for scope in ("higr", "tiger", "onerec", "hstu"):
         with gin.config_scope(scope):
             model = build_slate_model(task, tokens=tokens.tokens).eval()
@@ -226,11 +249,11 @@ def test_training_learns_the_next_slates(
 ) -> None:
     """The loss falls, and slates hit more than those of a model that was not trained."""
     task = configure("NUM_USERS = 100")
-    tokens = tokenize(task.data, build("TokenizeSettings"), training("t"), embeddings=vectors)
-    settings = replace(build("SlateSettings"), epochs=12, patience=12, learning_rate=3e-3)
+    tokens = tokenize(task.data, tokenizer_of(vectors), training("t"))
+    settings = slates_of(tokens, epochs=12, patience=12, learning_rate=3e-3)
     untrained = build_slate_model(task, tokens=tokens.tokens).eval()
     before = outcomes(untrained, task.loader("test"), task.process).metrics()
-    made = train_slates(task, settings, training("m"), tokens=tokens.tokens)
+    made = train_slates(task, settings, training("m"))
     assert made.metrics["hit@5"] > before["hit@5"]
 
 
@@ -290,7 +313,7 @@ def test_damaged_and_foreign_files_are_refused(
     configure: Configure, training: Training, vectors: Path
 ) -> None:
     task = configure()
-    made = tokenize(task.data, build("TokenizeSettings"), training("t"), embeddings=vectors)
+    made = tokenize(task.data, tokenizer_of(vectors), training("t"))
     digest = task.data.log.item_vocabulary_digest
     tokens = load_tokens(made.tokens, vocabulary_digest=digest)
     with pytest.raises(ArtefactError, match="of other items"):
@@ -311,7 +334,7 @@ def test_items_that_come_later_get_ids_of_their_own(
     configure: Configure, training: Training, vectors: Path
 ) -> None:
     task = configure()
-    made = tokenize(task.data, build("TokenizeSettings"), training("t"), embeddings=vectors)
+    made = tokenize(task.data, tokenizer_of(vectors), training("t"))
     tokens = load_tokens(made.tokens, vocabulary_digest=task.data.log.item_vocabulary_digest)
     more = tokens.with_items(tokens.vectors[:3])  # the same vectors: they collide
     assert torch.equal(more.codes[:-3], tokens.ids.codes)
@@ -328,7 +351,7 @@ def test_a_collapsed_codebook_is_said(
     )
     one = np.zeros((task.data.log.num_items, 4), np.float32)
     np.save(vectors, one)
-    made = tokenize(task.data, build("TokenizeSettings"), training("t"), embeddings=vectors)
+    made = tokenize(task.data, tokenizer_of(vectors), training("t"))
     assert "level 1 has collapsed" in made.metrics["warnings"][0]
     assert "has collapsed" in caplog.text
 

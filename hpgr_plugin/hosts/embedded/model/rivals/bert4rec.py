@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hpgr_plugin.components.transformer import JaggedEncoder
 from hpgr_plugin.hosts.embedded.model.rivals.interface import (
-    Match,
-    RivalEncoder,
-    RivalSizes,
     RivalTokens,
-    token_table,
+    TransformerRival,
 )
 from hpgr_plugin.hosts.embedded.model.tokens import (
     NEVER_SEEN,
@@ -23,7 +19,7 @@ from hpgr_plugin.ops.jagged import ranges
 from hpgr_plugin.ops.segments import Bucket, SegmentLayout, segment_layout
 
 
-class BERT4Rec(RivalEncoder):
+class BERT4Rec(TransformerRival):
     """One [MASK] token per candidate, at the candidate's place; its output meets the candidate.
 
     Items before the first candidate of a request see each other in both directions. An item
@@ -31,23 +27,12 @@ class BERT4Rec(RivalEncoder):
     [MASK] tokens, and sees only earlier items. With `hpgr.RequestSettings.history = 'request'`
     there are no such items, and the encoder is bidirectional throughout.
 
-    Args:
-        sizes: see `RivalEncoder`.
-        num_layers: attention layers.
+    Arguments: see `TransformerRival`.
     """
 
-    def __init__(self, *, sizes: RivalSizes, num_layers: int = 2) -> None:
-        super().__init__(sizes=sizes)
-        self.mask = token_table(1, sizes.embedding_dim)
-        self.positions = token_table(sizes.max_history + 2, sizes.embedding_dim)
-        self.transformer = JaggedEncoder(
-            embedding_dim=sizes.embedding_dim,
-            num_heads=sizes.num_heads,
-            num_layers=num_layers,
-            dropout=sizes.dropout,
-            final_norm=True,
-        )
-        self.match = Match(sizes.embedding_dim, sizes.dropout)
+    extra_token = "mask"
+    extra_places = 2
+    mask: nn.Embedding
 
     def forward(self, tokens: RivalTokens) -> Tensor:
         """See `RivalEncoder.forward`."""

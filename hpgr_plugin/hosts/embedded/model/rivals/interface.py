@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpgr_plugin.components.transformer import JaggedEncoder
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex
 from hpgr_plugin.ops.jagged import complete_cumsum, jagged_to_padded_dense
@@ -119,6 +120,35 @@ class Match(nn.Module):
         """`[C, D]` and `[C, D]` to `[C, D]`."""
         output: Tensor = self.mlp(torch.cat([state, item, state * item], dim=1))
         return output
+
+
+class TransformerRival(RivalEncoder):
+    """A transformer over histories with places and one more token; its states meet candidates.
+
+    Args:
+        sizes: see `RivalEncoder`.
+        num_layers: attention layers.
+
+    Attributes:
+        extra_token: the name of the learned token, also in checkpoints.
+        extra_places: so many more than items of the longest history.
+    """
+
+    extra_token: str
+    extra_places: int
+
+    def __init__(self, *, sizes: RivalSizes, num_layers: int = 2) -> None:
+        super().__init__(sizes=sizes)
+        self.add_module(self.extra_token, token_table(1, sizes.embedding_dim))
+        self.positions = token_table(sizes.max_history + self.extra_places, sizes.embedding_dim)
+        self.transformer = JaggedEncoder(
+            embedding_dim=sizes.embedding_dim,
+            num_heads=sizes.num_heads,
+            num_layers=num_layers,
+            dropout=sizes.dropout,
+            final_norm=True,
+        )
+        self.match = Match(sizes.embedding_dim, sizes.dropout)
 
 
 def perceptron(inputs: int, hidden: int, outputs: int, dropout: float) -> nn.Sequential:

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from hpgr_plugin.components.transformer import JaggedEncoder
 from hpgr_plugin.hosts.embedded.model.rivals.interface import (
-    Match,
-    RivalEncoder,
-    RivalSizes,
     RivalTokens,
-    token_table,
+    TransformerRival,
 )
 from hpgr_plugin.ops.jagged import segment_positions
 from hpgr_plugin.ops.segments import segment_layout
 
 
-class SASRec(RivalEncoder):
+class SASRec(TransformerRival):
     """Causal softmax attention; its output at the last visible item is matched with the candidate.
 
     A learned start token (with the user's features) comes first, so an empty history has an output.
     Positions are learned vectors, counted from the oldest item.
 
-    Args:
-        sizes: see `RivalEncoder`.
-        num_layers: attention layers.
+    Arguments: see `TransformerRival`.
     """
 
-    def __init__(self, *, sizes: RivalSizes, num_layers: int = 2) -> None:
-        super().__init__(sizes=sizes)
-        self.start = token_table(1, sizes.embedding_dim)
-        self.positions = token_table(sizes.max_history + 1, sizes.embedding_dim)
-        self.transformer = JaggedEncoder(
-            embedding_dim=sizes.embedding_dim,
-            num_heads=sizes.num_heads,
-            num_layers=num_layers,
-            dropout=sizes.dropout,
-            final_norm=True,
-        )
-        self.match = Match(sizes.embedding_dim, sizes.dropout)
+    extra_token = "start"
+    extra_places = 1
+    start: nn.Embedding
 
     def forward(self, tokens: RivalTokens) -> Tensor:
         """See `RivalEncoder.forward`."""

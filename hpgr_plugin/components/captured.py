@@ -1,0 +1,256 @@
+"""A differentiable function of tensors as CUDA graphs, one for each set of sizes.
+
+A step over few rows takes less time to compute than to launch. A graph is one launch, but its sizes
+and addresses are fixed: inputs are copied to where the graph reads them, into tensors of the next
+of a few sizes. Parameters are read where they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_MOST_GRAPHS = 24
+
+
+class PaddedInput(NamedTuple):
+    """An input, and the rows that its copy has.
+
+    Attributes:
+        values: `[n, ...]`.
+        size: at least n.
+        filler: of the rows from n on.
+    """
+
+    values: Tensor
+    size: int
+    filler: int = 0
+
+    def empty(self) -> Tensor:
+        """Where copies go, `[size, ...]`, filled."""
+        values = self.values
+        shape = self.size, *values.shape[1:]
+        padded = torch.full(shape, self.filler, dtype=values.dtype, device=values.device)
+        return padded.requires_grad_(values.requires_grad)
+
+
+Inputs = Mapping[str, PaddedInput]
+Function = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
+
+
+def padded_size(count: int) -> int:
+    """The next multiple of an eighth of the power of two below, at least of 16."""
+    step = max(16, 1 << max(0, count.bit_length() - 4))
+    return max(1, -(-count // step)) * step
+
+
+@torch.no_grad()
+def load(inputs: Inputs, targets: Mapping[str, Tensor]) -> None:
+    """Copy inputs to the front of `targets`, and fill the rest."""
+    fronts = [targets[name][: len(given.values)] for name, given in inputs.items()]
+    copy_all(fronts, [given.values for given in inputs.values()])
+    zeroed = []
+    for name, given in inputs.items():
+        rest = targets[name][len(given.values) :]
+        if given.filler and rest.numel():
+            rest.fill_(given.filler)
+        elif rest.numel():
+            zeroed.append(rest)
+    if zeroed:
+        torch._foreach_zero_(zeroed)
+
+
+class CapturedFunction:
+    """Replays a function, forward and backward, from graphs.
+
+    One pass at a time: from its forward until its backward has run, or until it is dropped without
+    one, a graph holds what the backward needs. Meanwhile `run` returns None.
+
+    Args:
+        binding: the gin binding that switches capturing off, for an error.
+    """
+
+    def __init__(self, binding: str) -> None:
+        self._binding = binding
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._addresses: tuple[int, ...] = ()
+        self._pool: Any = None
+        self._in_flight: weakref.ref[_Flight] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs belong to this process and these tensors: a copy captures its own.
+        return vars(CapturedFunction(self._binding))
+
+    def run(
+        self, function: Function, inputs: Inputs, parameters: Mapping[str, Tensor], key: Hashable
+    ) -> Tensor | None:
+        """`function` of the padded inputs, or None where it has to run launch by launch.
+
+        Args:
+            function: of inputs and parameters by name to one tensor; it must not wait for the
+                device, and what it computes depends on these and on `key` only.
+            inputs: by name, on one CUDA device.
+            parameters: by name, leaves that need a gradient. The function gets others with the same
+                memory: what another pass has recorded for these must not enter a graph.
+            key: what tells calls apart beside sizes and dtypes.
+
+        Raises:
+            RuntimeError: the function cannot be captured.
+        """
+        if self._busy() or not torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
+            return None
+        addresses = tuple(p.data_ptr() for p in parameters.values())
+        if addresses != self._addresses:  # a graph would go on reading the old ones
+            self._graphs.clear()
+            self._addresses = addresses
+        forms = tuple(
+            (name, given.size, given.values.dtype, given.values.requires_grad)
+            for name, given in inputs.items()
+        )
+        key = key, forms
+        if key not in self._graphs:
+            if len(self._graphs) >= _MOST_GRAPHS:
+                _say(f"{self._binding}: {_MOST_GRAPHS} sizes have a graph, others run without one")
+                return None
+            self._graphs[key] = self._capture(function, inputs, parameters)
+        graph = self._graphs[key]
+        flight = _Flight(graph)
+        self._in_flight = weakref.ref(flight)
+        learned = [inputs[name].values for name in graph.learned]
+        output: Tensor = _Replay.apply(
+            flight, inputs, self._binding, *learned, *parameters.values()
+        )
+        return output
+
+    def _busy(self) -> bool:
+        flight = None if self._in_flight is None else self._in_flight()
+        return flight is not None and flight.graph is not None
+
+    def _capture(
+        self, function: Function, inputs: Inputs, parameters: Mapping[str, Tensor]
+    ) -> _Graph:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            return _Graph(function, inputs, parameters, self._pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the pass cannot be captured as a CUDA graph; bind {self._binding} = False"
+            ) from error
+
+
+class _Graph:
+    """The function for inputs of certain sizes, captured forward and backward."""
+
+    def __init__(
+        self, function: Function, inputs: Inputs, parameters: Mapping[str, Tensor], pool: Any
+    ) -> None:
+        self.inputs = {name: given.empty() for name, given in inputs.items()}
+        self.learned = [name for name, given in self.inputs.items() if given.requires_grad]
+        load(inputs, self.inputs)
+        # Weights that autocast keeps between calls would be read where they no longer are.
+        autocast = torch.autocast(
+            "cuda",
+            dtype=torch.get_autocast_dtype("cuda"),
+            enabled=torch.is_autocast_enabled("cuda"),
+            cache_enabled=False,
+        )
+        with torch.enable_grad(), autocast:
+            self._warm_up(function, parameters)
+            self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            # Threads of a data loader or of a process group may use the device meanwhile.
+            settings: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
+            own = _same_memory(parameters)
+            with torch.cuda.graph(self.forward, **settings):
+                output = function(self.inputs, own)
+            self.grad = torch.zeros_like(output)
+            with torch.cuda.graph(self.backward, **settings):
+                self.grads = self._gradients(output, own, self.grad)
+        self.output = output.detach()
+
+    def _warm_up(self, function: Function, parameters: Mapping[str, Tensor]) -> None:
+        """Compile kernels and create handles, on another stream as a capture needs it."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            own = _same_memory(parameters)
+            output = function(self.inputs, own)
+            self._gradients(output, own, torch.zeros_like(output))
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _gradients(
+        self, output: Tensor, parameters: Mapping[str, Tensor], grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Of the learned inputs, then of the parameters; None where the output does not depend."""
+        wanted = [*(self.inputs[name] for name in self.learned), *parameters.values()]
+        return torch.autograd.grad(output, wanted, grad, allow_unused=True)
+
+
+def _same_memory(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New leaves over the memory of these."""
+    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
+
+
+class _Flight:
+    """One pass through a graph, alive as long as its backward may come."""
+
+    def __init__(self, graph: _Graph) -> None:
+        self.graph: _Graph | None = graph
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, flight: _Flight, inputs: Inputs, binding: str, *learned: Tensor
+    ) -> Tensor:
+        graph = flight.graph
+        assert graph is not None
+        load(inputs, graph.inputs)
+        graph.forward.replay()
+        ctx.flight, ctx.binding = flight, binding
+        ctx.used = [len(inputs[name].values) for name in graph.learned]
+        return graph.output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        graph = ctx.flight.graph
+        if graph is None:
+            raise RuntimeError(
+                f"a captured pass has one backward only: with {ctx.binding} = False "
+                "retain_graph=True works"
+            )
+        graph.grad.copy_(grad)
+        graph.backward.replay()
+        fronts = [None if g is None else g[:n] for g, n in zip(graph.grads, ctx.used, strict=False)]
+        grads = [*fronts, *graph.grads[len(fronts) :]]
+        there = [g for g in grads if g is not None]
+        copies = [torch.empty_like(g) for g in there]
+        copy_all(copies, there)
+        ctx.flight.graph = None
+        copied = iter(copies)
+        return None, None, None, *(None if g is None else next(copied) for g in grads)
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Log it once in this process."""
+    logger.info(message)
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors into others of their shapes, a launch for each pair of dtypes."""
+    groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        groups.setdefault((target.dtype, source.dtype), []).append((target, source))
+    for pairs in groups.values():
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])

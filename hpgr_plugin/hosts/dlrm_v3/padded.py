@@ -1,0 +1,320 @@
+"""The transducer's pass over short sequences, padded to one of a few sizes.
+
+Behind the users of a batch come others that own the padding, so that every offset, length and total
+is consistent and the host's modules compute what they always do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hpgr_plugin.components.captured import CapturedFunction, PaddedInput, padded_size
+from hpgr_plugin.components.sem import SessionContext
+from hpgr_plugin.hosts.dlrm_v3.features import CANDIDATE_IDS, HISTORY_IDS, Features
+from hpgr_plugin.hosts.dlrm_v3.request import Request
+from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
+from hpgr_plugin.ops.compact.parts import joined_parts
+from hpgr_plugin.ops.preference_plan import PreferencePlan
+
+_MOST_ROWS = 1 << 17  # beyond, launches cost less than the work
+_FULL_LENGTH = 1024  # n of 1/n inside a padded pass: the real one is a factor of the weights
+_PAYLOAD = "payload "  # in front of the names of the host's payloads
+# Payloads that the padded pass makes, or that only the plan reads.
+_MADE = ("uih_offsets", "candidate_offsets", HISTORY_IDS, CANDIDATE_IDS)
+
+
+class PaddedSizes(NamedTuple):
+    """Of a padded pass.
+
+    Attributes:
+        users: sequences, those of the padding included.
+        history: rows of all histories.
+        candidates: of all users.
+        kept: items of all rows of the plan.
+    """
+
+    users: int
+    history: int
+    candidates: int
+    kept: int
+
+
+class Bounds(NamedTuple):
+    """Upper bounds inside a padded pass.
+
+    Attributes:
+        max_history: history rows of a user.
+        max_targets: candidates of a user.
+        longest_row: items of a row of the plan.
+    """
+
+    max_history: int
+    max_targets: int
+    longest_row: int
+
+
+def padded_sizes(request: Request, plan: PreferencePlan, bounds: Bounds) -> PaddedSizes:
+    """The sizes for a batch, with users enough to own the padding.
+
+    Args:
+        request: with a plan by candidate.
+        plan: the request's.
+        bounds: of the padded pass.
+    """
+    parts = request.parts
+    users = parts.seq_offsets.numel() - 1
+    history = padded_size(parts.num_history + 1)
+    owners = _share(history - parts.num_history, bounds.max_history)
+    if request.by_user:
+        users = padded_size(users + owners)
+        return PaddedSizes(users, history, users, history)
+    kept = padded_size(plan.index.numel() + 1)
+    more = _share(kept - plan.index.numel(), bounds.longest_row)
+    candidates = padded_size(parts.num_candidates + more)
+    owners = max(owners, _share(candidates - parts.num_candidates, bounds.max_targets))
+    return PaddedSizes(padded_size(users + owners), history, candidates, kept)
+
+
+class PaddedPass:
+    """One pass of the transducer, its inputs and how to run it on padded copies of them.
+
+    Args:
+        call: the arguments of the transducer's forward.
+        request: with a plan by candidate whose items, and nothing else, are the histories.
+        features: of the host's configuration.
+
+    Attributes:
+        inputs: what the pass reads, by name.
+        key: what else it depends on.
+        num_candidates: of the batch itself: the first rows of the padded output.
+    """
+
+    def __init__(self, call: dict[str, Any], request: Request, features: Features) -> None:
+        plan, places = request.plan, request.places
+        assert plan is not None
+        assert places is not None
+        self._request, self._features = request, features
+        self.bounds = Bounds(
+            padded_size(call["max_uih_len"]),
+            1 if request.by_user else padded_size(call["max_targets"]),
+            padded_size(request.longest_row or 0),
+        )
+        self.sizes = padded_sizes(request, plan, self.bounds)
+        self.num_candidates = request.parts.num_candidates
+        sizes = self.sizes
+        rows = sizes.history + sizes.candidates
+        scale = plan.weights.new_full((1,), _FULL_LENGTH / (request.full_length or 1))
+        self._dtypes = {name: call[name].dtype for name in ("seq_lengths", "num_targets")}
+        self.inputs: dict[str, PaddedInput] = {
+            "seq_embeddings": PaddedInput(call["seq_embeddings"], rows),
+            "seq_timestamps": PaddedInput(call["seq_timestamps"], rows),
+            **self._padded_offsets(request, plan),
+            "weights": PaddedInput(plan.weights, sizes.kept),
+            "weight_scale": PaddedInput(scale, 1),
+            **self._padded_places(places),
+        }
+        if not request.by_user:
+            first = request.parts.num_history  # a row of the padding
+            self.inputs["index"] = PaddedInput(plan.index, sizes.kept, first)
+        if request.context is not None:
+            self.inputs.update(self._padded_context(request.context))
+        for name, values in call["seq_payloads"].items():
+            if name not in _MADE:
+                self.inputs[_PAYLOAD + name] = self._padded_payload(name, values)
+        self.key = self.bounds, sizes, request.by_user
+
+    def arguments(self, copies: dict[str, Tensor]) -> tuple[dict[str, Any], Request]:
+        """The transducer's arguments and request, of the padded copies of `inputs`."""
+        sizes, request = self.sizes, self._request
+        history, candidates = copies["history_offsets"], copies["candidate_offsets"]
+        parts = joined_parts(
+            history,
+            candidates,
+            contextual_len=request.parts.contextual_len,
+            num_history=sizes.history,
+            num_candidates=sizes.candidates,
+            one_candidate_each=request.by_user,
+        )
+        index = copies.get("index")
+        if index is None:
+            index = torch.arange(sizes.kept, device=history.device)
+        plan = PreferencePlan(index, copies["weights"], copies.get("plan_offsets", history))
+        places = FullPlaces(
+            parts,
+            copies["places.rows"],
+            copies["places.full_offsets"],
+            copies.get("places.earlier"),
+        )
+        context = None
+        if "context.summary" in copies:
+            offsets = copies["context.session_offsets"]
+            context = SessionContext(copies["context.summary"], offsets)
+        padded = replace(
+            request,
+            parts=parts,
+            plan=plan,
+            places=places,
+            context=context,
+            max_targets=self.bounds.max_targets,
+            longest_row=self.bounds.longest_row,
+            full_length=_FULL_LENGTH,
+            weight_scale=copies["weight_scale"],
+        )
+        targets = candidates.diff()
+        call = {
+            "max_uih_len": self.bounds.max_history,
+            "max_targets": self.bounds.max_targets,
+            "total_uih_len": sizes.history,
+            "total_targets": sizes.candidates,
+            "seq_embeddings": copies["seq_embeddings"],
+            "seq_timestamps": copies["seq_timestamps"],
+            "seq_lengths": (history.diff() + targets).to(self._dtypes["seq_lengths"]),
+            "num_targets": targets.to(self._dtypes["num_targets"]),
+            "seq_payloads": self._payloads(copies),
+        }
+        return call, padded
+
+    def _padded_offsets(self, request: Request, plan: PreferencePlan) -> dict[str, PaddedInput]:
+        sizes, parts = self.sizes, request.parts
+        offsets = {
+            "history_offsets": _extended(
+                parts.history_offsets, parts.num_history, sizes.users, sizes.history
+            ),
+            "candidate_offsets": _extended(
+                parts.candidate_offsets, parts.num_candidates, sizes.users, sizes.candidates
+            ),
+        }
+        if not request.by_user:
+            offsets["plan_offsets"] = _extended(
+                plan.offsets, plan.index.numel(), sizes.candidates, sizes.kept
+            )
+        return {name: PaddedInput(values, len(values)) for name, values in offsets.items()}
+
+    def _padded_places(self, places: FullPlaces) -> dict[str, PaddedInput]:
+        """Rows of the padding are at the end of the last full history."""
+        rows = _repeated(places.rows, self.sizes.history, places.full_offsets[-1:])
+        offsets = _repeated(places.full_offsets, self.sizes.users + 1)
+        padded = {"places.rows": rows, "places.full_offsets": offsets}
+        inputs = {name: PaddedInput(values, len(values)) for name, values in padded.items()}
+        if places.earlier is not None:
+            inputs["places.earlier"] = PaddedInput(places.earlier, self.sizes.candidates)
+        return inputs
+
+    def _padded_context(self, context: SessionContext) -> dict[str, PaddedInput]:
+        """SEM's summaries; the first session of the padding owns all of its tokens."""
+        count = padded_size(len(context.summary) + 1)
+        return {
+            "context.summary": PaddedInput(context.summary, count),
+            "context.session_offsets": PaddedInput(
+                context.session_offsets, count + 1, self.sizes.history
+            ),
+        }
+
+    def _padded_payload(self, name: str, values: Tensor) -> PaddedInput:
+        """Contextual features have no rows for the users of the padding."""
+        features, sizes = self._features, self.sizes
+        if name in features.side_embeddings:
+            return PaddedInput(values, sizes.history + sizes.candidates)
+        if name in features.of_history:
+            return PaddedInput(values, sizes.history)
+        if name in features.of_candidates:
+            return PaddedInput(values, sizes.candidates)
+        if name.removesuffix("_offsets") in features.contextual:
+            if name.endswith("_offsets"):
+                values = _repeated(values, sizes.users + 1)
+                return PaddedInput(values, len(values))
+            return PaddedInput(values, padded_size(len(values)))
+        raise RuntimeError(f"the host hands on an unknown payload {name!r}")
+
+    def _payloads(self, copies: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The host's payloads."""
+        given = {
+            name.removeprefix(_PAYLOAD): values
+            for name, values in copies.items()
+            if name.startswith(_PAYLOAD)
+        }
+        return {
+            **given,
+            "uih_offsets": copies["history_offsets"],
+            "candidate_offsets": copies["candidate_offsets"],
+        }
+
+
+def _share(count: int, most: int) -> int:
+    """How many owners `count` rows need, of which none takes more than `most`; at least one."""
+    return max(1, -(-count // most))
+
+
+def _repeated(values: Tensor, size: int, last: Tensor | None = None) -> Tensor:
+    """`values` `[n]`, and behind them `last`, or their own last one, up to `size`."""
+    last = values[-1:] if last is None else last
+    return torch.cat([values, last.to(values.dtype).expand(size - len(values))])
+
+
+def _extended(offsets: Tensor, total: int, owners: int, padded_total: int) -> Tensor:
+    """Offsets `[n + 1]` up to `total`, and evenly on to `padded_total` by further owners."""
+    more = owners - (len(offsets) - 1)
+    places = torch.arange(1, more + 1, device=offsets.device)
+    steps = total + places * (padded_total - total) // more
+    return torch.cat([offsets.long(), steps])
+
+
+class CapturedPasses:
+    """Training passes of the transducer over short sequences, replayed from CUDA graphs.
+
+    Args:
+        features: of the host's configuration.
+        binding: the gin binding that switches capturing off.
+    """
+
+    def __init__(self, features: Features, *, binding: str) -> None:
+        self._features = features
+        self._function = CapturedFunction(binding)
+
+    def run(self, transducer: Any, call: dict[str, Any], request: Request) -> Tensor | None:
+        """The candidates `[C, D]`, or None where the pass has to run launch by launch.
+
+        Args:
+            transducer: to run.
+            call: the arguments of its forward.
+            request: of the batch.
+        """
+        rows = request.parts.total_rows
+        if not (transducer.training and can_pad(request) and 0 < rows <= _MOST_ROWS):
+            return None
+        padded = PaddedPass(call, request, self._features)
+
+        def run_padded(copies: dict[str, Tensor], parameters: dict[str, Tensor]) -> Tensor:
+            candidates: Tensor = torch.func.functional_call(
+                _Requests(transducer), parameters, padded.arguments(copies)
+            )
+            return candidates
+
+        named = _Requests(transducer).named_parameters()
+        parameters = {name: p for name, p in named if p.requires_grad}
+        output = self._function.run(run_padded, padded.inputs, parameters, padded.key)
+        return None if output is None else output[: padded.num_candidates]
+
+
+class _Requests(nn.Module):
+    """Calls `run_request` of a transducer as a module, so that its parameters can be exchanged."""
+
+    def __init__(self, transducer: Any) -> None:
+        super().__init__()
+        self.transducer = transducer
+
+    def forward(self, call: dict[str, Any], request: Request) -> Tensor:
+        candidates: Tensor = self.transducer.run_request(call, request)
+        return candidates
+
+
+def can_pad(request: Request) -> bool:
+    """Whether a pass is one that `PaddedPass` knows: short sequences with weights behind SiLU."""
+    short = request.layout == "per_candidate" and request.plan is not None
+    bounded = request.longest_row is not None and request.places is not None
+    by_user = not request.by_user or request.parts.one_candidate_each
+    return short and bounded and by_user and request.mask_position == "post"

@@ -1,0 +1,139 @@
+"""Padded copies of inputs, and a function as CUDA graphs against the function itself."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hpgr_plugin.components.captured import CapturedFunction, PaddedInput, load, padded_size
+
+WIDTH = 32
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 100, 128, 129, 1000, 65536])
+def test_padded_sizes_are_few_and_close(count: int) -> None:
+    size = padded_size(count)
+    assert count <= size <= max(16, count * 1.15 + 16)
+    assert padded_size(size) == size
+    assert len({padded_size(n) for n in range(1024, 2049)}) <= 9
+
+
+def test_there_is_no_size_of_zero() -> None:
+    assert padded_size(0) == 16
+
+
+def test_what_the_last_inputs_left_is_filled() -> None:
+    targets = {name: torch.full((6, 2), 9.0) for name in "ab"}
+    given = {
+        "a": PaddedInput(torch.ones(2, 2), 6),
+        "b": PaddedInput(torch.ones(4, 2), 6, filler=5),
+    }
+    load(given, targets)
+    assert torch.equal(targets["a"][:, 0], torch.tensor([1.0, 1, 0, 0, 0, 0]))
+    assert torch.equal(targets["b"][:, 0], torch.tensor([1.0, 1, 1, 1, 5, 5]))
+
+
+class TestGraphs:
+    pytestmark = GPU
+
+    @staticmethod
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, 3)).cuda()
+
+    @staticmethod
+    def rows(count: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(count, WIDTH, generator=generator).cuda().requires_grad_()
+
+    @staticmethod
+    def run(captured: CapturedFunction, model: nn.Module, rows: Tensor) -> Tensor | None:
+        inputs = {
+            "rows": PaddedInput(rows, padded_size(len(rows))),
+            "scale": PaddedInput(torch.full((1,), 2.0, device="cuda"), 1),
+        }
+        output = captured.run(
+            lambda copies, own: (
+                torch.func.functional_call(model, own, copies["rows"]) * copies["scale"]
+            ),
+            inputs,
+            dict(model.named_parameters()),
+            "key",
+        )
+        return None if output is None else output[: len(rows)]
+
+    def test_replayed_passes_are_the_passes(self) -> None:
+        model, captured = self.model(), CapturedFunction("binding")
+        for seed, count in enumerate((90, 96, 5, 90, 500)):
+            rows = self.rows(count, seed)
+            ours, wanted = self.run(captured, model, rows), model(rows) * 2
+            assert ours is not None
+            torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+            leaves = [rows, *model.parameters()]
+            got = torch.autograd.grad(ours.square().sum(), leaves)
+            reference = torch.autograd.grad(wanted.square().sum(), leaves)
+            for a, b in zip(got, reference, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+            with torch.no_grad():  # as an optimizer would
+                for p in model.parameters():
+                    p.add_(0.01 * torch.randn_like(p))
+        assert len(captured._graphs) == 3
+
+    def test_gradients_add_up_over_passes(self) -> None:
+        model, captured = self.model(), CapturedFunction("binding")
+        sums = [torch.zeros_like(p) for p in model.parameters()]
+        for seed in range(3):
+            rows = self.rows(20, seed)
+            self.run(captured, model, rows).square().sum().backward()
+            plain = (model(rows) * 2).square().sum()
+            for total, grad in zip(
+                sums, torch.autograd.grad(plain, list(model.parameters())), strict=True
+            ):
+                total += grad
+        for p, total in zip(model.parameters(), sums, strict=True):
+            torch.testing.assert_close(p.grad, total, rtol=1e-3, atol=1e-3)
+
+    def test_a_pass_whose_backward_is_to_come_is_left_alone(self) -> None:
+        model, captured, rows = self.model(), CapturedFunction("the binding"), self.rows(20)
+        output = self.run(captured, model, rows)
+        assert self.run(captured, model, rows) is None
+        output.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="one backward only: with the binding = False"):
+            output.sum().backward()
+        dropped = self.run(captured, model, rows)
+        assert dropped is not None
+        del dropped
+        assert self.run(captured, model, rows) is not None
+
+    def test_parameters_that_moved_are_found(self) -> None:
+        model, captured, rows = self.model(), CapturedFunction("binding"), self.rows(20)
+        self.run(captured, model, rows).sum().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.data = torch.randn_like(p)
+        torch.testing.assert_close(
+            self.run(captured, model, rows), model(rows) * 2, rtol=1e-4, atol=1e-5
+        )
+
+    def test_what_waits_for_the_device_is_refused_by_its_binding(self) -> None:
+        captured, rows = CapturedFunction("hpgr.A.capture"), self.rows(20)
+        with pytest.raises(RuntimeError, match=r"bind hpgr\.A\.capture = False"):
+            captured.run(
+                lambda copies, _: copies["rows"] * float(copies["rows"].sum().item()),
+                {"rows": PaddedInput(rows, 32)},
+                {},
+                "key",
+            )
+
+    def test_without_gradients_nothing_is_captured_and_a_copy_has_no_graphs(self) -> None:
+        model, captured, rows = self.model(), CapturedFunction("binding"), self.rows(20)
+        with torch.no_grad():
+            assert self.run(captured, model, rows) is None
+        self.run(captured, model, rows)
+        assert captured._graphs
+        assert not copy.deepcopy(captured)._graphs

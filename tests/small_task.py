@@ -1,0 +1,49 @@
+"""Fixtures of a small run on the synthetic log, configured as users configure theirs.
+
+A `conftest.py` imports them and defines the fixture `small_run`: its config files and bindings.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import pytest
+import torch
+
+from hpgr_plugin.cli import load_configs
+from hpgr_plugin.config.registry import build
+from hpgr_plugin.hosts.embedded.report.evaluation import Task
+from hpgr_plugin.hosts.embedded.train.distributed import Process
+from hpgr_plugin.hosts.embedded.train.trainer import TrainingRun
+
+ONE_PROCESS = Process(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def configure(small_run: tuple[Sequence[str], Sequence[str]]) -> Iterator[Callable[..., Task]]:
+    """`configure("binding", ...)`: the small run with these bindings over it, and its task."""
+    files, small = small_run
+
+    def apply(*bindings: str) -> Task:
+        gin.clear_config()
+        load_configs(list(files), [*small, *bindings])
+        return Task(build("prepare_data"), build("RequestSettings"), ONE_PROCESS)
+
+    yield apply
+    gin.clear_config()
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Callable[..., TrainingRun]:
+    """`training("folder")`: a training that writes there, by default with seed 0."""
+
+    def make(folder: str = "run", *, seed: int = 0, **changes: Any) -> TrainingRun:
+        return TrainingRun(seed, tmp_path / folder, ONE_PROCESS, **changes)
+
+    return make
+
+
+def config_files(*names: str) -> list[str]:
+    """The project's config files of these names."""
+    return [f"configs/{name}.gin" for name in ("data/synthetic", "models/hpgr_base", *names)]
