@@ -93,6 +93,11 @@ DLRM_V3 = _table("""
         rank model metric_logger device train_dataloader eval_dataloader optimizer
     dlrm_v3.train.utils: streaming_train_eval_loop
         rank model metric_logger device optimizer hstu_config embedding_table_configs
+    dlrm_v3.inference.inference_modules: DlrmHSTU
+    dlrm_v3.inference.inference_modules: get_hstu_model hstu_config table_config is_dense
+    dlrm_v3.inference.model_family: ModelFamilyDenseDist hstu_config table_config
+    dlrm_v3.inference.model_family: ModelFamilyDenseDist.distributed_setup
+        rank world_size model_path
     dlrm_v3.utils: MetricsLogger multitask_configs batch_size window_size device rank
     dlrm_v3.utils: MetricsLogger.compute_and_log mode additional_logs
     dlrm_v3.checkpoint: load_dmp_checkpoint model optimizer metric_logger device
