@@ -1,5 +1,6 @@
 """The host's inference harness with slots: what it looks up, and its worker processes."""
 
+import inspect
 from typing import Any
 
 import gin
@@ -19,6 +20,9 @@ class ConfiguredWorkers(_HostWorkers):
     A spawned process begins without gin bindings and with the host's own names, so it would build
     the model without slots. Unpickling this class imports the adapter there, which attaches it.
     """
+
+    # The contract reads the parameters of the class that this one replaces.
+    __signature__ = inspect.signature(_HostWorkers)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The host's constructor looks its own class up by the name that this one has taken.
