@@ -44,6 +44,7 @@ DLRM_V3 = _table("""
     modules.dlrm_hstu: DlrmHSTU.main_forward
         seq_embeddings payload_features max_uih_len uih_seq_lengths max_num_candidates
         num_candidates
+    modules.dlrm_hstu: SequenceEmbedding
     modules.dlrm_hstu: STULayer config is_inference
     modules.dlrm_hstu: HSTUPositionalEncoder embedding_dim contextual_seq_len is_inference
     modules.dlrm_hstu: HSTUTransducer stu_module input_preprocessor positional_encoder is_inference

@@ -37,6 +37,7 @@ from hpgr_plugin.hosts.dlrm_v3.selection import (
     keep,
     shortened,
 )
+from hpgr_plugin.hosts.dlrm_v3.tracing import refuse_jit_trace
 from hpgr_plugin.hosts.seams import bound_value, host_has_seam, is_bound, replaced
 from hpgr_plugin.hosts.slots import SlotError, check_absolute, check_slot, check_width
 from hpgr_plugin.ops.compact.parts import SequenceParts, joined_parts
@@ -291,6 +292,7 @@ class DlrmHSTU(host.DlrmHSTU):
         transducer = self._hstu_transducer
         has_request = isinstance(transducer, PreferenceTransducer)
         if self.sem is not None or has_request:
+            refuse_jit_trace(_NAME)
             self._check_times(batch)
         if not has_request:
             return super().main_forward(**batch._asdict())
@@ -407,7 +409,7 @@ class DlrmHSTU(host.DlrmHSTU):
         if not is_time_aware:
             return FullPlaces(parts, rows, offsets)
         table = encoder.encoder
-        shared = batch.max_num_candidates > 1 and not table.hide_future
+        shared = not table.hide_future and batch.max_num_candidates > 1
         if shared or batch.max_uih_len + 1 > (table.max_positions or 0):
             table.check_lengths(offsets, batch.candidate_offsets)
         earlier = count_earlier(
