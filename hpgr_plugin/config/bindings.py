@@ -254,6 +254,8 @@ def _words(hint: Any) -> list[str]:
         return [_PLAIN.get(kind, kind.__name__)]
     if inspect.isclass(origin) and issubclass(origin, Sequence) and get_args(hint):
         return [f"a list of items, each {describe(get_args(hint)[0])}"]
+    if inspect.isclass(origin) and issubclass(origin, Mapping) and get_args(hint):
+        return [f"a dict, each value {describe(get_args(hint)[1])}"]
     return [str(hint).replace("typing.", "").replace("collections.abc.", "")]
 
 

@@ -58,7 +58,7 @@ _DECODER = ("ids", "sizes")
 _SLATES = ("num_items", "num_actions", "vocabulary_digest", "ids", "decoder_arguments")
 _RANKER = (
     *("num_items", "num_actions", "vocabulary_digest"),
-    *("user_feature_sizes", "item_feature_codes", "item_counts"),
+    *("user_feature_sizes", "item_feature_codes", "item_counts", "task_names"),
 )
 
 GROUPS: dict[str, tuple[Entry, ...]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +20,14 @@ class Scored(NamedTuple):
         scores: float64 [C], probabilities.
         users: int32 [C].
         rows: int64 [C], rows of the log.
+        tasks: the same of further tasks, by name.
     """
 
     labels: np.ndarray
     scores: np.ndarray
     users: np.ndarray
     rows: np.ndarray
+    tasks: Mapping[str, Scored] = MappingProxyType({})
 
 
 def item_mean_scores(
@@ -33,7 +37,7 @@ def item_mean_scores(
     *,
     prior_events: float = 20.0,
 ) -> Scored:
-    """The mean training label of each item, shrunk towards the overall mean.
+    """The mean training label of each item, shrunk towards the overall mean; of every task.
 
     Args:
         prepared: the data.
@@ -43,13 +47,17 @@ def item_mean_scores(
     """
     log = prepared.log
     train = prepared.is_candidate & (prepared.split == TRAIN)
-    item, label = log.item[train], log.label[train]
-    mean = float(label.mean())
+    item = log.item[train]
     total = np.bincount(item, minlength=log.num_items)
-    positive = np.bincount(item, weights=label, minlength=log.num_items)
-    item_mean = (positive + prior_events * mean) / (total + prior_events)
-
     requests = build_requests(prepared, split, settings)
     rows = requests.all_candidate_rows()
     users = np.repeat(requests.users, requests.candidate_count)
-    return Scored(log.label[rows], item_mean[log.item[rows]], users, rows)
+
+    def scored(labels: np.ndarray, tasks: Mapping[str, Scored]) -> Scored:
+        mean = float(labels[train].mean())
+        positive = np.bincount(item, weights=labels[train], minlength=log.num_items)
+        item_mean = (positive + prior_events * mean) / (total + prior_events)
+        return Scored(labels[rows], item_mean[log.item[rows]], users, rows, tasks)
+
+    tasks = {name: scored(labels, {}) for name, labels in log.task_labels.items()}
+    return scored(log.label, tasks)

@@ -54,6 +54,7 @@ class Batch(_OnDevice):
             in InteractionLog.item_features.
         candidate_features: name -> [C] float32, what the loader was asked for: the fields of
             CandidateStatistics, or nothing.
+        task_labels: name -> [C] float32, 0 or 1, of further tasks.
     """
 
     history_items: torch.Tensor
@@ -67,6 +68,7 @@ class Batch(_OnDevice):
     users: torch.Tensor
     user_features: dict[str, torch.Tensor] = field(default_factory=dict)
     candidate_features: dict[str, torch.Tensor] = field(default_factory=dict)
+    task_labels: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_requests(self) -> int:

@@ -215,4 +215,8 @@ class RequestLoader(Loader[Batch]):
                 name: tensor(column[candidates], np.float32)
                 for name, column in self.statistics.items()
             },
+            task_labels={
+                name: tensor(labels[candidates], np.float32)
+                for name, labels in log.task_labels.items()
+            },
         )

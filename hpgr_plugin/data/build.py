@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ def build_log(
     *,
     label: np.ndarray,
     action: np.ndarray,
+    task_labels: Mapping[str, np.ndarray] | None = None,
     min_user_events: int = 1,
     min_item_events: int = 1,
     min_user_sessions: int = 1,
@@ -44,6 +46,7 @@ def build_log(
         events: what a reader returned.
         label: int8 [E], 0 or 1.
         action: [E] values; they are coded 0.. in ascending order.
+        task_labels: int8 [E], 0 or 1, of further tasks by name.
         min_user_events: drop users with fewer events.
         min_item_events: drop items with fewer events.
         min_user_sessions: drop users with fewer sessions.
@@ -81,6 +84,7 @@ def build_log(
         group=None if events.group is None else events.group[order],
         user_features=_coded_features(events.user_features, user_ids),
         item_features=_coded_features(events.item_features, item_ids),
+        task_labels={name: values[order] for name, values in (task_labels or {}).items()},
     )
     candidate = events.candidate
     return BuiltLog(log, np.ones(len(order), bool) if candidate is None else candidate[order])

@@ -22,6 +22,7 @@ from hpgr_plugin.files import crc32
 # Raise it when the meaning of a stored array changes: older entries are then not found.
 FORMAT = 3
 _FEATURES = ("user_features", "item_features")
+_TASKS = "task_labels"
 _META, _CHECKSUMS = "meta.json", "checksums.json"
 
 
@@ -84,6 +85,9 @@ def load(entry: Path) -> PreparedData | None:
         }
         for side in _FEATURES
     }
+    log["task_labels"] = {
+        name: arrays.pop(f"{_TASKS}.{number}") for number, name in enumerate(meta.get(_TASKS, ()))
+    }
     log |= {f.name: arrays.pop(f.name) for f in fields(InteractionLog) if f.name in arrays}
     return PreparedData(log=InteractionLog(**log), **arrays, **meta["prepared"])
 
@@ -115,6 +119,9 @@ def _write(folder: Path, prepared: PreparedData) -> None:
         for number, feature in enumerate(features.values()):
             values[f"{side}.{number}"] = feature.codes
             values[f"{side}.{number}.values"] = feature.values
+    tasks = values.pop(_TASKS)
+    meta[_TASKS] = list(tasks)
+    values |= {f"{_TASKS}.{number}": labels for number, labels in enumerate(tasks.values())}
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)

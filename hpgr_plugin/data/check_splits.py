@@ -18,6 +18,8 @@ def check_splits(
 ) -> None:
     """Every split has requests, and validation and test have candidates of both labels.
 
+    Further tasks need both labels in training as well.
+
     Args:
         prepared: what prepare_data returned.
         settings: of the requests.
@@ -37,11 +39,25 @@ def check_splits(
             name = _emptying_setting(prepared, split, settings)
             binding = f"hpgr.RequestSettings.{name} = {getattr(settings, name)}"
             raise DataError(f"{binding} leaves out every request of the {split} split")
-        labels = np.unique(prepared.log.label[requests.all_candidate_rows()])
+        rows = requests.all_candidate_rows()
+        labels = np.unique(prepared.log.label[rows])
         if split != SPLITS[TRAIN] and len(labels) == 1:
             raise DataError(
                 f"every candidate of the {split} split has the label {labels[0]}, so AUC is "
                 f"undefined: {_label_binding(prepared)}; {_split_binding(prepared, split)}"
+            )
+        _check_tasks(prepared, split, rows)
+
+
+def _check_tasks(prepared: PreparedData, split: str, rows: np.ndarray) -> None:
+    """Both labels of every further task are among these rows of a split."""
+    for task, labels in prepared.log.task_labels.items():
+        found = np.unique(labels[rows])
+        if len(found) == 1:
+            raise DataError(
+                f"every candidate of the {split} split has the label {found[0]} of the task "
+                f"{task!r}: see hpgr.prepare_data.tasks[{task!r}]; "
+                f"{_split_binding(prepared, split)}"
             )
 
 

@@ -1,12 +1,13 @@
-"""Label rules: which value of which field counts as a positive."""
+"""Label rules: which value of which field counts as a positive, for one task or several."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from hpgr_plugin.data.events import DataError
+from hpgr_plugin.data.events import DataError, require
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,24 @@ def rating_at_least(threshold: float = 4.0, field: str = "rating") -> LabelRule:
 def label_column(field: str = "label") -> LabelRule:
     """The field holds the label itself, 0 or 1."""
     return LabelRule(field=field, threshold=0.5, binary=True)
+
+
+def task_rules(tasks: Mapping[str, str | LabelRule]) -> dict[str, LabelRule]:
+    """The rules of further tasks, by the tasks' names.
+
+    Args:
+        tasks: name -> rule, or the field that holds the label itself, 0 or 1.
+
+    Raises:
+        HpgrError: a name that is no word, or a value that is no rule.
+    """
+    binding, rules = "prepare_data.tasks", {}
+    require(isinstance(tasks, Mapping), binding, "{'name': 'field'}", tasks)
+    for name, rule in tasks.items():
+        fits = isinstance(name, str) and name.isidentifier()
+        require(fits, binding, "names of letters, digits and _, such as 'like'", name)
+        rule = label_column(rule) if isinstance(rule, str) else rule
+        takes = "a field, @hpgr.label_column() or @hpgr.rating_at_least()"
+        require(isinstance(rule, LabelRule), f"{binding}[{name!r}]", takes, rule)
+        rules[name] = rule
+    return rules

@@ -50,6 +50,7 @@ class InteractionLog:
         item_vocabulary_digest: sha256 over item_ids in order: equal codes mean equal items.
         group: int64 [E] or None: events shown together (an impression) share a value.
         user_features, item_features: by name.
+        task_labels: int8 [E], 0 or 1, by the names of further tasks; `label` is the main task's.
     """
 
     user_offsets: np.ndarray
@@ -65,6 +66,7 @@ class InteractionLog:
     action_values: np.ndarray | None = None
     user_features: dict[str, CategoricalFeature] = field(default_factory=dict)
     item_features: dict[str, CategoricalFeature] = field(default_factory=dict)
+    task_labels: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def num_events(self) -> int:
@@ -129,8 +131,11 @@ class PreparedData:
         features = [*log.user_features.values(), *log.item_features.values()]
         arrays = [log.user_offsets, log.item, log.timestamp, log.action, log.label, self.split]
         arrays += [self.is_history, self.is_candidate, *(feature.codes for feature in features)]
+        arrays += log.task_labels.values()
         for array in arrays:
             crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
+        for name in log.task_labels:
+            crc = zlib.crc32(name.encode(), crc)
         return f"{zlib.crc32(log.item_vocabulary_digest.encode(), crc):08x}"
 
     def summary(self) -> str:
@@ -138,11 +143,16 @@ class PreparedData:
         log = self.log
         counts = np.bincount(self.split[self.is_candidate], minlength=len(SPLITS))
         parts = ", ".join(f"{n:,} {name}" for n, name in zip(counts, SPLITS, strict=True))
-        positive = log.label[self.is_candidate].mean() if self.is_candidate.any() else 0.0
+        labels = {"positive": log.label, **log.task_labels}
+        some = self.is_candidate.any()
+        shares = ", ".join(
+            f"{values[self.is_candidate].mean() if some else 0.0:.1%} {name}"
+            for name, values in labels.items()
+        )
         dropped = sum(self.dropped.values())
         return (
             f"{log.num_users:,} users, {log.num_items:,} items, {log.num_events:,} events; "
-            f"candidates: {parts}; {positive:.1%} positive"
+            f"candidates: {parts}; {shares}"
             + (f"; {dropped:,} bad rows dropped" if dropped else "")
         )
 

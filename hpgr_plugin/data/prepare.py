@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from hpgr_plugin.data import cache
 from hpgr_plugin.data.build import build_log
 from hpgr_plugin.data.events import Reader, require
-from hpgr_plugin.data.labels import LabelRule
+from hpgr_plugin.data.labels import LabelRule, task_rules
 from hpgr_plugin.data.log import PreparedData
 from hpgr_plugin.data.split import Split
 
@@ -21,6 +23,7 @@ def prepare_data(
     reader: Reader,
     label: LabelRule,
     split: Split,
+    tasks: Mapping[str, str | LabelRule] = MappingProxyType({}),
     action: str | None = None,
     history_events: Literal["all", "positives"] = "all",
     min_user_events: int = 1,
@@ -35,6 +38,8 @@ def prepare_data(
         reader: where the events come from, such as @hpgr.MovieLensReader().
         label: which events are positives, such as @hpgr.rating_at_least().
         split: such as @hpgr.LastFractionSplit().
+        tasks: further labels by the names of their tasks: {'like': 'is_like'} for a field of 0 and
+            1, or a rule as for `label`, which stays the main task.
         action: the field whose values become the actions of the history. None: the label.
         history_events: "all" | "positives": which events later requests may see.
         min_user_events, min_item_events: minimum counts, applied once (see build_log).
@@ -65,11 +70,20 @@ def prepare_data(
         **counts,
     }
 
+    rules = task_rules(tasks)
+    if rules:  # otherwise the key is that of a log with one task
+        settings["tasks"] = {name: cache.settings_of(rule) for name, rule in rules.items()}
+    named = [label.field, action or label.field, *(rule.field for rule in rules.values())]
+
     def prepare() -> PreparedData:
-        events = reader.read(list(dict.fromkeys([label.field, action or label.field])))
+        events = reader.read(list(dict.fromkeys(named)))
         labels = label.labels(events.values[label.field])
         log, is_candidate = build_log(
-            events, label=labels, action=events.values[action] if action else labels, **counts
+            events,
+            label=labels,
+            action=events.values[action] if action else labels,
+            task_labels={name: r.labels(events.values[r.field]) for name, r in rules.items()},
+            **counts,
         )
         dropped = {file: count for file, count in events.dropped.items() if count}
         for file, count in dropped.items():

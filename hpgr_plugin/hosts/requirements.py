@@ -44,6 +44,7 @@ DLRM_V3 = _table("""
     modules.dlrm_hstu: DlrmHSTU.main_forward
         seq_embeddings payload_features max_uih_len uih_seq_lengths max_num_candidates
         num_candidates
+    modules.dlrm_hstu: SequenceEmbedding
     modules.dlrm_hstu: STULayer config is_inference
     modules.dlrm_hstu: HSTUPositionalEncoder embedding_dim contextual_seq_len is_inference
     modules.dlrm_hstu: HSTUTransducer stu_module input_preprocessor positional_encoder is_inference
@@ -93,6 +94,11 @@ DLRM_V3 = _table("""
         rank model metric_logger device train_dataloader eval_dataloader optimizer
     dlrm_v3.train.utils: streaming_train_eval_loop
         rank model metric_logger device optimizer hstu_config embedding_table_configs
+    dlrm_v3.inference.inference_modules: DlrmHSTU
+    dlrm_v3.inference.inference_modules: get_hstu_model hstu_config table_config is_dense
+    dlrm_v3.inference.model_family: ModelFamilyDenseDist hstu_config table_config
+    dlrm_v3.inference.model_family: ModelFamilyDenseDist.distributed_setup
+        rank world_size model_path
     dlrm_v3.utils: MetricsLogger multitask_configs batch_size window_size device rank
     dlrm_v3.utils: MetricsLogger.compute_and_log mode additional_logs
     dlrm_v3.checkpoint: load_dmp_checkpoint model optimizer metric_logger device

@@ -96,13 +96,17 @@ class SlateBody(BaseModel):
 
 
 class ScoreAnswer(BaseModel):
-    """Probabilities in the order of the candidates; null where the model has no such item."""
+    """Probabilities in the order of the candidates; null where the model has no such item.
+
+    `tasks` has those of further tasks, by name.
+    """
 
     probabilities: list[float | None]
     unknown_candidates: list[int]
     unknown_history: int
     history_length: int
     history_version: str
+    tasks: dict[str, list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -237,15 +241,20 @@ def _measure_requests(app: FastAPI, metrics: Metrics) -> None:
 
 
 def _answer(scores: Scores) -> ScoreAnswer:
-    known = np.isfinite(scores.probabilities)
-    values = scores.probabilities.tolist()
     return ScoreAnswer(
-        probabilities=[v if k else None for v, k in zip(values, known.tolist(), strict=True)],
+        probabilities=_nullable(scores.probabilities),
         unknown_candidates=scores.unknown_candidates,
         unknown_history=scores.unknown_history,
         history_length=scores.history_length,
         history_version=scores.history_version,
+        tasks={name: _nullable(values) for name, values in scores.tasks.items()},
     )
+
+
+def _nullable(values: np.ndarray) -> list[float | None]:
+    """The numbers, None in place of NaN."""
+    known = np.isfinite(values).tolist()
+    return [v if k else None for v, k in zip(values.tolist(), known, strict=True)]
 
 
 def _check_size(name: str, values: Sequence[Any], most: int) -> None:

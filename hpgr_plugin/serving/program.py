@@ -30,6 +30,7 @@ MOST_REQUESTS, MOST_CANDIDATES = 4096, 65_536
 _PARTS = (
     *("item_table", "action_table", "user_features", "item_features", "positional_encoder"),
     *("input_dropout", "attention_hook", "encoder", "head", "item_bias", "token_features"),
+    "task_heads",
 )
 
 
@@ -100,6 +101,8 @@ class _Tokens(NamedTuple):
 class PaddedRanker(nn.Module):
     """Probabilities `[B, C]` of padded requests, equal to the trained model's.
 
+    With further tasks they are `[B, C, 1 + tasks]`, the main one first.
+
     Args:
         model: in evaluation mode; its layers are used, and changed to take `CachedRows`.
 
@@ -169,6 +172,9 @@ class PaddedRanker(nn.Module):
         logits = self.model.head(encoded).squeeze(2)
         if self.model.item_bias is not None:
             logits = logits + self.model.item_bias(candidates).squeeze(2)
+        if self.model.task_names:
+            further = self.model.task_heads.logits(encoded, candidates)
+            logits = torch.stack([logits, *further], 2)
         return logits.sigmoid()
 
     # -- tokens -------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ class Scores:
         unknown_history: history items that the log does not have; they were left out.
         history_length: items that were read.
         history_version: digest of what was read; equal histories have equal ones.
+        tasks: the same as `probabilities` for every further task of the model, by name.
     """
 
     probabilities: np.ndarray
@@ -36,6 +37,7 @@ class Scores:
     unknown_history: int
     history_length: int
     history_version: str
+    tasks: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Scorer:
@@ -120,7 +122,8 @@ class Scorer:
         chosen = [request for request in requests if request.known.any()]
         if not self.model.hide_future:
             chosen = [one for request in chosen for one in request.split()]
-        logits = np.zeros(0, np.float32)
+        names = self.model.task_names
+        scores = np.zeros((1 + len(names), 0), np.float32)
         if chosen:
             if self._encoder is not None:
                 self._encoder.for_users(
@@ -128,20 +131,21 @@ class Scorer:
                     [(one.version, *one.user_features.items()) for one in chosen],
                 )
             batch = batch_of(chosen).to(self.device)
-            logits = self.model(batch).float().sigmoid().cpu().numpy()
+            scores = self.model(batch, every_task=True).float().sigmoid().cpu().numpy()
         answers, start = [], 0
         for request in requests:
             count = int(request.known.sum())
-            probabilities = np.full(len(request.known), np.nan, np.float32)
-            probabilities[request.known] = logits[start : start + count]
+            probabilities = np.full((len(scores), len(request.known)), np.nan, np.float32)
+            probabilities[:, request.known] = scores[:, start : start + count]
             start += count
             answers.append(
                 Scores(
-                    probabilities=probabilities,
+                    probabilities=probabilities[0],
                     unknown_candidates=np.flatnonzero(~request.known).tolist(),
                     unknown_history=request.unknown_history,
                     history_length=request.history.shape[1],
                     history_version=request.version,
+                    tasks=dict(zip(names, probabilities[1:], strict=True)),
                 )
             )
         return answers

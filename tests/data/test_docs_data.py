@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 
 
 def test_your_own_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = DOCS.read_text().partition("## Your own log")[2].partition("## Splits")[0]
+    section = DOCS.read_text().partition("## Your own log")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("    ") or not line]
     table = pa.table(
         {

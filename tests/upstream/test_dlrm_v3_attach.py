@@ -68,7 +68,12 @@ def test_attach_is_idempotent_and_detach_undoes_it() -> None:
 def test_replaced_names_are_these_and_no_others() -> None:
     model = [] if host_has_seam("model_cls") else NAMES[:1]
     rates = [] if host_has_seam("lr_scale") else NAMES[1:]
-    assert dlrm_v3.replaced_names() == [f"{train.__name__}.{name}" for name in (*model, *rates)]
+    harness = "generative_recommenders.dlrm_v3.inference"
+    assert dlrm_v3.replaced_names() == [
+        *(f"{train.__name__}.{name}" for name in (*model, *rates)),
+        f"{harness}.inference_modules.DlrmHSTU",
+        f"{harness}.model_family.ModelFamilyDenseDist",
+    ]
 
 
 def test_make_model_builds_the_slots_and_the_host_again_after_detach() -> None:

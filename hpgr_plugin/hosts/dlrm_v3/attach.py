@@ -1,4 +1,4 @@
-"""Attach the slots to the host's ranking trainer, by its seams where it has them, and detach."""
+"""Attach the slots to the host's trainer and inference harness, by seams where it has them."""
 
 import contextlib
 import functools
@@ -10,6 +10,7 @@ import torch
 from generative_recommenders.dlrm_v3.train import utils as train
 
 from hpgr_plugin.config.registry import configured
+from hpgr_plugin.hosts.dlrm_v3 import inference
 from hpgr_plugin.hosts.dlrm_v3.model import DlrmHSTU
 from hpgr_plugin.hosts.seams import bind, host_has_seam, is_bound, replaced
 from hpgr_plugin.transfer.learning_rates import by_lr_scale, lr_scale
@@ -86,18 +87,20 @@ _replaced: list[str] = []
 
 
 def attach() -> None:
-    """Let the host's trainer build the model with slots; a second call changes nothing.
+    """Let the host's trainer and inference build the model with slots; again changes nothing.
 
     A host with the patch series takes the model class as the gin parameter `make_model.model_cls`,
     which is bound here unless the configuration binds it. `gin.clear_config` removes that binding:
-    call `attach` again then. In other hosts the names that the trainer looks up are replaced.
+    call `attach` again then. In other hosts the names that the trainer looks up are replaced, and
+    in all of them those of the inference harness, for which there is no seam.
     """
     if host_has_seam("model_cls") and not is_bound(_MODEL_CLASS):
         bind(_MODEL_CLASS, configured("DlrmHSTU"))
     if not _replaced:
         values = {n: new for n, (new, seam) in _REPLACEMENTS.items() if not host_has_seam(seam)}
-        _undo.enter_context(replaced(train, **values))
-        _replaced.extend(values)
+        for module, names in ((train, values), *inference.replacements()):
+            _undo.enter_context(replaced(module, **names))
+            _replaced.extend(f"{module.__name__}.{name}" for name in names)
 
 
 def detach() -> None:
@@ -110,4 +113,4 @@ def detach() -> None:
 
 def replaced_names() -> list[str]:
     """The names of the host that are replaced at the moment."""
-    return [f"{train.__name__}.{name}" for name in _replaced]
+    return list(_replaced)

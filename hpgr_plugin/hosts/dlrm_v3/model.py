@@ -31,6 +31,7 @@ from hpgr_plugin.hosts.dlrm_v3.positions import (
 from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained
 from hpgr_plugin.hosts.dlrm_v3.request import Request, request_of
 from hpgr_plugin.hosts.dlrm_v3.selection import KeptHistory, RankingBatch, shortened
+from hpgr_plugin.hosts.dlrm_v3.tracing import refuse_jit_trace
 from hpgr_plugin.hosts.seams import bound_value, host_has_seam, is_bound, replaced
 from hpgr_plugin.hosts.slots import SlotError, check_absolute, check_slot, check_width
 from hpgr_plugin.ops.preference_plan import PreferencePlan
@@ -223,6 +224,7 @@ class DlrmHSTU(host.DlrmHSTU):
         transducer = self._hstu_transducer
         has_request = isinstance(transducer, PreferenceTransducer)
         if self.sem is not None or has_request:
+            refuse_jit_trace(_NAME)
             positions = transducer._positional_encoder
             self._check_times(
                 batch,

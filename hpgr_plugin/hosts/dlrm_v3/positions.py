@@ -183,7 +183,7 @@ def batch_places(
     if not is_time_aware:
         return FullPlaces(parts, rows, offsets)
     table = encoder.encoder
-    shared = batch.max_num_candidates > 1 and not table.hide_future
+    shared = not table.hide_future and batch.max_num_candidates > 1
     if shared or batch.max_uih_len + 1 > (table.max_positions or 0):
         table.check_lengths(offsets, batch.candidate_offsets)
     earlier = count_earlier(

@@ -94,6 +94,9 @@ def run(
     with process_group() as process:
         data = build("prepare_data")
         LOG.info("%s", data.summary())
+        if mode in SLATE_MODES:
+            tasks = list(data.log.task_labels)
+            require(not tasks, "prepare_data.tasks", f"no tasks in mode {mode!r}", tasks)
         task = Task(data, build("RequestSettings"), process, session_gap_seconds, gauc_by)
         bindings = bound_values() | {"hpgr.run.mode": "finetune" if mode == "evaluate" else mode}
         processes = None if _reshards(mode, bindings) else process.world_size

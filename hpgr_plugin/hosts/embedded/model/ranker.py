@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from hpgr_plugin.components.attention_hooks import (
@@ -31,6 +32,7 @@ from hpgr_plugin.hosts.embedded.model.rivals.interface import (
     RivalSizes,
     RivalTokens,
 )
+from hpgr_plugin.hosts.embedded.model.task_heads import TaskHeads, chosen_tasks, make_head
 from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes, TokenFeatures
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
@@ -55,6 +57,7 @@ class HSTURanker(nn.Module):
         user_feature_sizes: user feature name -> number of codes.
         item_feature_codes: item feature name -> `[V]` codes.
         item_counts: `[V]`, training events of every item, for `rare_items`.
+        task_names: further tasks of the data, whose labels its batches have.
         embedding_dim: `D`.
         num_layers: encoder depth.
         num_heads: attention heads.
@@ -69,6 +72,8 @@ class HSTURanker(nn.Module):
             (`CandidateStatistics`): "linear" adds the item's log odds to the logits (`ItemOdds`),
             "network" those of item and user to the candidate (`OddsNetwork`). None: not read.
         item_bias: add a learned number per item to the logits.
+        tasks: further tasks that get a head of their own; None: all of the data's. The statistics'
+            "linear" form is of the main task's label and is added to its logits only.
         rare_items: the class `RareItems`, or None: every item has its row of the table.
         token_features: classes of what is added to the tokens besides.
         sem: slot, a `SessionEnhancementModule` or None.
@@ -93,6 +98,7 @@ class HSTURanker(nn.Module):
         user_feature_sizes: Mapping[str, int] | None = None,
         item_feature_codes: Mapping[str, Tensor] | None = None,
         item_counts: Tensor | None = None,
+        task_names: Sequence[str] = (),
         embedding_dim: int = 64,
         num_layers: int = 4,
         num_heads: int = 2,
@@ -104,6 +110,7 @@ class HSTURanker(nn.Module):
         use_actions: bool = True,
         statistics: Statistics | None = None,
         item_bias: bool = False,
+        tasks: Sequence[str] | None = None,
         rare_items: type[RareItems] | None = None,
         token_features: Sequence[type[TokenFeatures]] = (),
         sem: SessionEnhancementModule | None = None,
@@ -204,18 +211,19 @@ class HSTURanker(nn.Module):
                     max_history=max_history,
                 )
             )
-        self.head = nn.Sequential(
-            nn.LayerNorm(embedding_dim),
-            nn.Linear(embedding_dim, embedding_dim),
-            nn.SiLU(),
-            nn.Linear(embedding_dim, 1),
-        )
+        self.head = make_head(embedding_dim)
         self.reads_statistics = statistics is not None
         self.item_odds = ItemOdds() if statistics == "linear" else None
         self.odds_network = OddsNetwork(embedding_dim) if statistics == "network" else None
         self.item_bias = nn.Embedding(num_items, 1) if item_bias else None
         if self.item_bias is not None:
             nn.init.zeros_(self.item_bias.weight)
+        # After all else: the main task starts from the same weights with and without others.
+        self.task_heads = TaskHeads(
+            chosen_tasks(f"{_NAME}.tasks", tasks, task_names),
+            embedding_dim=embedding_dim,
+            num_items=num_items if item_bias else None,
+        )
         self.inherited: tuple[str, ...] = ()
         if pretrained is not None:
             self.inherited = inherit(
@@ -225,8 +233,18 @@ class HSTURanker(nn.Module):
             assert isinstance(attention_hook, PreferenceGuidedSparseAttention)
             attention_hook.freeze(self.item_table.weight)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits `[C]` of the batch's candidates: the paper's Figure 2, top to bottom."""
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks besides the main one."""
+        return self.task_heads.names
+
+    def forward(self, batch: Batch, *, every_task: bool = False) -> Tensor:
+        """Logits of the batch's candidates: the paper's Figure 2, top to bottom.
+
+        Args:
+            batch: the requests.
+            every_task: of all tasks, `[1 + tasks, C]`, the main one first; else of that `[C]`.
+        """
         index = RequestIndex.of(batch, hide_future=self.hide_future)
         if self.hide_future and self.training:
             self._visibility(index.visible, batch.history_offsets.diff()[index.candidate_users])
@@ -265,7 +283,9 @@ class HSTURanker(nn.Module):
             logits = logits + self.item_odds(batch.candidate_features)
         if self.item_bias is not None:
             logits = logits + self.item_bias(batch.candidate_items).squeeze(1)
-        return logits
+        if not every_task:
+            return logits
+        return torch.stack([logits, *self.task_heads.logits(encoded, batch.candidate_items)])
 
     def _encode_sequences(
         self,

@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
 
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.config.registry import build
@@ -22,7 +21,9 @@ from hpgr_plugin.hosts.embedded.report.predictions import (
     PREDICTIONS,
     Predictions,
     save_predictions,
+    task_predictions,
 )
+from hpgr_plugin.hosts.embedded.report.table import task_metric
 from hpgr_plugin.hosts.embedded.train.distributed import Process, gather_arrays
 from hpgr_plugin.metrics import ranking_metrics
 
@@ -99,7 +100,10 @@ class Task:
         return np.unique(pairs, return_inverse=True)[1]
 
     def metrics(self, scored: Scored) -> dict[str, float]:
-        """Ranking metrics, and the AUC of users with `MANY_SESSIONS` sessions or more."""
+        """Ranking metrics, and the AUC of users with `MANY_SESSIONS` sessions or more.
+
+        Those of a further task have its name and a slash in front: "like/auc".
+        """
         log, groups = self.data.log, self.groups(scored)
         metrics = ranking_metrics(scored.labels, scored.scores, groups)
         sessions = sessions_per_user(log.user_offsets, log.timestamp, self.session_gap_seconds)
@@ -107,29 +111,46 @@ class Task:
         if many.any() and len(np.unique(scored.labels[many])) == 2:
             chosen = ranking_metrics(scored.labels[many], scored.scores[many], groups[many])
             metrics["auc_many_sessions"] = chosen["auc"]
+        for task, of_task in scored.tasks.items():
+            found = ranking_metrics(of_task.labels, of_task.scores, groups)
+            metrics |= {task_metric(task, name): value for name, value in found.items()}
         return metrics
 
     def save_predictions(self, scored: Scored, directory: Path) -> None:
-        """Write the scores of the test split to `directory`, in the order of the log."""
+        """Write the scores of the test split to `directory`, in the order of the log.
+
+        Those of a further task are a file of its own, "predictions_like.npz".
+        """
         if not self.process.is_main:
             return
+        self._save_task(scored, directory / PREDICTIONS)
+        for task, of_task in scored.tasks.items():
+            self._save_task(of_task, directory / task_predictions(task))
+
+    def _save_task(self, scored: Scored, path: Path) -> None:
         order = np.argsort(scored.rows)
         columns = (scored.users, self.groups(scored), scored.labels, scored.scores)
         kinds = (np.int32, np.int64, np.int8, np.float32)
         arrays = [c[order].astype(k) for c, k in zip(columns, kinds, strict=True)]
-        save_predictions(directory / PREDICTIONS, Predictions(*arrays))
+        save_predictions(path, Predictions(*arrays))
 
     @torch.no_grad()
-    def score(self, model: nn.Module, loader: RequestLoader) -> Scored:
-        """Probabilities for every candidate of `loader`, from all processes."""
-        log, parts = self.data.log, [np.zeros(0, dtype=np.float32)]
+    def score(self, model: HSTURanker, loader: RequestLoader) -> Scored:
+        """Probabilities for every candidate of `loader`, from all processes, of every task."""
+        log, names = self.data.log, model.task_names
+        parts = [np.zeros((1 + len(names), 0), dtype=np.float32)]
         for batch in loader.batches():
-            logits = model(batch.to(self.process.device))
+            logits = model(batch.to(self.process.device), every_task=True)
             parts.append(logits.float().sigmoid().cpu().numpy())
-        rows, scores = gather_arrays([loader.candidate_rows(), np.concatenate(parts)])
-        users = np.searchsorted(log.user_offsets, rows, side="right") - 1
-        scored = Scored(log.label[rows], scores, users.astype(np.int32), rows)
-        if not np.isfinite(scored.scores).all():
+        columns = np.concatenate(parts, axis=1)
+        rows, *scores = gather_arrays([loader.candidate_rows(), *columns])
+        users = np.searchsorted(log.user_offsets, rows, side="right").astype(np.int32) - 1
+        tasks = {
+            name: Scored(log.task_labels[name][rows], of_task, users, rows)
+            for name, of_task in zip(names, scores[1:], strict=True)
+        }
+        scored = Scored(log.label[rows], scores[0], users, rows, tasks)
+        if not all(np.isfinite(each).all() for each in scores):
             raise HpgrError(
                 "the scores are not numbers: the training diverged; try a smaller "
                 "hpgr.FinetuneSettings.learning_rate or weight_decay"
@@ -139,12 +160,12 @@ class Task:
 
 @torch.no_grad()
 def inference_seconds(
-    model: nn.Module, loader: RequestLoader, process: Process, *, max_batches: int = 20
+    model: HSTURanker, loader: RequestLoader, process: Process, *, max_batches: int = 20
 ) -> float:
     """Seconds per batch of scoring, with loading, over the first batches of `loader`."""
     count, start = 0, time.perf_counter()
     for batch in loader.batches():
-        model(batch.to(process.device)).float().sigmoid().cpu()
+        model(batch.to(process.device), every_task=True).float().sigmoid().cpu()
         count += 1
         if count == max_batches:
             break

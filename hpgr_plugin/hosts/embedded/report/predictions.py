@@ -36,6 +36,11 @@ class Predictions(NamedTuple):
         )
 
 
+def task_predictions(task: str) -> str:
+    """The file of a further task."""
+    return f"predictions_{task}.npz"
+
+
 def save_predictions(path: Path, predictions: Predictions) -> None:
     """Write compressed arrays of the names of `Predictions`."""
     arrays = predictions._asdict()

@@ -20,7 +20,14 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "s/step": ("seconds_per_step", 4),
     "s/step, inference": ("inference_seconds_per_step", 4),
 }
+# The same of a further task: title, with its name behind, and key, with its name in front.
+TASK_COLUMNS = {"AUC": "auc", "GAUC": "gauc"}
 DIFFERENCES = {"AUC - best rival [95%]": "auc", "GAUC - best rival [95%]": "gauc"}
+
+
+def task_metric(task: str, name: str) -> str:
+    """The key of a metric of a further task."""
+    return f"{task}/{name}"
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -36,6 +43,17 @@ def _cell(row: Row, key: str, digits: int) -> str:
     mean, spread = mean_and_spread(values)
     text = f"{mean:,.{digits}f}"
     return f"{text} ± {spread:.{digits}f}" if len(values) > 1 and digits > 1 else text
+
+
+def _task_columns(rows: Sequence[Row]) -> dict[str, tuple[str, int]]:
+    """Columns of the further tasks that any row has metrics of, as in `COLUMNS`."""
+    keys = [key for row in rows for metrics in row["seeds"] for key in metrics if "/" in key]
+    tasks = dict.fromkeys(key.partition("/")[0] for key in keys)
+    return {
+        f"{title}, {task}": (task_metric(task, name), 4)
+        for task in tasks
+        for title, name in TASK_COLUMNS.items()
+    }
 
 
 def _difference(row: Row, key: str) -> str:
@@ -81,7 +99,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """
     columns = {
         title: (key, digits)
-        for title, (key, digits) in COLUMNS.items()
+        for title, (key, digits) in {**COLUMNS, **_task_columns(rows)}.items()
         if any(metrics.get(key) is not None for row in rows for metrics in row["seeds"])
     }
     compared = DIFFERENCES if any(row.get("difference") for row in rows) else {}

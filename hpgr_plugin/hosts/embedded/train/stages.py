@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from hpgr_plugin.data import (
     check_splits,
     item_mean_scores,
 )
-from hpgr_plugin.data.events import require_fields
+from hpgr_plugin.data.events import require, require_fields
 from hpgr_plugin.data.log import TRAIN
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.evaluation import Task, inference_seconds, kept_tokens
@@ -57,15 +59,35 @@ class FinetuneSettings(TrainSettings):
         pairwise_weight: of the logistic loss on pairs of a positive and a negative.
         listwise_weight: of the softmax over a request's candidates.
         frozen_sem_epochs: first epochs in which a pre-trained SEM keeps the weights of stage 1.
+        task_weights: of the losses of further tasks, by name; 1 for those that are not named. That
+            of the main task is 1. Each task's loss has the parts above.
     """
 
     pairwise_weight: float = 0.0
     listwise_weight: float = 0.0
     frozen_sem_epochs: int = 0
+    task_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_fields(self, 0, "pairwise_weight", "listwise_weight", "frozen_sem_epochs")
+        for task, weight in self.task_weights.items():
+            binding = f"FinetuneSettings.task_weights[{task!r}]"
+            require(0 < weight < math.inf, binding, "a number above 0", weight)
+
+    def weights_of(self, tasks: Sequence[str]) -> list[float]:
+        """The weights of the losses of the main task and these.
+
+        Raises:
+            ConfigError: a weight of another task.
+        """
+        for task in self.task_weights:
+            if task not in tasks:
+                raise ConfigError(
+                    f"hpgr.FinetuneSettings.task_weights takes tasks of hpgr.HSTURanker.tasks, "
+                    f"which are {list(tasks)}, got {task!r}"
+                )
+        return [1.0, *(self.task_weights.get(task, 1.0) for task in tasks)]
 
 
 @dataclass(frozen=True)
@@ -173,17 +195,16 @@ def finetune(
     train = task.loader("train", seed=run.seed)
     validation = task.loader("validation")
 
+    weights = settings.weights_of(model.task_names)
+
     def loss(forward: nn.Module, batch: Batch, step: int) -> tuple[Tensor, int]:
-        logits = forward(batch).float()
-        labels = batch.candidate_labels
-        total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-        for weight, in_request in (
-            (settings.pairwise_weight, pairwise_loss),
-            (settings.listwise_weight, listwise_loss),
-        ):
-            if weight:
-                total = total + weight * in_request(logits, labels, batch.candidate_offsets)
-        return total, batch.num_candidates
+        logits = forward(batch, every_task=True).float().unbind()
+        labels = [batch.candidate_labels, *(batch.task_labels[name] for name in model.task_names)]
+        losses = [
+            weight * task_loss(*task, batch.candidate_offsets, settings)
+            for weight, task in zip(weights, zip(logits, labels, strict=True), strict=True)
+        ]
+        return torch.stack(losses).sum(), batch.num_candidates
 
     trainer = Trainer(
         model=model,
@@ -205,6 +226,27 @@ def finetune(
     cost = trainer.fit()
     metrics = _test_metrics(model, task, run.output_dir)
     return metrics | cost | {"history": trainer.progress.history}
+
+
+def task_loss(
+    logits: Tensor, labels: Tensor, offsets: Tensor, settings: FinetuneSettings
+) -> Tensor:
+    """Sum over candidates of one task's binary cross entropy, and of what `settings` adds to it.
+
+    Args:
+        logits: `[C]`.
+        labels: `[C]`, 0 or 1.
+        offsets: `[B + 1]` of the requests, into the candidates.
+        settings: weights of the losses inside a request.
+    """
+    total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+    for weight, in_request in (
+        (settings.pairwise_weight, pairwise_loss),
+        (settings.listwise_weight, listwise_loss),
+    ):
+        if weight:
+            total = total + weight * in_request(logits, labels, offsets)
+    return total
 
 
 def evaluate(task: Task, output_dir: Path) -> dict[str, Any]:
@@ -278,6 +320,7 @@ def arguments_from_data(data: PreparedData) -> dict[str, Any]:
         "item_counts": torch.from_numpy(
             np.bincount(log.item[data.split == TRAIN], minlength=log.num_items)
         ),
+        "task_names": list(log.task_labels),
     }
 
 
