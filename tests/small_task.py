@@ -18,6 +18,18 @@ from hpgr_plugin.hosts.embedded.train.distributed import Process
 from hpgr_plugin.hosts.embedded.train.trainer import TrainingRun
 
 ONE_PROCESS = Process(rank=0, world_size=1, device=torch.device("cpu"))
+# Sizes and settings of two short stages.
+SMALL = [
+    "NUM_USERS = 40",
+    "EMBEDDING_DIM = 16",
+    "MAX_HISTORY = 60",
+    "hpgr.RequestLoader.batch_tokens = 512",
+    "hpgr.SequenceLoader.batch_tokens = 512",
+    "hpgr.PretrainSettings.epochs = 2",
+    "hpgr.FinetuneSettings.epochs = 3",
+    "hpgr.FinetuneSettings.patience = 3",
+    "hpgr.FinetuneSettings.warmup_steps = 5",
+]
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """What the tests of this folder count, shown at the end of a test run."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_run import run, write_config
+from small_run import Count, run, write_config
 
 COUNTS: dict[str, Counter[str]] = {}
-Count = Callable[..., None]
 
 
 @pytest.fixture

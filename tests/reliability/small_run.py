@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 COSTS = ("seconds_per_step", "inference_seconds_per_step", "examples_per_second", "handoff")
+Count = Callable[..., None]  # the fixture `count`
 ROOT = Path(__file__).parents[2]
 BINDINGS = (
     "include 'configs/data/synthetic.gin'",

@@ -10,7 +10,7 @@ from pathlib import Path
 import bad_gin
 import gin
 import pytest
-from conftest import Count
+from small_run import Count
 
 from hpgr_plugin.cli import USER_ERRORS, run_configured
 from hpgr_plugin.errors import one_line

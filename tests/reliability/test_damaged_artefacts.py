@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import Count
 from damage import damage_one, restore
+from small_run import Count
 
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.data import LastNSplit, SyntheticReader, label_column, prepare_data

@@ -4,8 +4,8 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import Count
 from small_run import (
+    Count,
     error_lines,
     kill_in_training,
     kill_inside_write,

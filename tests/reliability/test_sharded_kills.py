@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Count
 from safetensors import safe_open
-from small_run import ROOT, results, run, write_config
+from small_run import ROOT, Count, results, run, write_config
 
 from hpgr_plugin.hosts.embedded.train.run_directory import checkpoint_folders
 

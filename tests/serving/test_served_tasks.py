@@ -6,17 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastapi.testclient import TestClient
-from small_requests import requests_of
-from test_server import body_of
 
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.serving import Scorer
-from hpgr_plugin.serving.app import create_app
 from hpgr_plugin.serving.folder import read_folder
 from hpgr_plugin.serving.package import write_program
 from hpgr_plugin.serving.program import ProgramInputs, pad_history, shortest_history
 from hpgr_plugin.serving.requests import batch_of
+
+pytest.importorskip("fastapi", reason="needs the extra serve: pip install '.[serve]'")
+
+from fastapi.testclient import TestClient
+from small_requests import requests_of
+from test_server import body_of
+
+from hpgr_plugin.serving.app import create_app
 
 Trained = Callable[..., tuple[Task, Path]]
 # The synthetic log has one field; the tasks of this test are made of it and of the item.

@@ -4,21 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from small_task import config_files, configure, training
+from small_task import SMALL, config_files, configure, training
 
 __all__ = ["configure", "training"]
 
-SMALL = [
-    "NUM_USERS = 40",
-    "EMBEDDING_DIM = 16",
-    "MAX_HISTORY = 60",
-    "hpgr.RequestLoader.batch_tokens = 512",
-    "hpgr.SequenceLoader.batch_tokens = 512",
-    "hpgr.PretrainSettings.epochs = 2",
-    "hpgr.FinetuneSettings.epochs = 3",
-    "hpgr.FinetuneSettings.patience = 3",
-    "hpgr.FinetuneSettings.warmup_steps = 5",
-]
 FILES = config_files("models/hpgr_rows")
 
 

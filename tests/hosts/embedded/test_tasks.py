@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ONE_PROCESS, SMALL
+from small_task import ONE_PROCESS, SMALL
 
 from hpgr_plugin.cli import load_configs, run_configured
 from hpgr_plugin.config.registry import ConfigError, build
