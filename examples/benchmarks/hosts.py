@@ -6,13 +6,15 @@ loss, without the optimizer; 5 layers, D = 512, 4 heads of 128, tables of width 
 time in which a kernel runs, "launches" counts kernels per step, both from one profiled step.
 "x; host's layers" and "x; no graphs" are row x with `layers = "host"` and with `capture = False`.
 Tensor descriptors are off for every row, see NOTES.md. The host's kernels are tuned among all of
-their configurations for the host's row of the first size, then among the six fastest there.
+their configurations for the host's row of the first size, then among the fastest there.
+--quick measures the rows in which every candidate has a sequence of its own, in one process.
 """
 
+import functools
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,14 +48,12 @@ SIZES = (
     Size(131072, 1024, 64),
     Size(131072, 4096, 64),
 )
-QUICK_SIZES = SIZES[:6]
-AUTO = "PGSA K=8 sigma=1 recent=32, auto"
+QUICK_SIZES = (*SIZES[:3], Size(524288, 16384, 1))
+AUTO, EACH = "PGSA K=8 sigma=1 recent=32, auto", "PGSA K=32 sigma=2, per candidate"
 HOOKS: dict[str, Callable[[], nn.Module | None]] = {
     "slots empty": lambda: None,
     AUTO: lambda: PreferenceGuidedSparseAttention(top_k=8, sigma=1.0, recent=32),
-    "PGSA K=32 sigma=2, per candidate": lambda: PreferenceGuidedSparseAttention(
-        top_k=32, sigma=2.0, layout="per_candidate"
-    ),
+    EACH: lambda: PreferenceGuidedSparseAttention(top_k=32, sigma=2.0, layout="per_candidate"),
     "PGSA K=50 sigma=2, shared history": lambda: PreferenceGuidedSparseAttention(
         top_k=50, sigma=2.0, layout="shared_history"
     ),
@@ -66,6 +66,12 @@ OTHER_LAYERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 
 
+# What a row is called, its hook, and what is bound beside it.
+Row = tuple[str, str, dict[str, Any]]
+ROWS: tuple[Row, ...] = (*((name, name, {}) for name in HOOKS), *OTHER_LAYERS)
+QUICK_ROWS: tuple[Row, ...] = ((AUTO, AUTO, {}), (EACH, EACH, {}), OTHER_LAYERS[0])
+
+
 def run(*, quick: bool) -> None:
     if not host.is_there():
         print("no host checkout on PYTHONPATH: nothing to measure")
@@ -75,51 +81,62 @@ def run(*, quick: bool) -> None:
     host.compile_in_parallel(12, ("dense", "weighted"))
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder, "tuning")
-        for size in QUICK_SIZES if quick else SIZES:
-            _measure_in_a_process(size, journal)
+        if quick:
+            _measure_in_a_process(journal, "--quick", QUICK_SIZES)
+            return
+        for size in SIZES:
+            _measure_in_a_process(journal, "--all", [size])
 
 
-def _measure_in_a_process(size: Size, journal: Path) -> None:
+def _measure_in_a_process(journal: Path, rows: str, sizes: Sequence[Size]) -> None:
     """Some configurations of the host's kernels end in an illegal memory access while they are
-    tuned, which takes the process along: they are left out, and the size is measured anew."""
-    command = [sys.executable, "-m", "examples.benchmarks.hosts", str(journal), *map(str, size)]
+    tuned, which takes the process along: they are left out, and the sizes are measured anew."""
+    numbers = [str(number) for size in sizes for number in size]
+    command = [sys.executable, "-m", "examples.benchmarks.hosts", str(journal), rows, *numbers]
     for _ in range(4):
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if not done.returncode:
             return
         reason = next((x for x in reversed(done.stderr.splitlines()) if "Error" in x), "no error")
         fault = host.leave_out_last(journal) if "illegal memory access" in done.stderr else None
-        print(f"\n{size}: {reason}" + (f"\nleft out: {fault}" if fault else ""), flush=True)
+        print(f"\n{sizes}: {reason}" + (f"\nleft out: {fault}" if fault else ""), flush=True)
         if fault is None:
             return
 
 
-def measure_size(size: Size, journal: Path) -> None:
-    """Print a row for the host and one for each hook."""
+def measure_sizes(journal: Path, *, quick: bool, sizes: Sequence[Size]) -> None:
+    """Print, for each size, a row for the host and one for each hook."""
     host.provide_torchrec_module()
-    from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostModel
     from generative_recommenders.ops.triton import triton_hstu_preprocess_and_attention
-
-    from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
 
     triton_hstu_preprocess_and_attention._should_enable_tma = lambda: False
     host.prepare_tuning(journal)
+    for i, size in enumerate(sizes):
+        after_host = functools.partial(host.keep_best, 3 if quick else 6, journal)
+        _measure_size(size, QUICK_ROWS if quick else ROWS, (lambda: None) if i else after_host)
+
+
+def _measure_size(size: Size, rows: Sequence[Row], after_host: Callable[[], None]) -> None:
+    from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostModel
+
+    from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
+
     data = make_batch(size)
     base = _measure(HostModel, size, data, {})
-    rows = [_row(size, "host", base, base)]
-    host.keep_best(6, journal)
+    table = [_row(size, "host", base, base)]
+    after_host()
     try:
-        for name, hook, bound in (*((name, name, {}) for name in HOOKS), *OTHER_LAYERS):
+        for name, hook, bound in rows:
             slots = {"attention_hook": HOOKS[hook](), **bound}
             try:
                 row = _row(size, name, _measure(DlrmHSTU, size, data, slots), base)
                 print(f"{size} {name}: {row['x host']:.3g} x host", flush=True)
-                rows.append(row)
+                table.append(row)
             except torch.OutOfMemoryError:
                 print(f"{name}: out of memory")
                 torch.cuda.empty_cache()
     finally:  # a row that fails leaves those before it
-        print_table(rows)
+        print_table(table)
 
 
 def make_batch(size: Size) -> tuple[Any, Any]:
@@ -238,4 +255,9 @@ def _row(size: Size, name: str, measured: StepCost, base: StepCost) -> dict[str,
 
 
 if __name__ == "__main__":
-    measure_size(Size(*map(int, sys.argv[2:])), Path(sys.argv[1]))
+    numbers = list(map(int, sys.argv[3:]))
+    measure_sizes(
+        Path(sys.argv[1]),
+        quick=sys.argv[2] == "--quick",
+        sizes=[Size(*numbers[i : i + 3]) for i in range(0, len(numbers), 3)],
+    )
