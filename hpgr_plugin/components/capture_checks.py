@@ -53,8 +53,8 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _why_part_not_captured(part: nn.Module, packages: tuple[str, ...]) -> str | None:
-    attributes = vars(part)
-    if reason := _why_class_not_captured(type(part), packages):
+    attributes, kind = vars(part), type(part)
+    if reason := _why_class_not_captured(kind, packages):  # type: ignore[arg-type]
         return reason
     if has_hooks(part):
         return "has hooks"
