@@ -84,8 +84,8 @@ class DlrmHSTU(host.DlrmHSTU):
 
     Raises:
         SlotError: A slot holds something else, or a component of another width.
-        HpgrError: A SEM with `causal=False` although `hide_future` is True, a choice that there is not,
-            or an unknown field or table.
+        HpgrError: A SEM with `causal=False` although `hide_future` is True, or a choice, field or
+            table that does not exist.
     """
 
     def __init__(
