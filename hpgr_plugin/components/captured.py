@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hpgr_plugin.components.capture_checks import state_of_torch, why_pass_not_captured
+
 logger = logging.getLogger(__name__)
 
 _MOST_GRAPHS = 24
@@ -72,7 +74,8 @@ class CapturedFunction:
     """Replays a function, forward and backward, from graphs.
 
     One pass at a time: from its forward until its backward has run, or until it is dropped without
-    one, a graph holds what the backward needs. Meanwhile `run` returns None.
+    one, a graph holds what the backward needs. Meanwhile `run` returns None. Between the two, the
+    parameters must not change.
 
     Args:
         binding: the gin binding that switches capturing off, for an error.
@@ -81,7 +84,7 @@ class CapturedFunction:
     def __init__(self, binding: str) -> None:
         self._binding = binding
         self._graphs: dict[Hashable, _Graph] = {}
-        self._addresses: tuple[int, ...] = ()
+        self._places: Hashable = ()
         self._pool: Any = None
         self._in_flight: weakref.ref[_Flight] | None = None
 
@@ -98,41 +101,47 @@ class CapturedFunction:
             function: of inputs and parameters by name to one tensor; it must not wait for the
                 device, and what it computes depends on these and on `key` only.
             inputs: by name, on one CUDA device.
-            parameters: by name, leaves that need a gradient. The function gets others with the same
-                memory: what another pass has recorded for these must not enter a graph.
-            key: what tells calls apart beside sizes and dtypes.
+            parameters: by name, all parameters and buffers that the function reads, frozen ones
+                too. The function gets others with the same memory: what another pass has recorded
+                for these must not enter a graph.
+            key: what tells calls apart beside sizes, dtypes and which tensors need a gradient.
 
         Raises:
             RuntimeError: the function cannot be captured.
         """
-        if self._busy() or not torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
+        if not torch.is_grad_enabled() or not _can_learn(inputs, parameters):
             return None
-        addresses = tuple(p.data_ptr() for p in parameters.values())
-        if addresses != self._addresses:  # a graph would go on reading the old ones
+        if reason := why_pass_not_captured() or self._why_busy():
+            say_once(f"{self._binding} = True has no effect on a pass: {reason}")
+            return None
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        places = memory_of(parameters)
+        if places != self._places:  # a graph would go on reading the old ones
             self._graphs.clear()
-            self._addresses = addresses
-        forms = tuple(
-            (name, given.size, given.values.dtype, given.values.requires_grad)
-            for name, given in inputs.items()
-        )
-        key = key, forms
+            self._places = places
+        key = key, state_of_torch(), forms(inputs, parameters)
         if key not in self._graphs:
             if len(self._graphs) >= _MOST_GRAPHS:
-                _say(f"{self._binding}: {_MOST_GRAPHS} sizes have a graph, others run without one")
+                say_once(
+                    f"{self._binding}: {_MOST_GRAPHS} graphs are kept; passes of other sizes or "
+                    "settings run without one"
+                )
                 return None
             self._graphs[key] = self._capture(function, inputs, parameters)
         graph = self._graphs[key]
         flight = _Flight(graph)
         self._in_flight = weakref.ref(flight)
         learned = [inputs[name].values for name in graph.learned]
-        output: Tensor = _Replay.apply(
-            flight, inputs, self._binding, *learned, *parameters.values()
-        )
+        trained = [parameters[name] for name in graph.trained]
+        output: Tensor = _Replay.apply(flight, inputs, self._binding, *learned, *trained)
         return output
 
-    def _busy(self) -> bool:
+    def _why_busy(self) -> str | None:
         flight = None if self._in_flight is None else self._in_flight()
-        return flight is not None and flight.graph is not None
+        if flight is None or flight.graph is None:
+            return None
+        return "the output of an earlier one is kept, and its backward has not run"
 
     def _capture(
         self, function: Function, inputs: Inputs, parameters: Mapping[str, Tensor]
@@ -149,6 +158,29 @@ class CapturedFunction:
             ) from error
 
 
+def _can_learn(inputs: Inputs, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether something needs a gradient, and gradients end at the parameters."""
+    given = (padded.values for padded in inputs.values())
+    needed = any(t.requires_grad for t in (*given, *parameters.values()))
+    return needed and all(p.is_leaf for p in parameters.values())
+
+
+def memory_of(parameters: Mapping[str, Tensor]) -> Hashable:
+    """Where the parameters are, and how they lie there."""
+    return tuple(
+        (name, p.data_ptr(), p.dtype, p.shape, p.stride()) for name, p in parameters.items()
+    )
+
+
+def forms(inputs: Inputs, parameters: Mapping[str, Tensor]) -> Hashable:
+    """Sizes and dtypes of padded inputs, and which tensors need a gradient."""
+    padded = tuple(
+        (name, given.size, given.values.shape[1:], given.values.dtype, given.values.requires_grad)
+        for name, given in inputs.items()
+    )
+    return padded, tuple(name for name, p in parameters.items() if p.requires_grad)
+
+
 class _Graph:
     """The function for inputs of certain sizes, captured forward and backward."""
 
@@ -157,6 +189,7 @@ class _Graph:
     ) -> None:
         self.inputs = {name: given.empty() for name, given in inputs.items()}
         self.learned = [name for name, given in self.inputs.items() if given.requires_grad]
+        self.trained = [name for name, p in parameters.items() if p.requires_grad]
         load(inputs, self.inputs)
         # Weights that autocast keeps between calls would be read where they no longer are.
         autocast = torch.autocast(
@@ -191,14 +224,15 @@ class _Graph:
     def _gradients(
         self, output: Tensor, parameters: Mapping[str, Tensor], grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Of the learned inputs, then of the parameters; None where the output does not depend."""
-        wanted = [*(self.inputs[name] for name in self.learned), *parameters.values()]
+        """Of learned inputs, then of trained parameters; None where the output does not depend."""
+        learned = [self.inputs[name] for name in self.learned]
+        wanted = [*learned, *(parameters[name] for name in self.trained)]
         return torch.autograd.grad(output, wanted, grad, allow_unused=True)
 
 
 def _same_memory(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """New leaves over the memory of these."""
-    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    return {n: p.detach().requires_grad_(p.requires_grad) for n, p in parameters.items()}
 
 
 class _Flight:
@@ -211,14 +245,16 @@ class _Flight:
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, flight: _Flight, inputs: Inputs, binding: str, *learned: Tensor
+        ctx: Any, flight: _Flight, inputs: Inputs, binding: str, *tensors: Tensor
     ) -> Tensor:
+        """`tensors` are the learned inputs, then the trained parameters."""
         graph = flight.graph
         assert graph is not None
         load(inputs, graph.inputs)
         graph.forward.replay()
         ctx.flight, ctx.binding = flight, binding
         ctx.used = [len(inputs[name].values) for name in graph.learned]
+        ctx.save_for_backward(*tensors[len(ctx.used) :])
         return graph.output.clone()
 
     @staticmethod
@@ -229,6 +265,12 @@ class _Replay(torch.autograd.Function):
                 f"a captured pass has one backward only: with {ctx.binding} = False "
                 "retain_graph=True works"
             )
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"gradients of a captured pass have no gradient: bind {ctx.binding} = False for "
+                "create_graph=True"
+            )
+        _ = ctx.saved_tensors  # raises if one was changed in place since the forward
         graph.grad.copy_(grad)
         graph.backward.replay()
         fronts = [None if g is None else g[:n] for g, n in zip(graph.grads, ctx.used, strict=False)]
@@ -242,7 +284,7 @@ class _Replay(torch.autograd.Function):
 
 
 @functools.cache
-def _say(message: str) -> None:
+def say_once(message: str) -> None:
     """Log it once in this process."""
     logger.info(message)
 

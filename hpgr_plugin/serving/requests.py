@@ -15,7 +15,7 @@ from hpgr_plugin.data.log import offsets_of
 from hpgr_plugin.data.requests import RequestSettings
 from hpgr_plugin.serving.vocabulary import UNKNOWN, RequestError, Vocabulary
 
-_FEW = 2**62
+_NO_BOUND = 2**62
 _LATEST = 2**52
 
 
@@ -97,7 +97,7 @@ def encode(
     times = history_times(request.history_times, len(items))
     actions = np.zeros(len(items), np.int64)
     if request.history_actions is not None:
-        _check_length(request.history_actions, "history.actions", len(items))
+        check_length(request.history_actions, "history.actions", len(items))
         actions = vocabulary.actions(request.history_actions, "history.actions")
     elif use_actions and len(items):
         raise RequestError("history.actions", "is missing: the model was trained with actions")
@@ -163,7 +163,7 @@ def _kept(
     items: np.ndarray, times: np.ndarray, shown_at: np.ndarray, settings: RequestSettings
 ) -> np.ndarray:
     """Places of the history that the model reads: known, before the candidates, the most recent."""
-    bound = _FEW
+    bound = _NO_BOUND
     if len(shown_at):
         bound = int(shown_at.min() if settings.history == "request" else shown_at.max())
     places = np.flatnonzero((items != UNKNOWN) & (times < bound))
@@ -172,7 +172,7 @@ def _kept(
 
 def _times(values: Sequence[Any], name: str, length: int) -> np.ndarray:
     """int64 seconds."""
-    _check_length(values, name, length)
+    check_length(values, name, length)
     if set(map(type, values)) <= {int}:
         with suppress(OverflowError):
             times = np.asarray(values, dtype=np.int64)
@@ -186,6 +186,11 @@ def _times(values: Sequence[Any], name: str, length: int) -> np.ndarray:
     return np.asarray(values, dtype=np.int64)
 
 
-def _check_length(values: Sequence[Any], name: str, length: int) -> None:
+def check_length(values: Sequence[Any], name: str, length: int) -> None:
+    """One value for each of `length` items.
+
+    Raises:
+        RequestError: more or fewer.
+    """
     if len(values) != length:
         raise RequestError(name, f"takes one for each of the {length} items, got {len(values)}")

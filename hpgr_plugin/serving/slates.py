@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hpgr_plugin.hosts.embedded.slates.generator import History, Slate, SlateGenerator
-from hpgr_plugin.serving.requests import history_times
+from hpgr_plugin.serving.requests import check_length, history_times
 from hpgr_plugin.serving.vocabulary import RequestError
 
 MODEL_FILE = "slates.safetensors"
@@ -83,9 +83,7 @@ class SlateServer:
         return History(items, seconds.tolist(), actions)
 
     def _check_actions(self, actions: Sequence[Any], length: int) -> None:
-        if len(actions) != length:
-            problem = f"takes one for each of the {length} items, got {len(actions)}"
-            raise RequestError("history.actions", problem)
+        check_length(actions, "history.actions", length)
         most = self.generator.model.settings["num_actions"] - 1
         for place, action in enumerate(actions):
             if type(action) is not int or not 0 <= action <= most:

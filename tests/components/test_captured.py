@@ -1,12 +1,23 @@
 """Padded copies of inputs, and a function as CUDA graphs against the function itself."""
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.components.captured import CapturedFunction, PaddedInput, load, padded_size
+from hpgr_plugin.components.captured import (
+    CapturedFunction,
+    PaddedInput,
+    _Flight,
+    _Replay,
+    forms,
+    load,
+    memory_of,
+    padded_size,
+)
 
 WIDTH = 32
 GPU = [
@@ -36,6 +47,102 @@ def test_what_the_last_inputs_left_is_filled() -> None:
     load(given, targets)
     assert torch.equal(targets["a"][:, 0], torch.tensor([1.0, 1, 0, 0, 0, 0]))
     assert torch.equal(targets["b"][:, 0], torch.tensor([1.0, 1, 1, 1, 5, 5]))
+
+
+def cpu_graph(weight: Tensor, rows: Tensor) -> Any:
+    """What a graph of `rows * weight` holds, with its launches done by the CPU."""
+    graph = SimpleNamespace(
+        inputs={"rows": torch.zeros_like(rows)},
+        learned=["rows"],
+        output=torch.zeros_like(rows),
+        grad=torch.zeros_like(rows),
+        grads=(torch.zeros_like(rows), torch.zeros_like(weight)),
+    )
+
+    def forward() -> None:
+        graph.output.copy_(graph.inputs["rows"] * weight)
+
+    def backward() -> None:
+        graph.grads[0].copy_(graph.grad * weight)
+        graph.grads[1].copy_((graph.grad * graph.inputs["rows"]).sum(0))
+
+    graph.forward, graph.backward = (
+        SimpleNamespace(replay=forward),
+        SimpleNamespace(replay=backward),
+    )
+    return graph
+
+
+class TestReplay:
+    @staticmethod
+    def tensors() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        return torch.randn(4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+
+    @staticmethod
+    def replay(weight: Tensor, rows: Tensor) -> Tensor:
+        inputs = {"rows": PaddedInput(rows, len(rows))}
+        flight = _Flight(cpu_graph(weight.detach(), rows.detach()))
+        output: Tensor = _Replay.apply(flight, inputs, "the binding", rows, weight)
+        return output
+
+    def test_gradients_reach_inputs_and_parameters(self) -> None:
+        weight, rows = self.tensors()
+        got = torch.autograd.grad(self.replay(weight, rows).square().sum(), [rows, weight])
+        wanted = torch.autograd.grad((rows * weight).square().sum(), [rows, weight])
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_a_parameter_changed_before_the_backward_is_an_error(self) -> None:
+        weight, rows = self.tensors()
+        output = self.replay(weight, rows)
+        with torch.no_grad():
+            weight.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+    def test_second_derivatives_are_refused(self) -> None:
+        weight, rows = self.tensors()
+        output = self.replay(weight, rows)
+        with pytest.raises(RuntimeError, match="the binding = False for create_graph=True"):
+            torch.autograd.grad(output.square().sum(), rows, create_graph=True)
+
+    def test_a_second_backward_is_refused(self) -> None:
+        output = self.replay(*self.tensors())
+        output.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="one backward only: with the binding = False"):
+            output.sum().backward()
+
+
+def test_the_key_of_a_graph_knows_widths_and_what_needs_a_gradient() -> None:
+    rows, weight = torch.zeros(3, 4), torch.zeros(4, requires_grad=True)
+    inputs = {"rows": PaddedInput(rows, 16)}
+    key = forms(inputs, {"weight": weight})
+    assert forms({"rows": PaddedInput(rows[:2], 16)}, {"weight": weight}) == key
+    assert forms({"rows": PaddedInput(rows[:, :2], 16)}, {"weight": weight}) != key
+    assert forms({"rows": PaddedInput(rows.double(), 16)}, {"weight": weight}) != key
+    assert forms({"rows": PaddedInput(rows.requires_grad_(), 16)}, {"weight": weight}) != key
+    assert forms(inputs, {"weight": weight.detach()}) != key
+
+
+def test_memory_of_frozen_parameters_and_buffers_counts() -> None:
+    tensors = {"frozen": torch.zeros(4), "buffer": torch.zeros(2)}
+    before = memory_of(tensors)
+    tensors["buffer"].add_(1)  # in place
+    assert memory_of(tensors) == before
+    for name in tensors:
+        assert memory_of({**tensors, name: torch.zeros_like(tensors[name])}) != before
+
+
+@pytest.mark.parametrize("kind", ["nothing to learn", "not a leaf", "no_grad"])
+def test_what_has_no_gradient_of_its_own_is_not_captured(kind: str) -> None:
+    weight = torch.zeros(4, requires_grad=kind != "nothing to learn")
+    if kind == "not a leaf":
+        weight = weight * 2
+    with torch.set_grad_enabled(kind != "no_grad"):
+        captured = CapturedFunction("binding")
+        inputs = {"rows": PaddedInput(torch.zeros(3, 4), 16)}
+        assert captured.run(lambda *_: torch.zeros(0), inputs, {"weight": weight}, "key") is None
 
 
 class TestGraphs:

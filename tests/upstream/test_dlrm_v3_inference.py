@@ -23,14 +23,17 @@ HOOKS = {
 }
 
 
-def model_of(kind: str, *, is_inference: bool, **arguments: Any) -> Any:
+def model_of(kind: str, *, is_inference: bool, own_session: bool = False, **arguments: Any) -> Any:
     torch.manual_seed(0)
+    sem = SessionEnhancementModule(
+        embedding_dim=TABLE_DIM, num_heads=2, own_session=own_session, gate_init=0.5
+    )
     model = DlrmHSTU(
         small_config(),
         small_tables(),
         is_inference=is_inference,
         bf16_training=False,
-        sem=SessionEnhancementModule(embedding_dim=TABLE_DIM, num_heads=2),
+        sem=sem,
         positional_encoder=TimeAwarePositionalEncoder(embedding_dim=WIDTH, max_positions=64),
         attention_hook=HOOKS[kind](),
         **arguments,

@@ -369,8 +369,9 @@ def test_slots_are_gin_parameters() -> None:
             {"positional_encoder": TimeAwarePositionalEncoder(embedding_dim=24, form="relative")},
             "positional_encoder takes .*form = 'absolute'",
         ),
-        ({"model_config": {"layers": 3}}, "'layers'"),
-        ({"table_config": {"movies": {}}}, "'movies'"),
+        ({"model_config": {"layers": 3}}, "hpgr.DlrmHSTU.model_config sets 'layers'"),
+        ({"table_config": {"movies": {}}}, r"hpgr.DlrmHSTU.table_config names table 'movies'"),
+        ({"time_unit": "min"}, "hpgr.DlrmHSTU.time_unit must be one of s, ms, got 'min'"),
         ({"attention_hook": everything(table="frozen")}, "needs pretrained"),
     ],
 )

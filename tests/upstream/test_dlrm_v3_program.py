@@ -55,12 +55,17 @@ def compare(program: Callable[..., Any], model: Any, inputs: Callable[..., Any])
     torch.testing.assert_close(program(*inputs(*data)), model(*data)[3], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [*HOOKS, *MORE])
+CASES = [*((kind, False) for kind in [*HOOKS, *MORE]), ("per_candidate", True), ("none", True)]
+
+
+@pytest.mark.parametrize(("kind", "own_session"), CASES)
 @torch.no_grad()
-def test_the_dense_part_as_a_program(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dense_part_as_a_program(
+    kind: str, own_session: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, hook in MORE.items():
         monkeypatch.setitem(HOOKS, name, hook)
-    model = model_of(kind, is_inference=True)
+    model = model_of(kind, is_inference=True, own_session=own_session)
 
     def inputs(*data: Any) -> DenseInputs:
         return DenseInputs.of(model.preprocess(*data))

@@ -16,6 +16,7 @@ from generative_recommenders.common import HammerKernel
 from generative_recommenders.modules.stu import STULayer, STUStack
 from torch import Tensor, nn
 
+from hpgr_plugin.components.capture_checks import has_hooks
 from hpgr_plugin.components.hstu_stack import read_histories, read_sequences
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3.attention import (
@@ -43,7 +44,6 @@ _OPTIONS: dict[str, tuple[object, str]] = {
     "_target_aware": (True, "candidates that see each other (target_aware=False)"),
 }
 _EQUAL = ("_num_heads", "_attention_dim", "_hidden_dim", "_attn_alpha", "_output_dropout_ratio")
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _RECOMPUTE = ("_recompute_normed_x", "_recompute_uvqk", "_recompute_y")
 # Below so many rows what is kept for the backward is little, and launches are what costs.
 _MANY_ROWS = 1 << 14
@@ -163,10 +163,12 @@ def unsupported_option(stack: Any) -> str | None:
     """The first option of the host's layers that the kernels do not have, or None."""
     if type(stack) is not STUStack or not len(stack._stu_layers):
         return f"a {type(stack).__name__} in place of a stack of layers"
+    if has_hooks(stack):
+        return "hooks on the stack of layers"
     for layer in stack._stu_layers:
         if type(layer) not in (STULayer, PreferenceSTULayer):
             return f"layers of class {type(layer).__name__}"
-        if any(getattr(layer, name) for name in _HOOKS):
+        if has_hooks(layer):
             return "hooks on a layer"
         for name, (supported, otherwise) in _OPTIONS.items():
             if getattr(layer, name) != supported:

@@ -40,6 +40,7 @@ from hpgr_plugin.transfer.learning_rates import check_lr_ratio, mark_inherited
 
 _NAME = "hpgr.DlrmHSTU"
 _WHY_CAUSAL = f"{_NAME}.hide_future is True: a history may reach past a candidate's time"
+_TICKS_PER_SECOND = {"s": 1, "ms": 1000}
 _CHECKPOINT_PATHS = ("load_dmp_checkpoint.path", "load_nonsparse_checkpoint.path")
 _MIN_LENGTHS = "_contextual_feature_to_min_uih_length"  # an attribute of the host's preprocessor
 
@@ -75,7 +76,7 @@ class DlrmHSTU(host.DlrmHSTU):
             changes the attention or the positions, else "host"; the log says once which.
         capture: Whether training steps over short sequences, one per candidate, replay the
             transducer from CUDA graphs where its layers are fused. It saves launches, and takes
-            memory for every size of a batch.
+            memory for every size of a batch. The log says once what keeps passes from it.
         model_config: Fields of the host's `DlrmHSTUConfig` to set, by name.
         table_config: Fields of an embedding table's `EmbeddingConfig` to set, by table and name.
             As with `model_config`, the objects handed in are changed, because the host's data
@@ -83,8 +84,8 @@ class DlrmHSTU(host.DlrmHSTU):
 
     Raises:
         SlotError: A slot holds something else, or a component of another width.
-        HpgrError: A SEM with `causal=False` although `hide_future` is True.
-        ValueError: An unknown field or table.
+        HpgrError: A SEM with `causal=False` although `hide_future` is True, or a choice, field or
+            table that does not exist.
     """
 
     def __init__(
@@ -108,8 +109,8 @@ class DlrmHSTU(host.DlrmHSTU):
         model_config: Mapping[str, Any] | None = None,
         table_config: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        set_fields("model_config", hstu_configs, model_config or {})
-        set_table_fields(embedding_tables, table_config or {})
+        set_fields(f"{_NAME}.model_config", hstu_configs, model_config or {})
+        set_table_fields(f"{_NAME}.table_config", embedding_tables, table_config or {})
         check_slot(_NAME, "sem", sem, SessionEnhancementModule)
         check_slot(_NAME, "positional_encoder", positional_encoder, TimeAwarePositionalEncoder)
         check_slot(_NAME, "attention_hook", attention_hook, AttentionHook)
@@ -117,6 +118,8 @@ class DlrmHSTU(host.DlrmHSTU):
         check_lr_ratio(inherited_lr_ratio)
         if layers is not None:
             check_choice(get_args(Layers), **{f"{_NAME}.layers": layers})
+        if time_unit is not None:
+            check_choice(tuple(_TICKS_PER_SECOND), **{f"{_NAME}.time_unit": time_unit})
         hooked = attention_hook is not None or positional_encoder is not None
         with _classes_of_this_model(hooked or layers == "fused"):
             super().__init__(
@@ -132,7 +135,7 @@ class DlrmHSTU(host.DlrmHSTU):
             hide_future = positional_encoder is None or positional_encoder.hide_future
         self._hide_future = hide_future
         self._masks_future = hide_future and hooked
-        self._ticks_per_second = {"s": 1, "ms": 1000}[time_unit or _unit_of_the_host_reader()]
+        self._ticks_per_second = _TICKS_PER_SECOND[time_unit or _unit_of_the_host_reader()]
         self._check_times = TimesCheck(
             self.features,
             owner=_NAME,

@@ -10,6 +10,7 @@ from generative_recommenders.modules.hstu_transducer import HSTUTransducer
 from generative_recommenders.modules.preprocessors import InputPreprocessor
 from torch import Tensor
 
+from hpgr_plugin.components.capture_checks import has_hooks
 from hpgr_plugin.components.sem import SessionContext, SessionEnhancementModule
 from hpgr_plugin.hosts.dlrm_v3.attention import (
     CandidateRows,
@@ -132,29 +133,26 @@ class PreferenceTransducer(HSTUTransducer):
 
     def run_request(self, call: dict[str, Any], request: Request) -> Tensor:
         """Candidates `[C, D]` of these arguments of `forward` and their request."""
-        before = self._request
-        try:
-            with self.requested(request):
-                candidates: Tensor = super().forward(**call)[0]
-        finally:
-            self._request = before
+        with self.requested(request):
+            candidates: Tensor = super().forward(**call)[0]
         return candidates
 
     @contextlib.contextmanager
     def requested(self, request: Request) -> Iterator[None]:
-        """Forward passes inside follow `request`."""
-        preprocessor = self._input_preprocessor
-        self._request = request
+        """Forward passes inside follow `request`, those after it the one before."""
+        before = self._request
         try:
-            set_places(self._positional_encoder, request.places)
-            if isinstance(preprocessor, SessionPreprocessor):
-                preprocessor.context = request.context
+            self._follow(request)
             yield
         finally:
-            self._request = None
-            set_places(self._positional_encoder, None)
-            if isinstance(preprocessor, SessionPreprocessor):
-                preprocessor.context = None
+            self._follow(before)
+
+    def _follow(self, request: Request | None) -> None:
+        preprocessor = self._input_preprocessor
+        self._request = request
+        set_places(self._positional_encoder, None if request is None else request.places)
+        if isinstance(preprocessor, SessionPreprocessor):
+            preprocessor.context = None if request is None else request.context
 
     @contextlib.contextmanager
     def attending(self, step: StepAttention) -> Iterator[None]:
@@ -193,10 +191,10 @@ class PreferenceTransducer(HSTUTransducer):
         return layers[-1].read_candidates(x, sequences, step)
 
     def _own_layers(self) -> list[PreferenceSTULayer] | None:
-        """The layers in their order, if they are this package's and nothing wraps them."""
+        """The layers in their order, if they are this package's and nothing wraps or hooks them."""
         layers = list(getattr(self._stu_module, "_stu_layers", ()))
         own = layers and all(isinstance(layer, PreferenceSTULayer) for layer in layers)
-        return layers if own else None
+        return layers if own and not any(map(has_hooks, (self._stu_module, *layers))) else None
 
     def _inner_layers(
         self, module: Any, x: Tensor, sequences: RowSequences, step: StepAttention

@@ -20,7 +20,7 @@ from hpgr_plugin.ops.preference_plan import PreferencePlan, count_earlier, plan_
 
 _SEM_SETTINGS = (
     *("embedding_dim", "num_heads", "num_layers", "gap_seconds", "pooling", "fusion", "causal"),
-    *("max_session_length", "max_sessions"),
+    *("own_session", "max_session_length", "max_sessions"),
 )
 
 
@@ -238,28 +238,36 @@ def _context_module(settings: str) -> _Context:
 @torch.library.custom_op("hpgr::session_context", mutates_args=())
 def _context(
     embeddings: Tensor, offsets: Tensor, times: Tensor, weights: list[Tensor], settings: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     module = _context_module(settings)
     names = [name for name, _ in module.named_parameters()]
     given = dict(zip(names, weights, strict=True))
     context = torch.func.functional_call(module, given, (embeddings, offsets, times))
-    return context.summary.clone(), context.session_offsets.clone()
+    own = context.summary[:0] if context.own is None else context.own
+    return context.summary.clone(), context.session_offsets.clone(), own.clone()
 
 
 @_context.register_fake
 def _(
     embeddings: Tensor, offsets: Tensor, times: Tensor, weights: list[Tensor], settings: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     sessions = torch.library.get_ctx().new_dynamic_size()
     summary = embeddings.new_empty(sessions, embeddings.shape[1], dtype=weights[0].dtype)
-    return summary, times.new_empty(sessions + 1, dtype=torch.int64)
+    tokens = embeddings.shape[0] if json.loads(settings)["own_session"] else 0
+    own = summary.new_empty(tokens, embeddings.shape[1])
+    return summary, times.new_empty(sessions + 1, dtype=torch.int64), own
 
 
 def traced_context(
-    sem: SessionEnhancementModule, embeddings: Tensor, offsets: Tensor, timestamps: Tensor
+    sem: SessionEnhancementModule,
+    embeddings: Tensor,
+    offsets: Tensor,
+    timestamps: Tensor,
+    *,
+    plan: None = None,
 ) -> SessionContext:
-    """`SessionEnhancementModule.context` as one node."""
+    """`SessionEnhancementModule.context` as one node, which makes its plan itself."""
     settings = json.dumps({name: getattr(sem, name) for name in _SEM_SETTINGS})
-    return SessionContext(
-        *_context(embeddings, offsets, timestamps, list(sem.parameters()), settings)
-    )
+    weights = list(sem.parameters())
+    summary, session_offsets, own = _context(embeddings, offsets, timestamps, weights, settings)
+    return SessionContext(summary, session_offsets, own if sem.own_session else None)

@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.components.captured import CapturedFunction, PaddedInput, padded_size
+from hpgr_plugin.components.capture_checks import settings, why_module_not_captured
+from hpgr_plugin.components.captured import CapturedFunction, PaddedInput, padded_size, say_once
 from hpgr_plugin.components.sem import SessionContext
 from hpgr_plugin.hosts.dlrm_v3.features import CANDIDATE_IDS, HISTORY_IDS, Features
 from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
+from hpgr_plugin.hosts.requirements import HOST_PACKAGE
 from hpgr_plugin.ops.compact.parts import joined_parts
+from hpgr_plugin.ops.dispatch import backend_choices
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 
 _MOST_ROWS = 1 << 17  # beyond, launches cost less than the work
@@ -25,6 +28,7 @@ _FULL_LENGTH = 1024  # n of 1/n inside a padded pass: the real one is a factor o
 _PAYLOAD = "payload "  # in front of the names of the host's payloads
 # Payloads that the padded pass makes, or that only the plan reads.
 _MADE = ("uih_offsets", "candidate_offsets", HISTORY_IDS, CANDIDATE_IDS)
+_KNOWN_CODE = (f"{HOST_PACKAGE}.", "hpgr_plugin.")
 
 
 class PaddedSizes(NamedTuple):
@@ -125,7 +129,7 @@ class PaddedPass:
         for name, values in call["seq_payloads"].items():
             if name not in _MADE:
                 self.inputs[_PAYLOAD + name] = self._padded_payload(name, values)
-        self.key = self.bounds, sizes, request.by_user
+        self.key = self.bounds, sizes, request.by_user, tuple(self._dtypes.values())
 
     def arguments(self, copies: dict[str, Tensor]) -> tuple[dict[str, Any], Request]:
         """The transducer's arguments and request, of the padded copies of `inputs`."""
@@ -152,7 +156,8 @@ class PaddedPass:
         context = None
         if "context.summary" in copies:
             offsets = copies["context.session_offsets"]
-            context = SessionContext(copies["context.summary"], offsets)
+            own = copies.get("context.own")
+            context = SessionContext(copies["context.summary"], offsets, own)
         padded = replace(
             request,
             parts=parts,
@@ -207,12 +212,15 @@ class PaddedPass:
     def _padded_context(self, context: SessionContext) -> dict[str, PaddedInput]:
         """SEM's summaries; the first session of the padding owns all of its tokens."""
         count = padded_size(len(context.summary) + 1)
-        return {
+        padded = {
             "context.summary": PaddedInput(context.summary, count),
             "context.session_offsets": PaddedInput(
                 context.session_offsets, count + 1, self.sizes.history
             ),
         }
+        if context.own is not None:
+            padded["context.own"] = PaddedInput(context.own, self.sizes.history)
+        return padded
 
     def _padded_payload(self, name: str, values: Tensor) -> PaddedInput:
         """Contextual features have no rows for the users of the padding."""
@@ -273,6 +281,7 @@ class CapturedPasses:
 
     def __init__(self, features: Features, *, binding: str) -> None:
         self._features = features
+        self._binding = binding
         self._function = CapturedFunction(binding)
 
     def run(self, transducer: Any, call: dict[str, Any], request: Request) -> Tensor | None:
@@ -286,17 +295,20 @@ class CapturedPasses:
         rows = request.parts.total_rows
         if not (transducer.training and can_pad(request) and 0 < rows <= _MOST_ROWS):
             return None
-        padded = PaddedPass(call, request, self._features)
+        if reason := why_module_not_captured(transducer, _KNOWN_CODE):
+            say_once(f"{self._binding} = True has no effect: {reason}")
+            return None
+        padded, requests = PaddedPass(call, request, self._features), _Requests(transducer)
 
         def run_padded(copies: dict[str, Tensor], parameters: dict[str, Tensor]) -> Tensor:
             candidates: Tensor = torch.func.functional_call(
-                _Requests(transducer), parameters, padded.arguments(copies)
+                requests, parameters, padded.arguments(copies)
             )
             return candidates
 
-        named = _Requests(transducer).named_parameters()
-        parameters = {name: p for name, p in named if p.requires_grad}
-        output = self._function.run(run_padded, padded.inputs, parameters, padded.key)
+        parameters = {**dict(requests.named_parameters()), **dict(requests.named_buffers())}
+        key = padded.key, settings(transducer), tuple(backend_choices().items())
+        output = self._function.run(run_padded, padded.inputs, parameters, key)
         return None if output is None else output[: padded.num_candidates]
 
 

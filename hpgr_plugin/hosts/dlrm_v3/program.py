@@ -25,6 +25,8 @@ from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3 import opaque
 from hpgr_plugin.hosts.dlrm_v3.attention import PreferenceSTULayer
+from hpgr_plugin.hosts.dlrm_v3.checks import TimesCheck
+from hpgr_plugin.hosts.dlrm_v3.features import Features
 from hpgr_plugin.hosts.dlrm_v3.fused import FusedLayers
 from hpgr_plugin.hosts.dlrm_v3.model import DlrmHSTU
 from hpgr_plugin.hosts.seams import replaced
@@ -240,7 +242,8 @@ def _as_a_program() -> Iterator[None]:
         _sizes.patch(backed_size_oblivious=True),
         _one_node_each(),
         _symbolic_sizes(),
-        replaced(DlrmHSTU, _check_times=_nothing, _one_candidate_each=_not_known),
+        replaced(TimesCheck, __call__=_nothing),
+        replaced(Features, one_candidate_each=_not_known),
         replaced(FusedLayers, run=_nothing),
         replaced(PreferenceSTULayer, recomputes=_not_known),
         replaced(SessionEnhancementModule, context=opaque.traced_context),

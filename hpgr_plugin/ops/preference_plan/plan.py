@@ -75,7 +75,16 @@ class PlanSettings(NamedTuple):
 
 
 class PlanTimes(NamedTuple):
-    """The arguments of `count_earlier`, with both bounds."""
+    """The arguments of `count_earlier`, with both bounds.
+
+    Attributes:
+        history: `[T]` times, ascending in each history.
+        history_offsets: `[B + 1]`.
+        candidates: `[C]` times, in the same unit.
+        candidate_offsets: `[B + 1]`.
+        max_history: the most items of a user, or more.
+        max_candidates: the most candidates of a user, or more.
+    """
 
     history: Tensor
     history_offsets: Tensor
