@@ -15,7 +15,7 @@ from hpgr_plugin.components.item_features import ItemFeatures, gated
 from hpgr_plugin.components.sem import SessionEnhancementModule, SessionPlan
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
 from hpgr_plugin.components.sharded_table import RowShardedTable, Tables, build_sharded_table
-from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
+from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder, embedding
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.item_softmax import (
     MeanLoss,
@@ -274,8 +274,7 @@ class MaskedItemModel(nn.Module):
 
         self.item_table: nn.Embedding | RowShardedTable
         if tables == "dense":
-            self.item_table = nn.Embedding(num_items, embedding_dim)
-            nn.init.normal_(self.item_table.weight, std=INIT_STD)
+            self.item_table = embedding(num_items, embedding_dim)
         else:
             self.item_table = build_sharded_table(
                 tables, num_embeddings=num_items, embedding_dim=embedding_dim, std=INIT_STD
@@ -302,8 +301,7 @@ class MaskedItemModel(nn.Module):
             self.register_buffer("item_events", events.long(), persistent=False)
         self.action_table = None
         if condition_on_action:
-            self.action_table = nn.Embedding(num_actions or 0, embedding_dim)
-            nn.init.normal_(self.action_table.weight, std=INIT_STD)
+            self.action_table = embedding(num_actions or 0, embedding_dim)
         self.action_weights: Tensor | None
         weights = None if action_weights is None else torch.tensor(list(action_weights)).float()
         self.register_buffer("action_weights", weights, persistent=False)

@@ -25,7 +25,7 @@ def sharded_tables(model: nn.Module) -> dict[str, RowShardedTable]:
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel:
-    """The model under DDP, which leaves sharded tables alone."""
+    """The model under DDP, which does not touch sharded tables."""
     if tables := sharded_tables(model):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(tables))
     # A batch without history leaves some weights without a gradient.
