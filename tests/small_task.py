@@ -4,6 +4,7 @@ A `conftest.py` imports them and defines the fixture `small_run`: its config fil
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hpgr_plugin.cli import load_configs
 from hpgr_plugin.config.registry import build
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.train.distributed import Process
-from hpgr_plugin.hosts.embedded.train.trainer import TrainingRun
+from hpgr_plugin.hosts.embedded.train.trainer import Trainer, TrainingRun
 
 ONE_PROCESS = Process(rank=0, world_size=1, device=torch.device("cpu"))
 # Sizes and settings of two short stages.
@@ -54,6 +55,22 @@ def training(tmp_path: Path) -> Callable[..., TrainingRun]:
         return TrainingRun(seed, tmp_path / folder, ONE_PROCESS, **changes)
 
     return make
+
+
+@contextmanager
+def killed_at(number: int) -> Iterator[None]:
+    """A training inside of it is interrupted before its step of this number, counted from 0."""
+    step = Trainer._step
+
+    def killed(self: Trainer, *args: object) -> torch.Tensor:
+        if self.progress.step == number:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def config_files(*names: str) -> list[str]:

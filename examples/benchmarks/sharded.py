@@ -1,8 +1,8 @@
 """Training steps of stage 1 with a sharded item table, on one and two GPUs.
 
-The batch per GPU is the same, so two GPUs do twice the work of one (weak scaling): the ratio is the
-step time on one over that on two, 1 at best. A step is forward, backward, clipping and AdamW over
-this GPU's rows. Without a GPU a small size runs over gloo.
+The batch per GPU is the same, so two GPUs do twice the work of one (weak scaling): the efficiency
+is the step time on one over that on two, at best 1. A step is forward, backward, clipping and AdamW
+over this GPU's rows. Without a GPU a small size runs over gloo.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def run(*, quick: bool) -> None:
     found = {count: _measure(count, sizes) for count in counts}
     rows = []
     for number, size in enumerate(sizes):
-        alone = found[1][number].step_ms
+        on_one = found[1][number].step_ms
         for count in counts:
             got = found[count][number]
             rows.append(
@@ -78,7 +78,7 @@ def run(*, quick: bool) -> None:
                     "softmax": "all items" if size.full_softmax else "8192 sampled",
                     "GPUs" if gpus else "processes": count, "tokens per process": size.tokens,
                     "tables": got.routing, "step ms": got.step_ms,
-                    "of it AdamW ms": got.optimizer_ms, "1 / this": alone / got.step_ms,
+                    "of it AdamW ms": got.optimizer_ms, "efficiency": on_one / got.step_ms,
                     "tokens per s": count * size.tokens / got.step_ms * 1e3,
                     "peak GiB per GPU": got.peak_bytes / 2**30 if gpus else "",
                 }

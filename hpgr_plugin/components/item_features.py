@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.components.transformer import INIT_STD
+from hpgr_plugin.components.transformer import embedding
 
 
 class ItemFeatures(nn.Module):
@@ -24,9 +24,7 @@ class ItemFeatures(nn.Module):
         self.tables = nn.ModuleDict()
         for name in self.names:
             values = codes[name].long()
-            table = nn.Embedding(int(values.max()) + 1, embedding_dim)
-            nn.init.normal_(table.weight, std=INIT_STD)
-            self.tables[name] = table
+            self.tables[name] = embedding(int(values.max()) + 1, embedding_dim)
             self.register_buffer(f"codes_{name}", values, persistent=False)
 
     def forward(self, items: Tensor) -> Tensor:

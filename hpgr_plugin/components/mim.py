@@ -15,11 +15,12 @@ from hpgr_plugin.components.item_features import ItemFeatures, gated
 from hpgr_plugin.components.sem import SessionEnhancementModule, SessionPlan
 from hpgr_plugin.components.sessions import Sessions, partition_sessions
 from hpgr_plugin.components.sharded_table import RowShardedTable, Tables, build_sharded_table
-from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder
+from hpgr_plugin.components.transformer import INIT_STD, JaggedEncoder, embedding
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.ops.item_softmax import (
     MeanLoss,
     mean_cross_entropy,
+    sampled_cross_entropy,
     sampled_cross_entropy_of_rows,
     sharded_cross_entropy,
     total_weight,
@@ -150,7 +151,7 @@ class MaskedItemModel(nn.Module):
     """A bidirectional encoder that predicts masked items, with a softmax tied to the item table.
 
     Eq. 3: `L = - sum_{i masked} log P(h_i | unmasked)`, here as a mean. Stage 2 inherits
-    `item_table` and `sem`.
+    `item_table`, `sem` and `item_features`.
 
     Args:
         num_items: V, 2 or more.
@@ -273,8 +274,7 @@ class MaskedItemModel(nn.Module):
 
         self.item_table: nn.Embedding | RowShardedTable
         if tables == "dense":
-            self.item_table = nn.Embedding(num_items, embedding_dim)
-            nn.init.normal_(self.item_table.weight, std=INIT_STD)
+            self.item_table = embedding(num_items, embedding_dim)
         else:
             self.item_table = build_sharded_table(
                 tables, num_embeddings=num_items, embedding_dim=embedding_dim, std=INIT_STD
@@ -301,8 +301,7 @@ class MaskedItemModel(nn.Module):
             self.register_buffer("item_events", events.long(), persistent=False)
         self.action_table = None
         if condition_on_action:
-            self.action_table = nn.Embedding(num_actions or 0, embedding_dim)
-            nn.init.normal_(self.action_table.weight, std=INIT_STD)
+            self.action_table = embedding(num_actions or 0, embedding_dim)
         self.action_weights: Tensor | None
         weights = None if action_weights is None else torch.tensor(list(action_weights)).float()
         self.register_buffer("action_weights", weights, persistent=False)
@@ -528,16 +527,9 @@ class MaskedItemModel(nn.Module):
         bias = self.output_bias
         if draws is None:
             return mean_cross_entropy(hidden, table, targets, bias, weights)
-        negatives, log_proposal = self._negatives(draws)
-        scored = sampled_cross_entropy_of_rows(
-            hidden,
-            F.embedding(targets, table),
-            F.embedding(negatives, table),
-            targets,
-            negatives,
-            log_proposal,
-            None if bias is None else (bias[targets], bias[negatives]),
-        )
+        assert self.log_proposal is not None  # of a dense table, however negatives are drawn
+        negatives = self._negatives(draws)
+        scored = sampled_cross_entropy(hidden, table, targets, negatives, self.log_proposal, bias)
         losses = scored.losses if weights is None else scored.losses * weights
         return MeanLoss(losses.sum() / total_weight(len(targets), weights), scored.hits.sum())
 
@@ -552,7 +544,11 @@ class MaskedItemModel(nn.Module):
                 first_row=table.first_row,
                 num_items=self.num_items,
             )
-        negatives, log_proposal = self._negatives(draws)
+        negatives = self._negatives(draws)
+        if self.log_proposal is None:
+            log_proposal = torch.full_like(draws, -math.log(self.num_items))
+        else:
+            log_proposal = self.log_proposal[negatives]
         # One look-up, so that the processes exchange rows once.
         rows = table(torch.cat([targets, negatives]))
         target_rows, negative_rows = rows[: len(targets)], rows[len(targets) :]
@@ -561,14 +557,12 @@ class MaskedItemModel(nn.Module):
         )
         return MeanLoss(scored.losses.sum() / total_weight(len(targets), None), scored.hits.sum())
 
-    def _negatives(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Items `[K]` from uniform draws `[K]`, and the logarithm of their probabilities."""
-        if self.cumulative_proposal is None or self.log_proposal is None:
-            log_proposal = torch.full_like(draws, -math.log(self.num_items))
-            return (draws * self.num_items).long(), log_proposal
+    def _negatives(self, draws: Tensor) -> Tensor:
+        """Items `[K]` from uniform draws `[K]`; without a proposal, all are as likely."""
+        if self.cumulative_proposal is None:
+            return (draws * self.num_items).long()
         negatives = torch.searchsorted(self.cumulative_proposal, draws)
-        negatives = negatives.clamp(max=self.num_items - 1)
-        return negatives, self.log_proposal[negatives]
+        return negatives.clamp(max=self.num_items - 1)
 
 
 def _look_up(table: Tensor | RowShardedTable, items: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class SessionEnhancementModule(nn.Module):
             gate `[D]` starts at `gate_init`: at zero the module starts as the identity. `rms(h)`,
             the root mean square of the token (without gradient), keeps F on the scale of the item
             table, near 0.02 at the start, while the table grows.
-        gate_init: where the gates of `fusion = "gate"` start.
+        gate_init: where the gates of `fusion = "gate"` start; 0 with "add", which has none.
         own_session: also add, by the same fusion, what the intra-session encoder makes of the
             token's own session up to the token itself.
         session_tokens: also give each session but the first a token with the summary of the
@@ -179,6 +179,8 @@ class SessionEnhancementModule(nn.Module):
         check_at_least(1, max_session_length=max_session_length, max_sessions=max_sessions)
         check_at_least(0, gap_seconds=gap_seconds)
         check_finite(gate_init=gate_init)
+        if fusion == "add" and gate_init != 0.0:
+            raise HpgrError(f"gate_init must be 0 with fusion = 'add': no gate, got {gate_init}")
         if session_tokens and causal is False:
             raise HpgrError(
                 "session_tokens needs causal = True or None: a token says what happened before"

@@ -19,6 +19,13 @@ from hpgr_plugin.ops.session_pool import PoolWeights
 INIT_STD = 0.02  # of every weight and of the item table, so that both start at the same scale
 
 
+def embedding(num_rows: int, embedding_dim: int) -> nn.Embedding:
+    """A table on the scale of the item table."""
+    table = nn.Embedding(num_rows, embedding_dim)
+    nn.init.normal_(table.weight, std=INIT_STD)
+    return table
+
+
 class HeadWeights(NamedTuple):
     """Norm and projections of a layer by head, H heads of size d.
 

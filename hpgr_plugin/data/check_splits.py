@@ -73,7 +73,8 @@ def check_sequences(loader: SequenceLoader) -> None:
     history = int((prepared.is_history & (prepared.split == TRAIN)).sum())
     raise DataError(
         f"no training sequence among {history} history events of the train split: "
-        f"hpgr.SequenceLoader.min_length = {loader.min_length}; "
+        f"hpgr.SequenceLoader.min_length = {loader.min_length}, "
+        f"only_positive = {loader.only_positive}; "
         f"hpgr.prepare_data.history_events = {prepared.settings['history_events']!r}; "
         f"{_split_binding(prepared, SPLITS[TRAIN])}"
     )

@@ -44,6 +44,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         require(min_length >= 1, "SequenceLoader.min_length", "1 or more", min_length)
         self.prepared = prepared
         self.min_length = min_length
+        self.only_positive = only_positive
         in_train = prepared.is_history & (prepared.split == TRAIN)
         if users is not None:
             in_train &= users[prepared.log.event_users()]

@@ -1,4 +1,4 @@
-"""The hand-over from stage 1 to stage 2: the item table and the SEM weights, in safetensors."""
+"""The hand-over from stage 1 to stage 2: item table, SEM and item features, in safetensors."""
 
 from __future__ import annotations
 

@@ -97,9 +97,9 @@ def parameter_groups(
     groups: dict[str, list[nn.Parameter]] = {"inherited": [], "fresh": [], **{n: [] for n in held}}
     for name, parameter in parameters.items():
         if parameter.requires_grad:
-            owners = [group for group, n in held.items() if _covers(n, name)]
-            owners += ["inherited" for n in inherited if _covers(n, name)]
-            groups[[*owners, "fresh"][0]].append(parameter)
+            is_inherited = any(_covers(n, name) for n in inherited)
+            found = (group for group, n in held.items() if _covers(n, name))
+            groups[next(found, "inherited" if is_inherited else "fresh")].append(parameter)
     made: list[dict[str, Any]] = []
     for name, members in groups.items():
         if members:

@@ -308,6 +308,11 @@ def test_bad_arguments_are_named(argument, value):
         SessionEnhancementModule(**{"embedding_dim": D, argument: value})
 
 
+def test_without_a_gate_it_starts_nowhere():
+    with pytest.raises(ValueError, match="gate_init must be 0 with fusion = 'add'"):
+        SessionEnhancementModule(embedding_dim=D, fusion="add", gate_init=0.1)
+
+
 @pytest.mark.parametrize("required", [False, True])
 def test_the_host_decides_causal(required):
     embeddings, offsets, timestamps = histories()

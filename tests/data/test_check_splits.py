@@ -74,3 +74,12 @@ def test_no_candidate_at_all() -> None:
 def test_no_training_sequence() -> None:
     with pytest.raises(DataError, match=r"hpgr\.SequenceLoader\.min_length = 1000"):
         check_sequences(SequenceLoader(prepared=prepared(), min_length=1000))
+
+
+def test_no_positive_event_to_pre_train_on() -> None:
+    data = prepared()
+    data = dataclasses.replace(
+        data, log=dataclasses.replace(data.log, label=np.zeros_like(data.log.label))
+    )
+    with pytest.raises(DataError, match="only_positive = True"):
+        check_sequences(SequenceLoader(prepared=data, only_positive=True))

@@ -12,7 +12,12 @@ from torch.distributed.checkpoint import filesystem
 from hpgr_plugin.components.mim import MaskedItemModel
 from hpgr_plugin.hosts.embedded.train.checkpoint import CheckpointError
 from hpgr_plugin.hosts.embedded.train.distributed import Process
-from hpgr_plugin.hosts.embedded.train.run_directory import checkpoint_folders
+from hpgr_plugin.hosts.embedded.train.run_directory import (
+    RunIdentity,
+    checkpoint_folders,
+    next_checkpoint,
+    open_run,
+)
 from hpgr_plugin.hosts.embedded.train.sharded_checkpoint import ShardedCheckpoints
 
 V, D = 45, 16
@@ -125,6 +130,18 @@ def test_of_another_model_or_damaged(tmp_path: Path) -> None:
     (path / "state.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
         checkpoints.restore(path)
+
+
+def test_folders_of_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+    """Nor are they removed by a run that starts anew."""
+    for name in ("checkpoint-best", "checkpoint-9", "checkpoint-10", "checkpoint-11.5.tmp"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert next_checkpoint(tmp_path).name == "checkpoint-11"
+    process = Process(0, 1, torch.device("cpu"))
+    with open_run(tmp_path, RunIdentity({}, "0", [0], 1), overwrite=True, process=process) as state:
+        assert state == "new"
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-best"]
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_task import ONE_PROCESS, SMALL
+from small_task import ONE_PROCESS, SMALL, killed_at
 
 from hpgr_plugin.cli import load_configs, run_configured
 from hpgr_plugin.config.registry import ConfigError, build
@@ -182,24 +182,16 @@ def test_the_trainer_uses_the_weights(configure: Configure, training: Training) 
 
 
 def test_an_interrupted_training_of_several_tasks_continues(
-    configure: Configure, training: Training, monkeypatch: pytest.MonkeyPatch
+    configure: Configure, training: Training
 ) -> None:
     def train(folder: str, resume: bool = False) -> dict:
         task = configure(TASKS, "hpgr.FinetuneSettings.checkpoint_every = 2")
         metrics = finetune(task, build("FinetuneSettings"), training(folder, resume=resume))
         return {name: value for name, value in metrics.items() if "auc" in name}
 
-    whole, step = train("whole"), Trainer._step
-
-    def killed_at_step_5(self: Trainer, *args: object) -> torch.Tensor:
-        if self.progress.step == 5:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", killed_at_step_5)
-        with pytest.raises(KeyboardInterrupt):
-            train("killed")
+    whole = train("whole")
+    with killed_at(5):
+        train("killed")
     assert train("killed", resume=True) == whole
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import gin
 import pytest
 import torch
+from small_task import killed_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hpgr_plugin.config.registry import build
+from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.ablation import run_ablation
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
@@ -59,7 +60,6 @@ def test_resuming_gives_the_same_numbers(
     training: Training,
     tmp_path: Path,
     row: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def train(folder: str, resume: bool = False) -> dict:
         task = configure(
@@ -72,17 +72,8 @@ def test_resuming_gives_the_same_numbers(
             return without_costs(finetune(task, build("FinetuneSettings"), run))
 
     whole = train("whole")
-    step = Trainer._step
-
-    def killed_at_step_10(self: Trainer, *args: object) -> torch.Tensor:
-        if self.progress.step == 10:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", killed_at_step_10)
-        with pytest.raises(KeyboardInterrupt):
-            train("killed")
+    with killed_at(10):
+        train("killed")
     assert train("killed", resume=True) == whole
     weights = [
         load_checkpoint(tmp_path / name / "checkpoint.pt", torch.device("cpu"))["model"]
@@ -92,7 +83,7 @@ def test_resuming_gives_the_same_numbers(
 
 
 def test_resuming_stage_1_inside_an_epoch_gives_the_same_numbers(
-    configure: Configure, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configure: Configure, training: Training, tmp_path: Path
 ) -> None:
     """Masks belong to a step, wherever the batches before it were planned."""
 
@@ -103,17 +94,8 @@ def test_resuming_stage_1_inside_an_epoch_gives_the_same_numbers(
             return without_costs(pretrain(task, build("PretrainSettings"), run).metrics)
 
     whole = train("whole")
-    step = Trainer._step
-
-    def killed_at_step_4(self: Trainer, *args: object) -> torch.Tensor:
-        if self.progress.step == 4:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", killed_at_step_4)
-        with pytest.raises(KeyboardInterrupt):
-            train("killed")
+    with killed_at(4):
+        train("killed")
     assert train("killed", resume=True) == whole
     shown = EventAccumulator(str(tmp_path / "whole" / "tb"))
     shown.Reload()
@@ -182,6 +164,44 @@ def test_a_pre_trained_sem_is_frozen_for_its_first_epochs(
     for epoch, weights in seen:
         same = [torch.equal(a, b) for a, b in zip(start, weights, strict=True)]
         assert all(same) if epoch == 0 else not any(same)
+
+
+@pytest.mark.parametrize("step", [3, 9], ids=["frozen", "trained"])
+def test_resuming_with_a_frozen_sem_gives_the_same_numbers(
+    configure: Configure, training: Training, step: int
+) -> None:
+    """Killed in the epoch in which SEM is frozen, and in the one after."""
+    task = configure(
+        "hpgr.SessionEnhancementModule.gate_init = 0.1",
+        "hpgr.FinetuneSettings.frozen_sem_epochs = 1",
+        "hpgr.FinetuneSettings.checkpoint_every = 2",
+    )
+    with gin.config_scope("mim_sem"):
+        stage1 = pretrain(task, build("PretrainSettings"), training("1"))
+
+    def train(folder: str, resume: bool = False) -> dict:
+        with gin.config_scope("sem"):
+            settings, run = build("FinetuneSettings"), training(folder, resume=resume)
+            return without_costs(finetune(task, settings, run, pretrained=stage1.handoff))
+
+    whole = train("whole")
+    first, second, _ = (row["step"] for row in whole["history"])
+    assert 3 < first < 9 < second
+    with killed_at(step):
+        train("killed")
+    assert train("killed", resume=True) == whole
+
+
+@pytest.mark.parametrize("row", ["hstu", "sem"])
+def test_without_a_pre_trained_sem_none_can_be_frozen(
+    configure: Configure, training: Training, row: str
+) -> None:
+    task = configure("hpgr.FinetuneSettings.frozen_sem_epochs = 1")
+    words = (
+        r"^hpgr\.FinetuneSettings\.frozen_sem_epochs = 1 takes a pre-trained hpgr\.HSTURanker\.sem"
+    )
+    with gin.config_scope(row), pytest.raises(ConfigError, match=words):
+        finetune(task, build("FinetuneSettings"), training())
 
 
 def test_stage_2_starts_from_stage_1(configure: Configure, training: Training) -> None:

@@ -7,12 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-
-def embedding(num_values: int, embedding_dim: int) -> nn.Embedding:
-    """A table on the scale of the item table."""
-    table = nn.Embedding(num_values, embedding_dim)
-    nn.init.normal_(table.weight, std=0.02)
-    return table
+from hpgr_plugin.components.transformer import embedding
 
 
 class UserFeatureTokens(nn.Module):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from hpgr_plugin.components.checks import check_at_least
 from hpgr_plugin.components.item_features import gated
+from hpgr_plugin.components.transformer import embedding
 from hpgr_plugin.errors import HpgrError
-from hpgr_plugin.hosts.embedded.model.features import embedding
 from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hpgr_plugin.components.checks import check_at_least
+from hpgr_plugin.components.transformer import embedding
 from hpgr_plugin.data.batch import Batch
-from hpgr_plugin.hosts.embedded.model.features import embedding
 from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex
 
 _HOUR, _DAY = 3600, 86400

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of `value` over all processes."""
-    if dist.is_initialized():
-        value = value.clone()
-        dist.all_reduce(value)
-    return value
 
 
 def gather_arrays(arrays: list[np.ndarray]) -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,24 +19,22 @@ from hpgr_plugin.hosts.embedded.train.distributed import Process, broadcast
 
 RECORD = "run.json"
 CHECKPOINT = "checkpoint.pt"
-_FOLDER_PREFIX = "checkpoint-"  # of a sharded training
+_FOLDER = re.compile(r"checkpoint-(\d+)")  # of a sharded training
 State = Literal["new", "unfinished", "finished"]
 
 
 def checkpoint_folders(directory: Path) -> list[Path]:
     """The complete checkpoints of a sharded training, the oldest first."""
-    found = [path for path in directory.glob(f"{_FOLDER_PREFIX}*") if path.suffix != ".tmp"]
-    return sorted(found, key=_number)
+    found = {path: _FOLDER.fullmatch(path.name) for path in directory.glob("checkpoint-*")}
+    numbers = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(numbers, key=numbers.__getitem__)
 
 
 def next_checkpoint(directory: Path) -> Path:
     """The folder that comes after the complete checkpoints."""
     found = checkpoint_folders(directory)
-    return directory / f"{_FOLDER_PREFIX}{_number(found[-1]) + 1 if found else 1}"
-
-
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix(_FOLDER_PREFIX))
+    last = int(found[-1].name.removeprefix("checkpoint-")) if found else 0
+    return directory / f"checkpoint-{last + 1}"
 
 
 class RunError(HpgrError):
@@ -131,7 +130,8 @@ def check_trained_with(directory: Path, identity: RunIdentity) -> None:
 def _enter(directory: Path, identity: RunIdentity, overwrite: bool) -> State:
     remove_temporary_files(directory)
     state: State = "new"
-    checkpoints = [*directory.rglob(CHECKPOINT), *directory.rglob(f"{_FOLDER_PREFIX}*")]
+    folders = [path for path in directory.rglob("checkpoint-*") if _FOLDER.fullmatch(path.name)]
+    checkpoints = [*directory.rglob(CHECKPOINT), *folders]
     if overwrite:
         for path in checkpoints:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpgr_plugin.components.sharded_table import RowShardedTable
-from hpgr_plugin.hosts.embedded.train.distributed import sum_over_ranks
+from hpgr_plugin.ops.collectives import sum_over_processes
 
 _ROWS_PER_BLOCK = 1 << 16
 
@@ -25,7 +25,7 @@ def sharded_tables(model: nn.Module) -> dict[str, RowShardedTable]:
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel:
-    """The model under DDP, which leaves sharded tables alone."""
+    """The model under DDP, which does not touch sharded tables."""
     if tables := sharded_tables(model):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(tables))
     # A batch without history leaves some weights without a gradient.
@@ -42,7 +42,7 @@ def clip_gradients(model: nn.Module, largest_norm: float) -> None:
     dense = nn.utils.get_total_norm([grad for name, grad in grads.items() if name not in tables])
     shards = nn.utils.get_total_norm([grad for name, grad in grads.items() if name in tables])
     device = next(iter(tables.values())).weight.device
-    norm = (dense.to(device).square() + sum_over_ranks(shards.to(device).square())).sqrt()
+    norm = (dense.to(device).square() + sum_over_processes(shards.to(device).square())).sqrt()
     nn.utils.clip_grads_with_norm_(model.parameters(), largest_norm, norm)
 
 

@@ -58,7 +58,8 @@ class FinetuneSettings(TrainSettings):
     Attributes:
         pairwise_weight: of the logistic loss on pairs of a positive and a negative.
         listwise_weight: of the softmax over a request's candidates.
-        frozen_sem_epochs: first epochs in which a pre-trained SEM keeps the weights of stage 1.
+        frozen_sem_epochs: first epochs in which a pre-trained SEM keeps the weights of stage 1; 0
+            without one.
         task_weights: of the losses of further tasks, by name; 1 for those that are not named. That
             of the main task is 1. Each task's loss has the parts above.
     """
@@ -88,6 +89,22 @@ class FinetuneSettings(TrainSettings):
                     f"which are {list(tasks)}, got {task!r}"
                 )
         return [1.0, *(self.task_weights.get(task, 1.0) for task in tasks)]
+
+    def frozen_epochs_of(self, inherited: Sequence[str]) -> dict[str, int]:
+        """Inherited name -> first epochs without a change.
+
+        Raises:
+            ConfigError: epochs for a SEM that stage 1 did not bring.
+        """
+        if not self.frozen_sem_epochs:
+            return {}
+        if "sem" not in inherited:
+            raise ConfigError(
+                f"hpgr.FinetuneSettings.frozen_sem_epochs = {self.frozen_sem_epochs} takes a "
+                "pre-trained hpgr.HSTURanker.sem, and this model has none: bind it in the scopes "
+                "of rows that have one"
+            )
+        return {"sem": self.frozen_sem_epochs}
 
 
 @dataclass(frozen=True)
@@ -187,6 +204,9 @@ def finetune(
 
     Returns:
         Test metrics of the weights with the best validation AUC, cost, and the validations.
+
+    Raises:
+        ConfigError: see `build_ranker` and the settings' `weights_of` and `frozen_epochs_of`.
     """
     check_splits(task.data, task.requests)
     seed_everything(run.seed)
@@ -201,8 +221,8 @@ def finetune(
         logits = forward(batch, every_task=True).float().unbind()
         labels = [batch.candidate_labels, *(batch.task_labels[name] for name in model.task_names)]
         losses = [
-            weight * task_loss(*task, batch.candidate_offsets, settings)
-            for weight, task in zip(weights, zip(logits, labels, strict=True), strict=True)
+            weight * task_loss(of_task, label, batch.candidate_offsets, settings)
+            for weight, of_task, label in zip(weights, logits, labels, strict=True)
         ]
         return torch.stack(losses).sum(), batch.num_candidates
 
@@ -214,7 +234,7 @@ def finetune(
             lr=settings.learning_rate,
             inherited_lr_ratio=model.inherited_lr_ratio,
             weight_decay=settings.weight_decay,
-            frozen_epochs={"sem": settings.frozen_sem_epochs} if "sem" in model.inherited else {},
+            frozen_epochs=settings.frozen_epochs_of(model.inherited),
         ),
         loader=train,
         loss=loss,

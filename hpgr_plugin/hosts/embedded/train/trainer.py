@@ -26,7 +26,7 @@ from hpgr_plugin.hosts.embedded.train.checkpoint import (
     restore_generators,
     save_checkpoint,
 )
-from hpgr_plugin.hosts.embedded.train.distributed import Process, sum_over_ranks
+from hpgr_plugin.hosts.embedded.train.distributed import Process
 from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT
 from hpgr_plugin.hosts.embedded.train.sharded_checkpoint import ShardedCheckpoints
 from hpgr_plugin.hosts.embedded.train.shards import (
@@ -34,6 +34,7 @@ from hpgr_plugin.hosts.embedded.train.shards import (
     data_parallel,
     sharded_tables,
 )
+from hpgr_plugin.ops.collectives import sum_over_processes
 
 LOG = logging.getLogger(__name__)
 LOG_EVERY = 10  # steps between the losses that TensorBoard shows
@@ -267,7 +268,7 @@ class Trainer:
             loss_sum, terms = self.loss(self._forward, batch, self.progress.step)
         # Processes have different numbers of terms: the mean is over all of them.
         # Not torch.tensor, which waits for the device to copy the number there.
-        terms_everywhere = sum_over_ranks(torch.full((), float(terms), device=loss_sum.device))
+        terms_everywhere = sum_over_processes(torch.full((), float(terms), device=loss_sum.device))
         loss = loss_sum / terms_everywhere.clamp(min=1)
         self.optimizer.zero_grad(set_to_none=True)
         (loss * self.process.world_size).backward()
@@ -332,11 +333,15 @@ class Trainer:
                 self._writer.add_scalar(name, value, self.progress.step)
 
     def _log_losses(self) -> None:
-        """Write the losses since the last call, with one wait for the device."""
-        if self._writer is not None and self._losses:
-            values = torch.stack(list(self._losses.values())).tolist()
-            for step, value in zip(self._losses, values, strict=True):
-                self._writer.add_scalar("train/loss", value, step)
+        """Write the losses since the last call, with one wait for the device.
+
+        All processes call it: a loss is the sum of what they hold.
+        """
+        if self._losses:
+            values = sum_over_processes(torch.stack(list(self._losses.values())))
+            if self._writer is not None:
+                for step, value in zip(self._losses, values.tolist(), strict=True):
+                    self._writer.add_scalar("train/loss", value, step)
         self._losses.clear()
 
     def _save(self) -> None:
@@ -361,9 +366,19 @@ class Trainer:
             state, self.best_state = self._sharded.restore(path)
             self._check_stage(path, state["stage"])
             self.progress = Progress(**state["progress"])
-            # Every process takes another number of batches of an epoch.
-            done = self.progress.batch * state["world_size"]
-            self.progress.batch = done // self.process.world_size
+            if state["world_size"] != self.process.world_size:
+                self._renumber(state["world_size"])
+
+    def _renumber(self, writers: int) -> None:
+        """Count batches and steps as this number of processes takes them, not as `writers` did.
+
+        Every process takes another share of an epoch. The learning rate goes on where it was.
+        """
+        progress, loader = self.progress, self.loader
+        before = [loader.num_batches(epoch) for epoch in range(progress.epoch)]
+        done = progress.batch * writers // self.process.world_size
+        progress.batch = min(done, loader.num_batches(progress.epoch))
+        progress.step = sum(before) + progress.batch
 
     def _check_stage(self, path: Path, stage: str) -> None:
         if stage != self.run.stage:
