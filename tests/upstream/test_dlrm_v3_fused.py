@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from generative_recommenders.common import HammerKernel
 from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostDlrmHSTU
 from small_ranker import WIDTH, batch, build, small_config, step
 
@@ -188,3 +189,21 @@ def test_layers_can_be_bound() -> None:
     gin.bind_parameter("hpgr.DlrmHSTU.layers", "fused")
     mine = build(configured("DlrmHSTU"), dtype=torch.float64)
     assert mine._hstu_transducer.layers is not None
+
+
+@pytest.mark.parametrize(("size", "expected"), [(16, True), (24, False)])
+def test_whether_layers_run_fused_is_known_before_a_step(size: int, expected: bool) -> None:
+    """A captured step must not end up in the host's layers."""
+    built = build(
+        DlrmHSTU,
+        kernel=HammerKernel.TRITON,
+        config=small_config(hstu_attn_linear_dim=16, hstu_attn_qk_dim=size),
+        **hooks("per_candidate-post"),
+    )
+    transducer = built._hstu_transducer
+    on_cuda, on_cpu = (
+        transducer.layers.expected(transducer._stu_module, torch.device(kind))
+        for kind in ("cuda", "cpu")
+    )
+    assert on_cuda == expected
+    assert not on_cpu

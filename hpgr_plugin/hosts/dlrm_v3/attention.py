@@ -26,7 +26,7 @@ _OUTPUT_FLAGS: dict[str, Any] = (
 )
 _NORM_EPS = 1e-6
 _ROWS_TO_RECOMPUTE = 2**16  # below, memory is no matter, and launches are
-_KERNEL_SIZES = (16, 32, 64, 128, 256)  # of heads, for which this package has kernels
+KERNEL_SIZES = (16, 32, 64, 128, 256)  # of heads, for which this package has kernels
 
 
 @dataclass
@@ -246,7 +246,7 @@ class PreferenceSTULayer(STULayer):
         plain = self._causal and self._target_aware
         plain = plain and not self._max_attn_len and not self._contextual_seq_len
         sizes = self._attention_dim, self._hidden_dim
-        return plain and not (x.is_cuda and any(size not in _KERNEL_SIZES for size in sizes))
+        return plain and not (x.is_cuda and any(size not in KERNEL_SIZES for size in sizes))
 
     def read_candidates(self, x: Tensor, sequences: RowSequences, step: StepAttention) -> Tensor:
         """As `forward`, the candidates' rows only: `[L, D]` -> `[C, D]`."""

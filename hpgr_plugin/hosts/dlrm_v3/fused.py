@@ -20,6 +20,7 @@ from hpgr_plugin.components.capture_checks import has_hooks
 from hpgr_plugin.components.hstu_stack import read_histories, read_sequences
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3.attention import (
+    KERNEL_SIZES,
     CandidateRows,
     PreferenceSTULayer,
     RowSequences,
@@ -103,7 +104,9 @@ class FusedLayers:
         """Whether the layers will run fused on CUDA, as far as is known before a step."""
         if self._choice == "host" or device.type != "cuda" or unsupported_option(stack):
             return False
+        sizes = stack._stu_layers[0]._attention_dim, stack._stu_layers[0]._hidden_dim
         on_kernels = backend_choices().get("hstu_layer", "triton") == "triton"
+        on_kernels = on_kernels and all(size in KERNEL_SIZES for size in sizes)
         return on_kernels and (self._choice == "fused" or _why_slower(stack, device) is None)
 
     def _candidates(
