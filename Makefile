@@ -8,6 +8,7 @@
 PYTHON ?= python3
 ML100K ?=
 ARGS ?=
+WORKERS ?= 2
 HOST ?=
 HOST_EXTRAS ?= cpu,data,train,host
 RUN := .venv
@@ -37,7 +38,7 @@ lint: $(TEST)/$(STAMP)
 	$(TEST)/bin/mypy
 
 unit: $(TEST)/$(STAMP)
-	$(TEST)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 # On a machine with a GPU: HOST_EXTRAS=cuda,data,train,host-cuda
 host: $(HOST_ENV)/$(STAMP)
