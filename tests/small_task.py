@@ -18,6 +18,7 @@ from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.train.distributed import Process
 from hpgr_plugin.hosts.embedded.train.trainer import Trainer, TrainingRun
 
+COSTS = ("seconds_per_step", "inference_seconds_per_step", "examples_per_second")
 ONE_PROCESS = Process(rank=0, world_size=1, device=torch.device("cpu"))
 # Sizes and settings of two short stages.
 SMALL = [
@@ -71,6 +72,11 @@ def killed_at(number: int) -> Iterator[None]:
         patch.setattr(Trainer, "_step", killed)
         with pytest.raises(KeyboardInterrupt):
             yield
+
+
+def without_costs(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of a run without how long it took."""
+    return {key: value for key, value in metrics.items() if key not in COSTS}
 
 
 def config_files(*names: str) -> list[str]:

@@ -344,13 +344,13 @@ class MaskedItemModel(nn.Module):
             plan = self.plan(items, offsets, timestamps, generator=generator)
         places = plan.places
         table = self._table()
-        encoded = self._encode(
-            table,
+        encoded = self.encode(
             items,
             plan.corruption,
             offsets,
             timestamps,
             index=plan.histories,
+            table=table,
             read=places,
             actions=actions,
         )
@@ -444,6 +444,8 @@ class MaskedItemModel(nn.Module):
         offsets: Tensor,
         timestamps: Tensor,
         *,
+        index: HistoryIndex | None = None,
+        table: Tensor | RowShardedTable | None = None,
         read: Tensor | None = None,
         actions: Tensor | None = None,
     ) -> Tensor:
@@ -454,6 +456,8 @@ class MaskedItemModel(nn.Module):
             corruption: of these items.
             offsets: `[B + 1]`.
             timestamps: int64 `[T]`, seconds.
+            index: of these histories, as in a `MaskPlan`; None makes it here.
+            table: of the items, where the caller has made it; None makes it here.
             read: int64 `[R]`, the tokens whose output is needed; None is all.
             actions: as in `forward`.
 
@@ -463,40 +467,8 @@ class MaskedItemModel(nn.Module):
         Raises:
             ValueError: as in `forward`.
         """
-        index = self._index(offsets, timestamps)
-        return self._encode(
-            self._table(),
-            items,
-            corruption,
-            offsets,
-            timestamps,
-            index=index,
-            read=read,
-            actions=actions,
-        )
-
-    def _table(self) -> Tensor | RowShardedTable:
-        """What embeds and scores the items, `[V, D]` or this process's part of it."""
-        if isinstance(self.item_table, RowShardedTable):
-            return self.item_table
-        rows = self.item_table.weight
-        if self.item_features is None:
-            return rows
-        features = self.item_features(torch.arange(self.num_items, device=rows.device))
-        return gated(rows, features, self.item_events, self.feature_gate_tau)
-
-    def _encode(
-        self,
-        table: Tensor | RowShardedTable,
-        items: Tensor,
-        corruption: Corruption,
-        offsets: Tensor,
-        timestamps: Tensor,
-        *,
-        index: HistoryIndex,
-        read: Tensor | None,
-        actions: Tensor | None,
-    ) -> Tensor:
+        index = self._index(offsets, timestamps) if index is None else index
+        table = self._table() if table is None else table
         hidden = corruption.hidden.unsqueeze(1)
         if self.mask_before_sem:
             x = torch.where(hidden, self.mask_vector, _look_up(table, corruption.items))
@@ -513,6 +485,16 @@ class MaskedItemModel(nn.Module):
             x = x + self.action_table(actions)
         encoded: Tensor = self.encoder(x, index.layout, read)
         return encoded
+
+    def _table(self) -> Tensor | RowShardedTable:
+        """What embeds and scores the items, `[V, D]` or this process's part of it."""
+        if isinstance(self.item_table, RowShardedTable):
+            return self.item_table
+        rows = self.item_table.weight
+        if self.item_features is None:
+            return rows
+        features = self.item_features(torch.arange(self.num_items, device=rows.device))
+        return gated(rows, features, self.item_events, self.feature_gate_tau)
 
     def _score(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Literal
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpgr_plugin.log_once import log_once
 from hpgr_plugin.ops.collectives import (
     exchange_counts,
     exchange_rows,
@@ -72,11 +72,6 @@ class RowShardedTable(nn.Module):
         rows = exchange_rows(look_up(self.weight, wanted), receive, send)
         return torch.empty_like(rows).index_copy(0, order, _mean_gradient(rows))
 
-    @torch.no_grad()
-    def load_rows(self, table: Tensor) -> None:
-        """Copy this process's rows of a whole table `[V, D]`."""
-        self.weight.copy_(table[self.first_row : self.first_row + len(self.weight)])
-
     def _empty_weight(self, shape: tuple[int, int]) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, device=shard_device()))
 
@@ -110,15 +105,10 @@ def build_sharded_table(
         reason = why_no_torchrec(shard_device()) if dist.is_initialized() else "one process"
         if reason is None:
             return TorchrecTable(**sizes, std=std)
-        _report(reason)
+        if rank() == 0:
+            message = f"tables = 'torchrec' cannot be had here, 'rows' is used: {reason}"
+            log_once(LOG, message, logging.WARNING)
     return RowShardedTable(**sizes, std=std)
-
-
-@functools.cache
-def _report(reason: str) -> None:
-    """Once, in the first process."""
-    if rank() == 0:
-        LOG.warning("tables = 'torchrec' cannot be had here, 'rows' is used: %s", reason)
 
 
 def shard_device() -> torch.device:

@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import distributed as dist
 from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException
 
@@ -95,6 +97,13 @@ def start_workers(worker: Callable[..., None], count: int, *args: Any) -> None:
         )
     except ProcessExitedException as error:
         sys.exit(error.exit_code)
+
+
+def start_gloo(rank: int, world_size: int, master_port: int) -> None:
+    """Join the process group of a run on CPUs; its processes are on this machine."""
+    os.environ["MASTER_ADDR"] = "localhost"
+    os.environ["MASTER_PORT"] = str(master_port)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
 
 
 def _not_of_tables(record: logging.LogRecord) -> bool:

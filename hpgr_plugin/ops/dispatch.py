@@ -250,6 +250,13 @@ def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def product_dtype(factor: Tensor) -> torch.dtype:
+    """The dtype of matrix products with this tensor: autocast's where it is on."""
+    if torch.is_autocast_enabled(factor.device.type):
+        return torch.get_autocast_dtype(factor.device.type)
+    return factor.dtype
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
     """Warn the first time in this process, independent of the warning filters."""

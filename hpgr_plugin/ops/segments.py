@@ -69,15 +69,13 @@ class SegmentLayout(NamedTuple):
 def plan_buckets(
     lengths: Sequence[int],
     counts: Sequence[int],
-    padding_budget: float = PADDING_BUDGET,
     small_slots: int = 0,
 ) -> list[tuple[int, int, int]]:
-    """Cut segments, longest first, into buckets.
+    """Cut segments, longest first, into buckets with at most `PADDING_BUDGET` of padding.
 
     Args:
         lengths: distinct positive lengths, descending.
         counts: how many segments have each length.
-        padding_budget: largest share of padding among the slots of a bucket.
         small_slots: up to this number of slots the budget does not apply.
 
     Returns:
@@ -91,7 +89,7 @@ def plan_buckets(
             taken = min(count, MAX_BUCKET_ROWS - rows)
             slots = (rows + taken) * width
             waste = slots - (tokens + taken * length)
-            if taken == 0 or (waste > padding_budget * slots and slots > small_slots):
+            if taken == 0 or (waste > PADDING_BUDGET * slots and slots > small_slots):
                 buckets.append((rows, tokens, width))
                 rows = tokens = width = 0
                 continue

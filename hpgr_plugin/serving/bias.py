@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
-import torch
 from torch import Tensor
 
 from hpgr_plugin.ops.hstu_attention import PositionTimeBias
-from hpgr_plugin.ops.hstu_attention.naive import position_bucket
-
-_MANTISSA_BITS, _EXPONENT_OF_ONE = 52, 1023
+from hpgr_plugin.ops.hstu_attention.buckets import buckets_by_distance, time_buckets
 
 
 def position_time_bias(
@@ -22,7 +17,7 @@ def position_time_bias(
         distance: int64, a query's position minus a key's.
         seconds: int64, absolute difference of their times.
         tables: of one layer.
-        buckets: of `distance_buckets`; None looks them up.
+        buckets: of `buckets_by_distance`; None looks them up.
     """
     return joint_table(tables)[bias_places(distance, seconds, tables, buckets)]
 
@@ -41,23 +36,8 @@ def bias_places(
         distance, seconds, tables, buckets: see `position_time_bias`.
     """
     if buckets is None:
-        buckets = distance_buckets(tables, distance.device)
+        buckets = buckets_by_distance(tables, distance.device)
     far = len(buckets) // 2
     position = buckets[distance.clamp(-far, far) + far]
-    # The exponent of a double is the whole part of its logarithm, without rounding.
-    time = ((seconds + 1).double().view(torch.int64) >> _MANTISSA_BITS) - _EXPONENT_OF_ONE
     size = len(tables.time_table)
-    return position * size + time.clamp(max=size - 1)
-
-
-def distance_buckets(tables: PositionTimeBias, device: torch.device) -> Tensor:
-    """The bucket of every distance from -F to F, int64; the last one begins before F."""
-    return _by_distance(len(tables.position_table), tables.exact_positions, device)
-
-
-@functools.cache
-def _by_distance(size: int, exact: int, device: torch.device) -> Tensor:
-    tables = PositionTimeBias(torch.empty(size), torch.empty(1), exact)
-    far = 64 * exact
-    buckets = [position_bucket(distance, tables) for distance in range(-far, far + 1)]
-    return torch.tensor(buckets, device=device)
+    return position * size + time_buckets(seconds, size)

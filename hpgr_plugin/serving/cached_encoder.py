@@ -165,7 +165,7 @@ class CachedEncoder(nn.Module):
                 # Nobody reads the history's rows of the last layer.
                 return torch.zeros_like(q) if last else self._history_rows(depth, q, k, v, every)
 
-            x = self._layer(layer, x, every.domains[first:], depth, attend)
+            x = run_layer(layer, x, every.domains[first:], attend)
             keys.append(kept["k"])
             values.append(kept["v"])
         return HistoryState(tokens.clone(), marks.clone(), tuple(keys), tuple(values))
@@ -217,7 +217,7 @@ class CachedEncoder(nn.Module):
         """Candidates `[c, D]` through all layers."""
         attend = self._attention(state, marks, kept, mask_position)
         for depth, layer in enumerate(self.encoder.layers):
-            x = self._layer(layer, x, marks.domains, depth, functools.partial(attend, depth))
+            x = run_layer(layer, x, marks.domains, functools.partial(attend, depth))
         return x
 
     def _attention(
@@ -318,25 +318,20 @@ class CachedEncoder(nn.Module):
             self.encoder.bias(0),
         )
 
-    def _layer(
-        self, layer: nn.Module, x: Tensor, domains: Tensor, depth: int, attend: Any
-    ) -> Tensor:
-        offsets = torch.tensor([0, len(x)], device=x.device)
-        rows = CachedRows(
-            offsets=offsets,
-            max_length=len(x),
-            alpha=self.encoder.alpha,
-            norm_length=self.encoder.norm_length,
-            attend_rows=attend,
-        )
-        encoded: Tensor = layer(x, domains=domains, spec=rows, bias=None)
-        return encoded
-
 
 def take_cached_rows(encoder: SequenceEncoder) -> None:
     """Let the layers of a trained encoder take `CachedRows` as well."""
     for layer in encoder.layers:
         layer.attend = _Attend(layer)  # type: ignore[assignment]
+
+
+def run_layer(layer: nn.Module, x: Tensor, domains: Tensor, attend_rows: Any) -> Tensor:
+    """Tokens `[T, D]` through a layer that takes `CachedRows`, of which nothing else is read."""
+    rows = CachedRows(
+        offsets=domains[:1], max_length=1, alpha=1.0, norm_length=1.0, attend_rows=attend_rows
+    )
+    encoded: Tensor = layer(x, domains=domains, spec=rows, bias=None)
+    return encoded
 
 
 class _Attend:

@@ -21,10 +21,11 @@ from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.model.tokens import NEVER_SEEN, Domain
+from hpgr_plugin.ops.hstu_attention.buckets import buckets_by_distance
 from hpgr_plugin.ops.preference_plan.plan import gaussian_kernel
 from hpgr_plugin.ops.preference_plan.torch import _column_weights
-from hpgr_plugin.serving.bias import distance_buckets, position_time_bias
-from hpgr_plugin.serving.cached_encoder import CachedRows, take_cached_rows
+from hpgr_plugin.serving.bias import position_time_bias
+from hpgr_plugin.serving.cached_encoder import run_layer, take_cached_rows
 
 MOST_REQUESTS, MOST_CANDIDATES = 4096, 65_536
 _PARTS = (
@@ -129,7 +130,7 @@ class PaddedRanker(nn.Module):
             kernel = kernel.float().to(model.item_table.weight.device)
             self.register_buffer("kernel", kernel, persistent=False)
         if self.encoder.bias is not None:
-            buckets = distance_buckets(self.encoder.bias(0), model.item_table.weight.device)
+            buckets = buckets_by_distance(self.encoder.bias(0), model.item_table.weight.device)
             self.register_buffer("buckets", buckets, persistent=False)
 
     def forward(
@@ -291,24 +292,13 @@ class PaddedRanker(nn.Module):
                 return total.transpose(1, 2).flatten(2).flatten(0, 1)
 
             history, candidates = (
-                self._layer(layer, x, part.domains, attend)
+                run_layer(layer, x.flatten(0, 1), part.domains.flatten(), attend).view(x.shape)
                 for x, part, attend in (
                     (history, tokens, of_history),
                     (candidates, own, of_candidates),
                 )
             )
         return candidates
-
-    def _layer(self, layer: nn.Module, x: Tensor, domains: Tensor, attend: Any) -> Tensor:
-        rows = CachedRows(
-            offsets=domains[:1, 0],  # not read
-            max_length=1,
-            alpha=self.encoder.alpha,
-            norm_length=self.encoder.norm_length,
-            attend_rows=attend,
-        )
-        encoded: Tensor = layer(x.flatten(0, 1), domains=domains.flatten(), spec=rows, bias=None)
-        return encoded.view(x.shape)
 
     def _heads(self, x: Tensor, shape: torch.Size) -> Tensor:
         """`[B * T, D]` to `[B, H, T, d]`."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from triton_device import DEVICE
+from triton_device import DEVICE, offsets_of
 
 from hpgr_plugin.ops import jagged
 from hpgr_plugin.ops.dispatch import set_backends
@@ -42,10 +42,6 @@ class Case(NamedTuple):
     run: Callable[..., tuple[Tensor, ...]]
     inputs: tuple[Tensor, ...]
     gradients: bool = True
-
-
-def offsets_of(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=DEVICE)
 
 
 def randn(*sizes: int) -> Tensor:

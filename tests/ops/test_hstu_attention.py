@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_device import DEVICE
+from triton_device import DEVICE, offsets_of
 
 from hpgr_plugin.ops.hstu_attention import (
     AttentionSpec,
@@ -23,11 +23,6 @@ LENGTHS = [0, 1, 40, 3]
 TARGETS = [0, 1, 5, 3]
 TOTAL = sum(LENGTHS)
 BACKENDS = ["triton", "torch"]
-
-
-def offsets_of(lengths: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    return torch.tensor([0, *ends], dtype=dtype, device=DEVICE)
 
 
 def spec_of(lengths: list[int], dtype: torch.dtype = torch.int64, **fields: Any) -> AttentionSpec:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from triton_device import DEVICE
+from triton_device import DEVICE, offsets_of
 
 from hpgr_plugin.components.hstu_stack import HSTUStack, read_histories
 from hpgr_plugin.ops.compact import KeptRows, compact
@@ -18,10 +18,6 @@ from hpgr_plugin.ops.preference_plan.triton import select, weight_matrix
 WIDTH, HEADS, HEAD_DIM = 24, 2, 16
 FORM = LayerForm(HEADS)
 UseBackends = Callable[..., None]
-
-
-def offsets_of(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=DEVICE)
 
 
 def new_stack(num_layers: int = 2, norm_length: int = 3) -> HSTUStack:

@@ -3,14 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
-from triton_device import DEVICE
+from triton_device import DEVICE, offsets_of
 
 from hpgr_plugin.ops.preference_plan import PlanInputs, PlanSettings, count_earlier, triton
 from hpgr_plugin.ops.preference_plan import torch as torch_plan
-
-
-def offsets_of(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=DEVICE)
 
 
 def whole_numbers(rows: int, size: int) -> Tensor:

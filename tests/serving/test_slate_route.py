@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from small_slate_model import small_slate_model
 
-from hpgr_plugin.components.slates.decoder import HierarchicalDecoder
-from hpgr_plugin.components.slates.semantic_ids import SemanticIds
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.slates.artefact import save_model
 from hpgr_plugin.hosts.embedded.slates.generator import History
-from hpgr_plugin.hosts.embedded.slates.model import SlateModel
 from hpgr_plugin.serving import Scorer
 from hpgr_plugin.serving import __main__ as program
 from hpgr_plugin.serving.slates import MODEL_FILE, SlateServer
@@ -35,21 +32,8 @@ Served = tuple[TestClient, SlateServer]
 
 @pytest.fixture
 def slates(tmp_path: Path) -> SlateServer:
-    torch.manual_seed(0)
-    model = SlateModel(
-        num_items=len(ITEMS),
-        num_actions=2,
-        vocabulary_digest="",
-        ids=SemanticIds(torch.randint(0, 8, (len(ITEMS), 2)), codebook_size=8),
-        decoder=HierarchicalDecoder,
-        decoder_arguments={"planner_layers": 1},
-        embedding_dim=16,
-        max_history=60,
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
     (tmp_path / "slates").mkdir()
+    model = small_slate_model(len(ITEMS), num_actions=2)
     save_model(tmp_path / "slates" / MODEL_FILE, model, item_ids=ITEMS)
     return SlateServer.load(tmp_path / "slates", device="cpu")
 

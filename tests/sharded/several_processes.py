@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch import Tensor, multiprocessing
+
+from hpgr_plugin.components.sharded_table import RowShardedTable
 
 
 def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:
@@ -31,3 +33,9 @@ def _work(
     function(*arguments)
     dist.barrier()  # gloo's threads must not outlive the tensors of the last collective
     dist.destroy_process_group()
+
+
+@torch.no_grad()
+def load_rows(sharded: RowShardedTable, table: Tensor) -> None:
+    """Copy this process's rows of a whole table `[V, D]`."""
+    sharded.weight.copy_(table[sharded.first_row :][: len(sharded.weight)])

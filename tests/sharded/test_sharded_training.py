@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from several_processes import in_processes
+from several_processes import in_processes, load_rows
 from torch import Tensor
 
 from hpgr_plugin.components.mim import MaskedItemModel
@@ -75,7 +75,7 @@ def check_training(folder: str, steps: int) -> None:
         wanted = train_whole(whole, steps)
         for tables in ("rows",) if NO_TORCHREC else ("rows", "torchrec"):
             model = build(tables, sampled=sampled)
-            model.item_table.load_rows(initial["item_table.weight"])
+            load_rows(model.item_table, initial["item_table.weight"])
             others = {k: v for k, v in initial.items() if k != "item_table.weight"}
             model.load_state_dict(others, strict=False)
             losses = train_sharded(model, steps)

@@ -1,6 +1,7 @@
 """A small DlrmHSTU of the host and batches for it, shared by the ranking tests."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from generative_recommenders.modules.multitask_module import MultitaskTaskType, 
 from torch import Tensor
 from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.transfer.handoff import save_handoff
 
 NUM_ITEMS = 50
 TABLE_DIM = 16
@@ -193,6 +197,28 @@ def step(model: Any, data: tuple[Any, Any]) -> tuple[list[Tensor], dict[str, Ten
     sum(losses.values()).backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return [user, item, predictions], gradients
+
+
+def assert_same_step(mine: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
+    """Outputs and gradients of `step` in float64 agree.
+
+    The host's layer norms run in float32, whatever goes in: an ulp of that is 6e-8.
+    """
+    for ours, theirs in zip(mine[0], wanted[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert mine[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        torch.testing.assert_close(
+            mine[1][name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def write_handoff(
+    path: Path, table: Tensor, sem: SessionEnhancementModule | None = None, **more: Any
+) -> str:
+    """A stage-1 hand-over of an item table; its path."""
+    save_handoff(path, item_table=table, sem=sem, vocabulary_digest="any", gap_seconds=1800, **more)
+    return str(path)
 
 
 def recorded_lengths(model: Any) -> list[list[int]]:

@@ -11,7 +11,7 @@ from generative_recommenders.common import HammerKernel
 from generative_recommenders.dlrm_v3.checkpoint import save_dmp_checkpoint
 from generative_recommenders.dlrm_v3.train import utils as train
 from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostDlrmHSTU
-from small_ranker import NUM_ITEMS, TABLE_DIM, batch, small_config, small_tables
+from small_ranker import NUM_ITEMS, TABLE_DIM, batch, small_config, small_tables, write_handoff
 from test_dlrm_v3_trainer import OPTIMIZERS
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
@@ -20,7 +20,6 @@ from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, attach
 from hpgr_plugin.hosts.dlrm_v3.checkpoint import load_checkpoint
 from hpgr_plugin.hosts.dlrm_v3.launch import topology_of
-from hpgr_plugin.transfer.handoff import save_handoff
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("gloo")]
 
@@ -72,7 +71,7 @@ def test_stochastic_length_goes_on_with_the_same_draws(tmp_path: Path) -> None:
 def test_a_frozen_table_is_restored_without_the_hand_over(tmp_path: Path) -> None:
     path = tmp_path / "stage1.safetensors"
     table = torch.randn(NUM_ITEMS, TABLE_DIM)
-    save_handoff(path, item_table=table, sem=None, vocabulary_digest="any", gap_seconds=1800)
+    write_handoff(path, table)
     hook = PreferenceGuidedSparseAttention(top_k=2, table="frozen")
     _, parallel, optimizer = sharded(attention_hook=hook, pretrained=str(path))
     save(tmp_path, parallel, optimizer)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_ranker import TABLE_DIM, WIDTH, batch, build, small_config, step
+from small_ranker import TABLE_DIM, WIDTH, assert_same_step, batch, build, small_config, step
 from torch import Tensor
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
@@ -97,13 +97,7 @@ def test_a_padded_pass_is_the_pass(shape: Any, kind: str, later: bool) -> None:
     padded = model(kind, padded=True)
     mine, reference = step(padded, data), step(model(kind, padded=False), data)
     assert padded._hstu_transducer.captured._function.passes == 1
-    for got, wanted in zip(mine[0], reference[0], strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
-    assert mine[1].keys() == reference[1].keys()
-    for name, wanted in reference[1].items():
-        torch.testing.assert_close(
-            mine[1][name], wanted, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_same_step(mine, reference)
 
 
 def test_similar_batches_share_their_sizes() -> None:

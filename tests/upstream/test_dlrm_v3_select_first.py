@@ -14,7 +14,16 @@ import torch
 from generative_recommenders.modules import stu
 from generative_recommenders.modules.dlrm_hstu import DlrmHSTU as HostDlrmHSTU
 from generative_recommenders.ops import hstu_attention as stu_attention
-from small_ranker import CONTEXT, TABLE_DIM, WIDTH, batch, build, small_config, step
+from small_ranker import (
+    CONTEXT,
+    TABLE_DIM,
+    WIDTH,
+    assert_same_step,
+    batch,
+    build,
+    small_config,
+    step,
+)
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention, StochasticLength
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
@@ -140,17 +149,6 @@ def both_orders(
     return results[0], results[1]
 
 
-def assert_equal(expected: Any, mine: Any) -> None:
-    # The host rounds its layer norms to float32: an ulp of that is 6e-8.
-    for theirs, ours in zip(expected[0], mine[0], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    assert mine[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(
-            mine[1][name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("positions", ["host", "time-aware"])
 @pytest.mark.parametrize("hook", ["post", "pre", "stochastic"])
@@ -159,14 +157,14 @@ def test_the_order_makes_no_difference(
 ) -> None:
     data = batch(*shape, later=False)
     settings = {"positions": positions, "sem": positions == "host", "hide_future": True}
-    assert_equal(*both_orders(monkeypatch, data, hook, **settings))
+    assert_same_step(*both_orders(monkeypatch, data, hook, **settings))
 
 
 @pytest.mark.parametrize("positions", ["host", "time-aware"])
 def test_nor_without_hidden_future(monkeypatch: pytest.MonkeyPatch, positions: str) -> None:
     data = batch([7, 1, 12], [1, 1, 1], later=False)
     settings = {"positions": positions, "sem": True, "hide_future": False}
-    assert_equal(*both_orders(monkeypatch, data, "post", **settings))
+    assert_same_step(*both_orders(monkeypatch, data, "post", **settings))
 
 
 def test_contextual_features_count_by_the_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +173,7 @@ def test_contextual_features_count_by_the_full_length(monkeypatch: pytest.Monkey
     config = {"contextual_feature_to_min_uih_length": {next(iter(CONTEXT)): 10}}
     settings = {"positions": "host", "sem": False, "hide_future": False, "config": config}
     expected, mine = both_orders(monkeypatch, data, "post", **settings)
-    assert_equal(expected, mine)
+    assert_same_step(expected, mine)
     users = mine[1]["_embedding_collection.embeddings.user_table.weight"].abs().sum(1)
     assert int((users > 0).sum()) == 1
 
@@ -221,7 +219,7 @@ def test_rows_that_are_made_again_in_the_backward(
         monkeypatch.setattr(attention, "_ROWS_TO_RECOMPUTE", least)
         model = build(DlrmHSTU, dtype=torch.float64, **filled(layout))
         results.append(step(model, data))
-    assert_equal(*results)
+    assert_same_step(*results)
 
 
 class _ReadsTwice(torch.autograd.Function):
@@ -254,7 +252,7 @@ def test_rows_are_made_again_for_the_hosts_kernel(
         lambda **arguments: _ReadsTwice.apply(attend(**arguments)),
     )
     model = build(DlrmHSTU, dtype=torch.float64, **filled("per_candidate"))
-    assert_equal(expected, step(model, data))
+    assert_same_step(expected, step(model, data))
 
 
 class Wrapped(torch.nn.Module):

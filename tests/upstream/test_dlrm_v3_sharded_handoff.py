@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from generative_recommenders.dlrm_v3.train import utils as train
-from small_ranker import NUM_ITEMS, TABLE_DIM, small_config, small_tables
+from small_ranker import NUM_ITEMS, TABLE_DIM, small_config, small_tables, write_handoff
 from torch import Tensor, multiprocessing
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.sharding_plan import (
@@ -24,7 +24,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hpgr_plugin.hosts import dlrm_v3
 from hpgr_plugin.hosts.seams import host_has_seam
-from hpgr_plugin.transfer.handoff import save_handoff
 
 pytestmark = pytest.mark.upstream
 
@@ -41,20 +40,12 @@ SHARDINGS = {
 
 def test_rows_reach_every_kind_of_shard(tmp_path: Path) -> None:
     table = torch.randn(len(IDS), TABLE_DIM)
-    path = tmp_path / "stage1.safetensors"
-    save_handoff(
-        path,
-        item_table=table,
-        sem=None,
-        vocabulary_digest="any",
-        gap_seconds=1800,
-        extra={"item_ids": IDS},
-    )
+    path = write_handoff(tmp_path / "stage1.safetensors", table, extra={"item_ids": IDS})
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     multiprocessing.start_processes(
-        _in_a_process, args=(port, str(path), table), nprocs=PROCESSES, start_method="spawn"
+        _in_a_process, args=(port, path, table), nprocs=PROCESSES, start_method="spawn"
     )
 
 

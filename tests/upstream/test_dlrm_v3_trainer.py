@@ -17,13 +17,14 @@ from small_ranker import (
     small_config,
     small_tables,
     step,
+    write_handoff,
 )
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.hosts import dlrm_v3
 from hpgr_plugin.hosts.dlrm_v3.launch import topology_of
-from hpgr_plugin.transfer.handoff import HandoffError, save_handoff
+from hpgr_plugin.transfer.handoff import HandoffError
 
 pytestmark = pytest.mark.upstream
 
@@ -66,14 +67,7 @@ def handoff(tmp_path: Path) -> tuple[Path, torch.Tensor, SessionEnhancementModul
     with torch.no_grad():
         sem.gate.fill_(0.5)
     table = torch.randn(len(IDS), TABLE_DIM)
-    save_handoff(
-        path,
-        item_table=table,
-        sem=sem,
-        vocabulary_digest="any",
-        gap_seconds=1800,
-        extra={"item_ids": IDS},
-    )
+    write_handoff(path, table, sem, extra={"item_ids": IDS})
     return path, table, sem
 
 
@@ -100,28 +94,20 @@ def test_loading_before_the_tables_are_materialised_is_an_error(handoff: Any) ->
 def test_a_hand_over_that_does_not_fit_is_refused_when_building(
     handoff: Any, tmp_path: Path
 ) -> None:
-    wide = tmp_path / "wide.safetensors"
-    table = torch.zeros(3, TABLE_DIM + 1)
-    save_handoff(wide, item_table=table, sem=None, vocabulary_digest="any", gap_seconds=1800)
+    wide = write_handoff(tmp_path / "wide.safetensors", torch.zeros(3, TABLE_DIM + 1))
     with pytest.raises(HandoffError, match="embedding_dim"):
-        build(dlrm_v3.DlrmHSTU, pretrained=str(wide))
+        build(dlrm_v3.DlrmHSTU, pretrained=wide)
     with pytest.raises(HandoffError, match="0 to 39"):
         build(
             dlrm_v3.DlrmHSTU,
             pretrained=str(handoff[0]),
             table_config={"item_table": {"num_embeddings": 40}},
         )
-    whole = tmp_path / "whole.safetensors"
-    save_handoff(
-        whole,
-        item_table=torch.zeros(3, TABLE_DIM),
-        sem=make_sem(causal=False),
-        vocabulary_digest="any",
-        gap_seconds=1800,
-    )
+    table, sem = torch.zeros(3, TABLE_DIM), make_sem(causal=False)
+    whole = write_handoff(tmp_path / "whole.safetensors", table, sem)
     with pytest.raises(HandoffError, match="causal"):
-        build(dlrm_v3.DlrmHSTU, sem=make_sem(), pretrained=str(whole))
-    taken = build(dlrm_v3.DlrmHSTU, sem=make_sem(), pretrained=str(whole), hide_future=False)
+        build(dlrm_v3.DlrmHSTU, sem=make_sem(), pretrained=whole)
+    taken = build(dlrm_v3.DlrmHSTU, sem=make_sem(), pretrained=whole, hide_future=False)
     assert taken.sem.causal is False
     with pytest.raises(ValueError, match="inherited_lr_ratio"):
         build(dlrm_v3.DlrmHSTU, sem=make_sem(), pretrained=str(handoff[0]), inherited_lr_ratio=1.5)

@@ -33,10 +33,11 @@ def _one_worker_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         worker(0, 1, *arguments)
 
     monkeypatch.setattr(ranking, "start_workers", run)
-    monkeypatch.setattr(ranking, "_start_process_group", lambda *_: None)
+    monkeypatch.setattr(ranking, "start_gloo", lambda *_: None)
+    monkeypatch.setattr(ranking.train, "setup", lambda **_: None)
     monkeypatch.setattr(ranking.train, "cleanup", lambda: None)
     monkeypatch.setattr(retrieval.launch, "start_workers", run)
-    monkeypatch.setattr(retrieval, "_setup_gloo", lambda *_: None)
+    monkeypatch.setattr(retrieval.launch, "start_gloo", lambda *_: None)
     monkeypatch.setattr(host_train, "setup", lambda *_: None)
 
 

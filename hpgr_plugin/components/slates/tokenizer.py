@@ -7,6 +7,7 @@ With z = E(x) and r_0 = z, level d takes the nearest codeword and leaves the res
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -56,16 +57,17 @@ class ItemTokenizer(nn.Module):
         check_at_least(1, input_dim=input_dim, num_levels=num_levels, codebook_size=codebook_size)
         self.input_dim, self.num_levels = input_dim, num_levels
         self.codebook_size = codebook_size
-        self.settings: dict[str, Any] = {  # the constructor's arguments, for files
-            "input_dim": input_dim,
-            "num_levels": num_levels,
-            "codebook_size": codebook_size,
-        }
         self.register_buffer("centre", torch.zeros(input_dim))
         self.codebooks = nn.Parameter(
             torch.zeros(num_levels, codebook_size, self.hidden_dim), requires_grad=self.trains
         )
         self.register_buffer("unused_steps", torch.zeros(num_levels, codebook_size))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, for files; each is an attribute."""
+        _, *names = inspect.signature(type(self).__init__).parameters
+        return {name: getattr(self, name) for name in names}
 
     @property
     def hidden_dim(self) -> int:
@@ -143,18 +145,16 @@ class RQVAE(ItemTokenizer):
     ) -> None:
         check_at_least(1, latent_dim=latent_dim, network_dim=network_dim)
         check_at_least(0, commitment=commitment)
-        self._latent_dim = latent_dim
+        self.latent_dim, self.network_dim = latent_dim, network_dim
         super().__init__(input_dim=input_dim, num_levels=num_levels, codebook_size=codebook_size)
         self.commitment = commitment
-        self.settings |= {"latent_dim": latent_dim, "network_dim": network_dim}
-        self.settings["commitment"] = commitment
         self.encoder = _network(input_dim, network_dim, latent_dim)
         self.decoder = _network(latent_dim, network_dim, input_dim)
 
     @property
     def hidden_dim(self) -> int:
         """H."""
-        return self._latent_dim
+        return self.latent_dim
 
     def encode(self, embeddings: Tensor) -> Tensor:
         """See `ItemTokenizer.encode`."""
@@ -256,12 +256,6 @@ class CRQVAE(RQVAE):
             raise HpgrError("level_weights must have at least one number, got none")
         self.global_weight, self.contrastive_weight = global_weight, contrastive_weight
         self.level_weights, self.temperature = tuple(level_weights), temperature
-        self.settings |= {
-            "global_weight": global_weight,
-            "contrastive_weight": contrastive_weight,
-            "level_weights": list(level_weights),
-            "temperature": temperature,
-        }
 
     def forward(self, anchors: Tensor, positives: Tensor | None = None) -> Tensor:
         """See `RQVAE.forward`."""

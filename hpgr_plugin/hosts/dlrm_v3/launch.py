@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from generative_recommenders.common import HammerKernel
 from generative_recommenders.dlrm_v3.train import utils as train
-from torch import distributed as dist
 
 from hpgr_plugin.hosts.dlrm_v3.attach import attach
 from hpgr_plugin.hosts.dlrm_v3.checkpoint import load_checkpoint
@@ -22,6 +21,7 @@ from hpgr_plugin.hosts.launch import (
     argument_parser,
     one_line_errors,
     read_config,
+    start_gloo,
     start_workers,
 )
 from hpgr_plugin.hosts.seams import host_has_seam, replaced
@@ -71,7 +71,10 @@ def run_worker(
 ) -> None:
     """One process of the host's trainer."""
     device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
-    _start_process_group(rank, world_size, master_port, device)
+    if device.type == "cuda":
+        train.setup(rank=rank, world_size=world_size, master_port=master_port, device=device)
+    else:
+        start_gloo(rank, world_size, master_port)
     try:
         with one_line_errors(CONFIGURATION_ERRORS):
             read_config(configuration, attach)
@@ -127,17 +130,6 @@ def _prepare(
     return functools.partial(
         loop, rank=rank, model=model, metric_logger=metrics, device=device, **arguments
     )
-
-
-def _start_process_group(
-    rank: int, world_size: int, master_port: int, device: torch.device
-) -> None:
-    if device.type == "cuda":
-        train.setup(rank=rank, world_size=world_size, master_port=master_port, device=device)
-        return
-    os.environ["MASTER_ADDR"] = "localhost"
-    os.environ["MASTER_PORT"] = str(master_port)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
 
 
 @contextlib.contextmanager

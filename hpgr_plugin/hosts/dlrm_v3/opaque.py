@@ -16,12 +16,13 @@ from hpgr_plugin.components.sem import SessionContext, SessionEnhancementModule
 from hpgr_plugin.ops.compact.parts import SequenceParts, visible_plan
 from hpgr_plugin.ops.hstu_attention import AttentionSpec, hstu_attention
 from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids
-from hpgr_plugin.ops.preference_plan import PreferencePlan, count_earlier, plan_preferences
-
-_SEM_SETTINGS = (
-    *("embedding_dim", "num_heads", "num_layers", "gap_seconds", "pooling", "fusion", "causal"),
-    *("own_session", "max_session_length", "max_sessions"),
+from hpgr_plugin.ops.preference_plan import (
+    PlanSettings,
+    PreferencePlan,
+    count_earlier,
+    plan_preferences,
 )
+from hpgr_plugin.transfer.handoff import sem_settings
 
 
 @torch.library.custom_op("hpgr::plan_preferences", mutates_args=())
@@ -66,33 +67,16 @@ def _(history: Tensor, candidates: Tensor, *_: Any) -> tuple[Tensor, Tensor, Ten
 
 
 def traced_plan(
-    history_embeddings: Tensor,
-    candidate_embeddings: Tensor,
-    history_offsets: Tensor,
-    candidate_offsets: Tensor,
-    top_k: int = 50,
-    sigma: float = 2.0,
-    eps: float = 1e-3,
-    recent: int = 0,
+    *embeddings_and_offsets: Tensor,
     history_timestamps: Tensor | None = None,
     candidate_timestamps: Tensor | None = None,
-    **_: Any,
+    max_history: int | None = None,
+    max_candidates: int | None = None,
+    **settings: Any,
 ) -> PreferencePlan:
-    """`plan_preferences` as one node."""
-    return PreferencePlan(
-        *_plan(
-            history_embeddings,
-            candidate_embeddings,
-            history_offsets,
-            candidate_offsets,
-            history_timestamps,
-            candidate_timestamps,
-            top_k,
-            sigma,
-            eps,
-            recent,
-        )
-    )
+    """`plan_preferences` as one node, its settings by name; the operator needs no bounds."""
+    times = history_timestamps, candidate_timestamps
+    return PreferencePlan(*_plan(*embeddings_and_offsets, *times, *PlanSettings(**settings)))
 
 
 @torch.library.custom_op("hpgr::count_earlier", mutates_args=())
@@ -253,7 +237,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     sessions = torch.library.get_ctx().new_dynamic_size()
     summary = embeddings.new_empty(sessions, embeddings.shape[1], dtype=weights[0].dtype)
-    tokens = embeddings.shape[0] if json.loads(settings)["own_session"] else 0
+    tokens = embeddings.shape[0] if json.loads(settings).get("own_session") else 0
     own = summary.new_empty(tokens, embeddings.shape[1])
     return summary, times.new_empty(sessions + 1, dtype=torch.int64), own
 
@@ -267,7 +251,7 @@ def traced_context(
     plan: None = None,
 ) -> SessionContext:
     """`SessionEnhancementModule.context` as one node, which makes its plan itself."""
-    settings = json.dumps({name: getattr(sem, name) for name in _SEM_SETTINGS})
+    settings = json.dumps(sem_settings(sem))
     weights = list(sem.parameters())
     summary, session_offsets, own = _context(embeddings, offsets, timestamps, weights, settings)
     return SessionContext(summary, session_offsets, own if sem.own_session else None)

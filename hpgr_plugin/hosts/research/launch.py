@@ -7,12 +7,10 @@ whether or not the host can do that by itself.
 # Not in `__main__`, because spawned workers import their function from a module.
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from generative_recommenders.research.trainer import train
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -63,7 +61,7 @@ def ranks_are_the_cpu() -> Iterator[None]:
 
     `train_fn` uses its rank as the device; nothing else in it needs a GPU.
     """
-    with replaced(train, setup=_setup_gloo, DDP=_ddp_on_cpu), _NumbersAreTheCpu():
+    with replaced(train, setup=launch.start_gloo, DDP=_ddp_on_cpu), _NumbersAreTheCpu():
         yield
 
 
@@ -83,12 +81,6 @@ class _NumbersAreTheCpu(TorchFunctionMode):
 
 def _device(value: Any) -> Any:
     return _CPU if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _setup_gloo(rank: int, world_size: int, master_port: int) -> None:
-    os.environ["MASTER_ADDR"] = "localhost"
-    os.environ["MASTER_PORT"] = str(master_port)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
 
 
 def _ddp_on_cpu(module: torch.nn.Module, device_ids: Any = None, **kwargs: Any) -> Any:

@@ -162,19 +162,12 @@ def zero_spare_rows(x: Tensor, spec: AttentionSpec, *, of_queries: bool = False)
     )
 
 
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    output: Tensor,
-    spec: AttentionSpec,
-    blocks: Blocks | None = None,
-) -> None:
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, output: Tensor, spec: AttentionSpec) -> None:
     """Write `output` `[Tq, H, dv]`; rows beyond the last sequence stay as they are.
 
     With column weights, v (k where `pre`) is the one whose rows have been scaled.
     """
-    blocks = blocks or forward_blocks(q, v, spec)
+    blocks = forward_blocks(q, v, spec)
     num_blocks = triton.cdiv(spec.query_length, blocks.rows)
     _launch(forward_kernel, num_blocks, (q, k, v, output), spec, blocks)
 
@@ -188,7 +181,6 @@ def attention_backward(
     dk: Tensor,
     dv: Tensor,
     spec: AttentionSpec,
-    blocks: tuple[Blocks, Blocks] | None = None,
     *,
     accumulate: bool = False,
 ) -> None:
@@ -199,9 +191,8 @@ def attention_backward(
 
     Args:
         accumulate: add to what dk and dv hold.
-        blocks: of the pass over columns (dk, dv) and of the pass over rows (dq).
     """
-    by_column, by_row = blocks or backward_blocks(q, v, spec)
+    by_column, by_row = backward_blocks(q, v, spec)
     _launch(
         backward_columns_kernel,
         triton.cdiv(spec.max_length, by_column.columns),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hpgr_plugin.ops.dispatch import product_dtype
 from hpgr_plugin.ops.item_softmax.losses import MeanLoss, SoftmaxInputs, total_weight
 
 CHUNK_BYTES = 1 << 27  # of logits in memory at the same time
@@ -26,24 +27,21 @@ class SoftmaxSlope(Protocol):
         """
 
 
-def product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of matrix products: autocast's where it is on."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return hidden.dtype
+def rows_at_once(hidden: Tensor, num_items: int, chunk_bytes: int | None) -> int:
+    """How many positions have their logits over so many items in memory together."""
+    if chunk_bytes is None:
+        chunk_bytes = CUDA_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES
+    return max(1, chunk_bytes // max(1, num_items * product_dtype(hidden).itemsize))
 
 
 def mean_in_chunks(inputs: SoftmaxInputs, softmax_slope: SoftmaxSlope) -> MeanLoss:
     """See `hpgr_plugin.ops.item_softmax.mean_cross_entropy`."""
     hidden, item_table, targets, bias, chunk_bytes, weights = inputs
-    dtype = product_dtype(hidden)
-    if chunk_bytes is None:
-        chunk_bytes = CUDA_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES
-    rows = max(1, chunk_bytes // max(1, len(item_table) * dtype.itemsize))
+    rows = rows_at_once(hidden, len(item_table), chunk_bytes)
     learned = (hidden, item_table, bias)
     slopes = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
     loss, hits = _MeanCrossEntropy.apply(
-        hidden.to(dtype), item_table, bias, targets, weights,
+        hidden.to(product_dtype(hidden)), item_table, bias, targets, weights,
         min(rows, max(1, len(hidden))), slopes, softmax_slope,
     )  # fmt: skip
     return MeanLoss(loss, hits)

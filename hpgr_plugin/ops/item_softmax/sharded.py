@@ -22,7 +22,8 @@ from hpgr_plugin.ops.collectives import (
     sum_over_processes,
     world_size,
 )
-from hpgr_plugin.ops.item_softmax.chunks import CHUNK_BYTES, CUDA_CHUNK_BYTES, product_dtype
+from hpgr_plugin.ops.dispatch import product_dtype
+from hpgr_plugin.ops.item_softmax.chunks import rows_at_once
 from hpgr_plugin.ops.item_softmax.losses import MeanLoss
 
 
@@ -62,15 +63,12 @@ class ShardKernel(Protocol):
 def sharded_in_chunks(inputs: ShardInputs, kernel: ShardKernel) -> MeanLoss:
     """See `hpgr_plugin.ops.item_softmax.sharded_cross_entropy`."""
     hidden, shard, targets, first_row, num_items, chunk_bytes = inputs
-    dtype = product_dtype(hidden)
-    if chunk_bytes is None:
-        chunk_bytes = CUDA_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES
     # The same number of chunks on every process, whose last shard may be smaller.
     largest = -(-num_items // world_size())
-    rows = max(1, chunk_bytes // (largest * dtype.itemsize))
+    rows = rows_at_once(hidden, largest, chunk_bytes)
     slopes = torch.is_grad_enabled() and (hidden.requires_grad or shard.requires_grad)
     loss, hits = _ShardedCrossEntropy.apply(
-        hidden.to(dtype), shard, targets, first_row, rows, slopes, kernel
+        hidden.to(product_dtype(hidden)), shard, targets, first_row, rows, slopes, kernel
     )
     return MeanLoss(loss, hits)
 

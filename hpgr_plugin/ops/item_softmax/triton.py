@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from hpgr_plugin.ops.item_softmax.chunks import mean_in_chunks, product_dtype
+from hpgr_plugin.ops.dispatch import product_dtype
+from hpgr_plugin.ops.item_softmax.chunks import mean_in_chunks
 from hpgr_plugin.ops.item_softmax.kernels import (
     shard_slope_kernel,
     shard_statistics_kernel,

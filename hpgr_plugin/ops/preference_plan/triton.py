@@ -95,7 +95,11 @@ def weight_matrix(inputs: PlanInputs, settings: PlanSettings) -> Tensor:
 
 def count_earlier(times: PlanTimes) -> Tensor:
     """See `hpgr_plugin.ops.preference_plan.count_earlier`."""
-    counts = torch.empty(len(times.candidates), dtype=torch.int64, device=times.history.device)
+    return _earlier(times, torch.int64)
+
+
+def _earlier(times: PlanTimes, dtype: torch.dtype) -> Tensor:
+    counts = torch.empty(len(times.candidates), dtype=dtype, device=times.history.device)
     blocks = triton.cdiv(times.max_candidates, _SEARCHES)
     programs = (len(times.history_offsets) - 1) * blocks
     if programs:
@@ -207,16 +211,13 @@ def _select(
 
 def _visible(problem: _Problem) -> Tensor:
     """How many items each candidate may see, `[C]` int32; without times it is never read."""
-    if problem.history_timestamps is None:
+    if problem.history_timestamps is None or problem.candidate_timestamps is None:
         return problem.empty(1, dtype=torch.int32)
-    visible = problem.empty(len(problem.candidates), dtype=torch.int32)
-    blocks = triton.cdiv(problem.max_candidates, _SEARCHES)
-    visible_kernel[(problem.num_users * blocks,)](
-        problem.history_timestamps, problem.candidate_timestamps, problem.history_offsets,
-        problem.candidate_offsets, visible, blocks, problem.max_history.bit_length(),
-        LANES=_SEARCHES, num_warps=1,
+    times = PlanTimes(
+        problem.history_timestamps, problem.history_offsets, problem.candidate_timestamps,
+        problem.candidate_offsets, problem.max_history, problem.max_candidates,
     )  # fmt: skip
-    return visible
+    return _earlier(times, torch.int32)
 
 
 def _anchors(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpgr_plugin.ops.dispatch import dot_precision
+from hpgr_plugin.ops.dispatch import dot_precision, product_dtype
 from hpgr_plugin.ops.session_pool.kernels import (
     add_backward_kernel,
     add_forward_kernel,
@@ -64,7 +64,7 @@ def why_not_add_context(tokens: Tensor, *_: Tensor) -> str | None:
     """The same for `add_context`."""
     if tokens.dtype not in _KINDS:
         return f"dtype {tokens.dtype}"
-    kind = _product_dtype(tokens)
+    kind = product_dtype(tokens)
     largest = LARGEST_EMBEDDING_FLOAT32 if kind == torch.float32 else LARGEST_EMBEDDING
     if tokens.shape[1] > largest:
         return f"embedding_dim {tokens.shape[1]}, more than {largest} in {kind}"
@@ -153,14 +153,8 @@ class _AddContext(torch.autograd.Function):
         return grad, (sums * gate).to(context.dtype), d_gate, None
 
 
-def _product_dtype(tokens: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(tokens.device.type):
-        return torch.get_autocast_dtype(tokens.device.type)
-    return tokens.dtype
-
-
 def _constants(tokens: Tensor, num_heads: int) -> dict[str, Any]:
-    kind, size = _product_dtype(tokens), tokens.shape[1]
+    kind, size = product_dtype(tokens), tokens.shape[1]
     return {
         "EPS": _EPS,
         "H": num_heads,

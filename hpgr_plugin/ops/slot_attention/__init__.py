@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from hpgr_plugin.ops.dispatch import triton_operator
-from hpgr_plugin.ops.slot_attention.slots import Settings, SlotBias, Slots
+from hpgr_plugin.ops.slot_attention.slots import KeptRows, NewRows, Settings, SlotBias, Slots
 
 __all__ = ["Settings", "SlotBias", "Slots", "slot_attention"]
 
@@ -11,8 +11,8 @@ _OPERATOR = triton_operator(__name__)
 
 
 def slot_attention(
-    new: tuple[Tensor, Tensor, Tensor],
-    kept: tuple[Tensor, Tensor],
+    new: NewRows,
+    kept: KeptRows,
     slots: Slots,
     bias: SlotBias | None,
     settings: Settings,

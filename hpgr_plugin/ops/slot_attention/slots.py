@@ -10,6 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+NewRows = tuple[Tensor, Tensor, Tensor]  # queries, keys and values `[c, H * d]` of candidates
+KeptRows = tuple[Tensor, Tensor]  # keys and values `[H, N, d]` of a history
+
 
 @dataclass(frozen=True)
 class Settings:

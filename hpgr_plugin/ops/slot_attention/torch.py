@@ -4,15 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpgr_plugin.ops.slot_attention.slots import Settings, SlotBias, Slots
+from hpgr_plugin.ops.slot_attention.slots import KeptRows, NewRows, Settings, SlotBias, Slots
 
 
 def slot_attention(
-    new: tuple[Tensor, Tensor, Tensor],
-    kept: tuple[Tensor, Tensor],
-    slots: Slots,
-    bias: SlotBias | None,
-    settings: Settings,
+    new: NewRows, kept: KeptRows, slots: Slots, bias: SlotBias | None, settings: Settings
 ) -> Tensor:
     """See `hpgr_plugin.ops.slot_attention.slot_attention`."""
     q, k, v = (x.unflatten(1, (slots.num_heads, -1)).transpose(0, 1) for x in new)

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from hpgr_plugin.ops.slot_attention.kernels import slot_attention_kernel
-from hpgr_plugin.ops.slot_attention.slots import Settings, SlotBias, Slots
+from hpgr_plugin.ops.slot_attention.slots import KeptRows, NewRows, Settings, SlotBias, Slots
 
 LARGEST_HEAD = 256
 _ROWS = 32  # gathered at once
@@ -13,11 +13,7 @@ _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 def slot_attention(
-    new: tuple[Tensor, Tensor, Tensor],
-    kept: tuple[Tensor, Tensor],
-    slots: Slots,
-    bias: SlotBias | None,
-    settings: Settings,
+    new: NewRows, kept: KeptRows, slots: Slots, bias: SlotBias | None, settings: Settings
 ) -> Tensor:
     """See `hpgr_plugin.ops.slot_attention.slot_attention`."""
     q, k, v = (x if x.stride(1) == 1 else x.contiguous() for x in new)
@@ -65,11 +61,7 @@ def slot_attention(
 
 
 def why_not(
-    new: tuple[Tensor, Tensor, Tensor],
-    _kept: tuple[Tensor, Tensor],
-    slots: Slots,
-    _bias: SlotBias | None,
-    _settings: Settings,
+    new: NewRows, _kept: KeptRows, slots: Slots, _bias: SlotBias | None, _settings: Settings
 ) -> str | None:
     """Why the kernel does not support the case, or None."""
     q = new[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import gin
 import pytest
 import torch
-from small_task import killed_at
+from small_task import killed_at, without_costs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpgr_plugin.config.registry import ConfigError, build
@@ -29,11 +29,6 @@ from hpgr_plugin.transfer.handoff import HandoffError
 
 Configure = Callable[..., Task]
 Training = Callable[..., TrainingRun]
-COSTS = ("seconds_per_step", "inference_seconds_per_step", "examples_per_second")
-
-
-def without_costs(metrics: dict) -> dict:
-    return {key: value for key, value in metrics.items() if key not in COSTS}
 
 
 def test_a_seed_fixes_both_stages(configure: Configure, training: Training) -> None:

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_slate_model import small_slate_model
 
-from hpgr_plugin.components.slates.decoder import HierarchicalDecoder
-from hpgr_plugin.components.slates.semantic_ids import SemanticIds
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.slates.artefact import save_model
 from hpgr_plugin.hosts.embedded.slates.generator import History, SlateGenerator
-from hpgr_plugin.hosts.embedded.slates.model import SlateModel
 
 
 @pytest.fixture
@@ -23,22 +21,8 @@ def task(configure: Callable[..., Task]) -> Task:
 
 @pytest.fixture
 def generator(task: Task, tmp_path: Path) -> SlateGenerator:
-    torch.manual_seed(0)
     log = task.data.log
-    digits = torch.randint(0, 8, (log.num_items, 2))
-    model = SlateModel(
-        num_items=log.num_items,
-        num_actions=log.num_actions,
-        vocabulary_digest=log.item_vocabulary_digest,
-        ids=SemanticIds(digits, codebook_size=8),
-        decoder=HierarchicalDecoder,
-        decoder_arguments={"planner_layers": 1},
-        embedding_dim=16,
-        max_history=60,
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    model = small_slate_model(log.num_items, log.num_actions, log.item_vocabulary_digest)
     save_model(tmp_path / "slates.safetensors", model, item_ids=log.item_ids.tolist())
     return SlateGenerator.load(tmp_path / "slates.safetensors")
 

@@ -10,6 +10,7 @@ import gin
 import numpy as np
 import pytest
 import torch
+from small_task import without_costs
 
 from hpgr_plugin.cli import run_configured
 from hpgr_plugin.config.registry import build
@@ -42,7 +43,6 @@ from hpgr_plugin.report.__main__ import main as report
 
 Configure = Callable[..., Task]
 Training = Callable[..., TrainingRun]
-COSTS = ("seconds_per_step", "examples_per_second")
 ROWS = ["sasrec", "hstu", "tiger", "onerec", "higr", "higr_aligned", "no_planner"]
 
 
@@ -69,10 +69,6 @@ def slates_of(tokens: Tokenized, **changes: Any) -> SlateSettings:
 def alignment_of(tokens: Tokenized, model: TrainedSlates, **changes: Any) -> AlignSettings:
     files = {"tokens": str(tokens.tokens), "model": str(model.model)}
     return build("AlignSettings", **files, **changes)
-
-
-def without_costs(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in metrics.items() if key not in COSTS}
 
 
 def test_modes_of_run_from_stage_1_to_aligned_slates(
