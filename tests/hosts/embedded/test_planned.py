@@ -25,7 +25,7 @@ from hpgr_plugin.hosts.embedded.model.rivals.sasrec import SASRec
 from hpgr_plugin.hosts.embedded.model.rivals.wukong import Wukong
 from hpgr_plugin.hosts.embedded.model.token_features import GapFeatures
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
-from hpgr_plugin.hosts.embedded.train.planned import RequestPlanner
+from hpgr_plugin.hosts.embedded.train.planned import Packed, RequestPlanner
 
 RIVALS = {kind.__name__: kind for kind in (BERT4Rec, DNN, GRU4Rec, MoE, SASRec, Wukong)}
 
@@ -73,6 +73,18 @@ def test_a_plan_changes_no_number(case: str) -> None:
     assert torch.equal(
         planned.to(torch.device("cpu")).logits_of(model), model(batch, every_task=True)
     )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packing_changes_no_number(case: str) -> None:
+    model = model_of(case)
+    batch = make_batch([5, 0, 1, 16, 9], [3, 2, 1, 4, 0], features=True)
+    planned = RequestPlanner(model, torch.device("cpu")).plan(batch)
+    packed = Packed(planned, pinned=False).to(torch.device("cpu"))
+    assert packed.plan.requests.longest_history == 16
+    assert packed.batch.history_items.data_ptr() % 64 == 0
+    assert packed.batch.candidate_items.data_ptr() % 64 == 0
+    assert torch.equal(packed.logits_of(model), model(batch, every_task=True))
 
 
 @pytest.mark.parametrize("case", RIVALS)

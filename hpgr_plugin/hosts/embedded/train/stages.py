@@ -32,6 +32,7 @@ from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, load_we
 from hpgr_plugin.hosts.embedded.train.distributed import Process, barrier, seed_everything
 from hpgr_plugin.hosts.embedded.train.losses import listwise_loss, pairwise_loss
 from hpgr_plugin.hosts.embedded.train.planned import (
+    Packed,
     PlannedRequests,
     PlannedSequences,
     RequestPlanner,
@@ -152,7 +153,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
 
     planner = SequencePlanner(model, process.device)
 
-    def prepare(batch: SequenceBatch, step: int) -> PlannedSequences:
+    def prepare(batch: SequenceBatch, step: int) -> PlannedSequences | Packed[PlannedSequences]:
         masks = torch.Generator().manual_seed(_mask_seed(run.seed, step, process.rank))
         return planner.plan(batch, masks)
 
