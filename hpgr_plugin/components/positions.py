@@ -1,7 +1,7 @@
 """Time-aware positions (Eq. 4): a candidate stands where its time puts it in the history."""
 
 import warnings
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,18 @@ from hpgr_plugin.ops.jagged import check_sorted, ranges, segment_ids, segment_po
 from hpgr_plugin.ops.preference_plan import count_earlier
 
 Form = Literal["absolute", "relative"]
+
+
+class PositionPlan(NamedTuple):
+    """The index arithmetic of positions; planned on the host, it costs a CUDA device no wait.
+
+    Attributes:
+        history: int64 `[T]`, rows of the table for history items; None where nothing is added.
+        candidates: int64 `[C]`, the same for candidates; None where all have one row, or none.
+    """
+
+    history: Tensor | None
+    candidates: Tensor | None
 
 
 def time_aware_index(
@@ -105,10 +117,37 @@ class TimeAwarePositionalEncoder(nn.Module):
         candidate_embeddings: Tensor,
         candidate_offsets: Tensor,
         candidate_timestamps: Tensor,
+        *,
+        plan: PositionPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Histories `[T, D]` and candidates `[C, D]`, in the absolute form with positions added.
 
-        Offsets and times are those of `time_aware_index`.
+        Offsets and times are those of `time_aware_index`; `plan` is of the same requests, and None
+        makes it here.
+
+        Raises:
+            ValueError: see `plan`.
+        """
+        if plan is None:
+            plan = self.plan(
+                history_offsets, history_timestamps, candidate_offsets, candidate_timestamps
+            )
+        if plan.history is None or plan.candidates is None:
+            return history_embeddings, candidate_embeddings
+        return (
+            history_embeddings + self.table(plan.history),
+            candidate_embeddings + self.table(plan.candidates),
+        )
+
+    @torch.no_grad()
+    def plan(
+        self,
+        history_offsets: Tensor,
+        history_timestamps: Tensor,
+        candidate_offsets: Tensor,
+        candidate_timestamps: Tensor,
+    ) -> PositionPlan:
+        """The index arithmetic of `forward`, checked, on the device of its arguments.
 
         Raises:
             ValueError: a history out of order, a history too long for `max_positions`, several
@@ -118,16 +157,13 @@ class TimeAwarePositionalEncoder(nn.Module):
         _check_times(*times)
         self.check_lengths(history_offsets, candidate_offsets)
         if self.form == "relative":
-            return history_embeddings, candidate_embeddings
+            return PositionPlan(None, None)
         earlier = count_earlier(*times)
         # Row of the table = index - 1: a place in the history, or the number of earlier items.
         places = segment_positions(history_offsets, len(history_timestamps))
         users = segment_ids(history_offsets, len(places))
         rows = self.history_rows(places, users, earlier, candidate_offsets)
-        return (
-            history_embeddings + self.table(rows),
-            candidate_embeddings + self.table(earlier),
-        )
+        return PositionPlan(rows, earlier)
 
     def history_rows(
         self, places: Tensor, users: Tensor, earlier: Tensor, candidate_offsets: Tensor
@@ -215,7 +251,7 @@ class VisibilityCheck:
         Raises:
             HpgrError: see `finish`.
         """
-        if self._batches_left == 0:
+        if self.done:
             return
         has_history = history_lengths > 0
         blind = has_history & (visible == 0)
@@ -223,6 +259,11 @@ class VisibilityCheck:
         self._batches_left -= 1
         if self._batches_left == 0 or (len(self._counts) == 1 and self._all_blind()):
             self.finish()
+
+    @property
+    def done(self) -> bool:
+        """Whether the verdict was given, so that calls do nothing."""
+        return self._batches_left == 0
 
     def _all_blind(self) -> bool:
         """Whether a first batch of some size leaves no doubt."""

@@ -79,6 +79,7 @@ class SessionPlan(NamedTuple):
         own: of the intra-session encoder over each session as far as a token, or None.
         read: int64 `[S]`, whose summary the tokens of a session get: a row of the inter-session
             encoder, where 0 is no session (causal), or a row or user (otherwise).
+        later: int64 `[K]`, the sessions that get a token; None without session tokens.
     """
 
     session_offsets: Tensor
@@ -89,6 +90,7 @@ class SessionPlan(NamedTuple):
     layout: SegmentLayout
     own: OwnSessionPlan | None
     read: Tensor
+    later: Tensor | None
 
 
 class SessionContext(NamedTuple):
@@ -343,6 +345,7 @@ class SessionEnhancementModule(nn.Module):
             layout=layout,
             own=self._plan_own(sessions, device_type) if self.own_session else None,
             read=self._read_rows(sessions, rows, leads),
+            later=_later(sessions.session_offsets, offsets) if self.session_tokens else None,
         )
 
     def fuse(self, embeddings: Tensor, context: SessionContext) -> Tensor:
@@ -360,17 +363,22 @@ class SessionEnhancementModule(nn.Module):
             enhanced = enhanced + own
         return enhanced.to(embeddings.dtype)
 
-    def tokens(self, context: SessionContext, offsets: Tensor) -> SessionTokens:
+    def tokens(
+        self, context: SessionContext, offsets: Tensor, *, plan: SessionPlan | None = None
+    ) -> SessionTokens:
         """A token for each session but a user's first, with what came before that session.
 
         Args:
             context: of the whole histories.
             offsets: `[B + 1]`, of the same histories.
+            plan: of the same histories, made by this module.
         """
-        first = context.session_offsets[:-1]
-        later = ~torch.isin(first, offsets)
+        later = None if plan is None else plan.later
+        if later is None:
+            later = _later(context.session_offsets, offsets)
         summary = F.layer_norm(context.summary[later], context.summary.shape[1:])
-        return SessionTokens(self.token_vector + self.token_scale * summary, first[later])
+        values = self.token_vector + self.token_scale * summary
+        return SessionTokens(values, context.session_offsets[later])
 
     def refuse_tokens(self, host: str) -> None:
         """For hosts that have no session tokens.
@@ -455,3 +463,8 @@ class SessionEnhancementModule(nn.Module):
         """The pooled summary of the rows that each row sees, `[R, D]` -> `[R, D]`."""
         x = self.inter_encoder(x, layout)
         return segment_mean(x, layout) if self.pooling == "mean" else x
+
+
+def _later(session_offsets: Tensor, offsets: Tensor) -> Tensor:
+    """The sessions `[S + 1]` that are not the first of a history `[B + 1]`, int64 `[K]`."""
+    return (~torch.isin(session_offsets[:-1], offsets)).nonzero().squeeze(1)

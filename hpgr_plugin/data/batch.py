@@ -13,14 +13,10 @@ _T = TypeVar("_T", bound="_OnDevice")
 
 
 class _OnDevice:
-    """`to` and `pin_memory` for dataclasses of tensors and dicts of tensors."""
+    """`to` for dataclasses of tensors and dicts of tensors."""
 
     def to(self: _T, device: torch.device | str, non_blocking: bool = False) -> _T:
         return self._map(lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self: _T) -> _T:
-        """A copy in pinned memory, from which a copy to a CUDA device need not be waited for."""
-        return self._map(torch.Tensor.pin_memory)
 
     def _map(self: _T, change: Callable[[torch.Tensor], torch.Tensor]) -> _T:
         def move(value: object) -> object:

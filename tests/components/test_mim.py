@@ -6,7 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from hpgr_plugin.components.mim import MaskedItemModel, choose_masked
 from hpgr_plugin.components.sem import SessionEnhancementModule
@@ -143,27 +143,6 @@ def test_a_plan_made_before_the_step_changes_no_bit(with_sem, limit):
     planned = step(plan=model.plan(*batch, generator=rng(3)))
     for here, before in zip(step(generator=rng(3)), planned, strict=True):
         assert torch.equal(here, before)
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operators whose result the host reads, or whose size depends on the data."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select")
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        waits = name in self.NAMES
-        waits |= name == "repeat_interleave" and kwargs.get("output_size") is None
-        if name.startswith("index") and isinstance(args[1], list | tuple):
-            waits |= any(i is not None and i.dtype == torch.bool for i in args[1])
-        if waits:
-            self.seen.append(name)
-        return func(*args, **kwargs)
 
 
 def test_a_planned_step_waits_for_nothing():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from triton_device import DEVICE
+from waits import Waits
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
 from hpgr_plugin.data.batch import Batch
@@ -122,3 +123,22 @@ def test_a_layer_without_sources_gets_every_token() -> None:
     wanted = run(make_model(HSTULayer, "per_candidate"), batch, "torch")
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layer", [HSTULayer, MTGRLayer])
+@pytest.mark.parametrize(("hook", "most"), [("dense", 0), ("shared_history", 1)])
+def test_a_planned_step_waits_for_nothing(layer: type[SequenceLayer], hook: str, most: int) -> None:
+    """On CUDA each of these operators would wait; a plan of PGSA has a size of its own."""
+    model, batch = make_model(layer, hook), make_batch([5, 0, 16, 1], [3, 2, 4, 0])
+    plan = model.plan_requests(batch)
+    backends = {"hstu_attention": "triton", "preference_plan": "triton"}
+    set_backends(backends)
+    try:
+        with Waits() as unplanned:
+            model(batch)
+        with Waits() as planned:
+            model(batch, plan=plan).sum().backward()
+    finally:
+        set_backends()
+    assert len(planned.seen) <= most
+    assert len(unplanned.seen) > most

@@ -182,6 +182,11 @@ def most_kept(settings: PlanSettings, max_history: int) -> int:
     return min(max_history, settings.top_k * (2 * radius + 1) + settings.recent)
 
 
+def kernel_length(sigma: float, eps: float) -> int:
+    """From this length of a history on, `gaussian_kernel` does not depend on it."""
+    return math.ceil(sigma * math.sqrt(-2.0 * math.log(eps))) + 1
+
+
 def gaussian_kernel(sigma: float, eps: float, longest: int) -> Tensor:
     """M by distance: `exp(-d^2 / (2 sigma^2))` for d = 0, 1, ... while it is at least eps.
 
@@ -193,7 +198,7 @@ def gaussian_kernel(sigma: float, eps: float, longest: int) -> Tensor:
     Returns:
         `[radius + 1]` float64, radius < max(1, longest).
     """
-    radius = min(max(0, longest - 1), math.ceil(sigma * math.sqrt(-2.0 * math.log(eps))))
+    radius = min(max(0, longest - 1), kernel_length(sigma, eps) - 1)
     distance = torch.arange(radius + 1, dtype=torch.float64)
     kernel = torch.exp(-distance.square() / (2.0 * sigma**2))
     return kernel[kernel >= eps]

@@ -36,6 +36,7 @@ from hpgr_plugin.ops.preference_plan.plan import (
     PreferencePlan,
     Selection,
     gaussian_kernel,
+    kernel_length,
 )
 
 LONGEST_HISTORY = 2**18  # the maxima of one candidate stay in the registers of one program
@@ -276,9 +277,17 @@ def _score(
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
 def _weight_table(sigma: float, eps: float, longest: int, device: torch.device) -> Tensor:
-    """M by distance, `[radius + 1]` float32, on the device; shared, so never written to."""
+    """M by distance, `[radius + 1]` float32, on the device; shared, so never written to.
+
+    One table for all histories that are longer than the kernel, which is nearly all: the copy of a
+    new one to the device is waited for.
+    """
+    return _copied_table(sigma, eps, min(longest, kernel_length(sigma, eps)), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _copied_table(sigma: float, eps: float, longest: int, device: torch.device) -> Tensor:
     return gaussian_kernel(sigma, eps, longest).float().to(device)
 
 

@@ -22,7 +22,7 @@ from hpgr_plugin.hosts.embedded.model.mtgr import MTGRLayer
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.model.rivals.dnn import DNN
 from hpgr_plugin.hosts.embedded.model.token_features import CalendarFeatures
-from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
+from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, SequenceIndex
 from hpgr_plugin.hosts.slots import SlotError
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 
@@ -295,14 +295,7 @@ def test_the_bias_reads_the_time_aware_index() -> None:
     """`Index(C)` for a candidate, `Index(j)` for what it sees."""
     batch = make_batch(**BATCH)
     index = RequestIndex.of(batch, hide_future=True)
-    sequence = build_sequence(
-        batch,
-        index,
-        history=torch.zeros(len(batch.history_items), 8),
-        candidates=torch.zeros(batch.num_candidates, 8),
-        context=None,
-        dynamic_mask=False,
-    )
+    sequence = SequenceIndex.of(batch, index, context_len=0, dynamic_mask=False)
     numbers, of_candidates = time_aware_index(
         batch.history_timestamps,
         batch.history_offsets,
@@ -312,7 +305,7 @@ def test_the_bias_reads_the_time_aware_index() -> None:
     lengths = batch.history_offsets.diff()
     numbers = numbers.split(lengths[index.candidate_users].tolist())
     for c, user in enumerate(index.candidate_users.tolist()):
-        positions = sequence.marks[sequence.offsets[user] : sequence.offsets[user + 1], 0]
+        positions = sequence.marks[0, sequence.offsets[user] : sequence.offsets[user + 1]]
         seen = int(index.visible[c])
         assert torch.equal(positions[:seen], numbers[c][:seen])
         own = int(lengths[user]) + c - int(batch.candidate_offsets[user])

@@ -106,7 +106,8 @@ def test_one_task_has_the_loss_of_one_cross_entropy(
         return model
 
     def plain(model, groups, loss, **others):  # type: ignore[no-untyped-def]
-        def cross_entropy(forward, batch, step):  # type: ignore[no-untyped-def]
+        def cross_entropy(forward, planned, step):  # type: ignore[no-untyped-def]
+            batch = planned.batch
             logits = forward(batch).float()
             total = F.binary_cross_entropy_with_logits(
                 logits, batch.candidate_labels, reduction="sum"

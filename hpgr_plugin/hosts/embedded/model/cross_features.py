@@ -43,7 +43,7 @@ class CrossFeatures(TokenFeatures):
     def statistics(self, batch: Batch, index: RequestIndex) -> Tensor:
         """`[C, groups * (1 + num_actions)]`: log count and shares of the actions, by group."""
         starts = batch.history_offsets[:-1][index.candidate_users]
-        rows = ranges(starts, index.visible)
+        rows = ranges(starts, index.visible, index.num_visible)
         owner = torch.arange(batch.num_candidates, device=rows.device)
         owner = owner.repeat_interleave(index.visible, output_size=len(rows))
         items, candidates = batch.history_items[rows], batch.candidate_items[owner]
@@ -56,7 +56,9 @@ class CrossFeatures(TokenFeatures):
         return torch.cat(columns, dim=1)
 
     def _of_group(self, cell: Tensor, group: Tensor, num_candidates: int) -> Tensor:
-        counts = torch.bincount(cell[group], minlength=num_candidates * self.num_actions)
-        counts = counts.view(num_candidates, self.num_actions).float()
+        # Not bincount of cell[group], which waits for the device; below 2^24 floats count exactly.
+        counts = torch.zeros(num_candidates * self.num_actions, device=cell.device)
+        counts = counts.index_add(0, cell, group.float())
+        counts = counts.view(num_candidates, self.num_actions)
         total = counts.sum(1, keepdim=True)
         return torch.cat([total.log1p(), F.normalize(counts, p=1.0, dim=1)], dim=1)

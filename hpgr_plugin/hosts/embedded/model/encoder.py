@@ -20,7 +20,7 @@ from hpgr_plugin.ops.hstu_attention import (
     Visibility,
     attention_backend,
 )
-from hpgr_plugin.ops.jagged import complete_cumsum, jagged_to_padded_dense, ranges
+from hpgr_plugin.ops.jagged import jagged_to_padded_dense, ranges
 from hpgr_plugin.ops.segments import plan_buckets
 
 
@@ -144,10 +144,9 @@ class SequenceEncoder(nn.Module):
 
     def _as_they_are(self, sequence: TokenSequence, mask_position: MaskPosition) -> TokenGroup:
         """The jagged sequences, and who sees whom with what weight."""
-        lengths, counts = sequence.offsets.diff(), sequence.candidates_per_sequence
-        longest, most = _longest(lengths, counts)
+        longest, most = _longest(sequence)
         marks = Marks(*sequence.marks_of_tokens().T.contiguous())
-        candidate_offsets = complete_cumsum(counts)
+        candidate_offsets = sequence.candidate_offsets
         weights = None
         if sequence.row_plan is not None and sequence.parts is not None:
             weights = row_weights(sequence.parts, sequence.row_plan, longest)
@@ -167,7 +166,7 @@ class SequenceEncoder(nn.Module):
         last = spec.replace(
             query_offsets=candidate_offsets,
             max_query_length=most,
-            query_rows=ranges(sequence.offsets[1:] - counts, counts),
+            query_rows=sequence.candidate_rows,
         )
         domains = _domains(sequence)
         return TokenGroup(sequence.values, domains, sequence.source, spec, last, None)
@@ -176,7 +175,7 @@ class SequenceEncoder(nn.Module):
         """Pad to the longest sequence, and say who sees whom with what weight."""
         lengths, counts = sequence.offsets.diff(), sequence.candidates_per_sequence
         size = len(lengths)
-        length, most = _longest(lengths, counts)
+        length, most = _longest(sequence)
         number = torch.arange(size + 1, device=lengths.device)
         marks = Marks(*_pad_marks(sequence, lengths, length).flatten(0, 1).T.contiguous())
         # Candidates are the last tokens of a sequence; the last one is repeated as padding.
@@ -228,8 +227,11 @@ def _domains(sequence: TokenSequence) -> Tensor:
     return Marks(*sequence.marks.unbind(1)).domains
 
 
-def _longest(lengths: Tensor, counts: Tensor) -> tuple[int, int]:
-    """The most tokens and the most candidates of a sequence, in one wait for the device."""
+def _longest(sequence: TokenSequence) -> tuple[int, int]:
+    """The most tokens and candidates of a sequence; where unknown, in one wait for the device."""
+    if sequence.longest is not None and sequence.most_candidates is not None:
+        return sequence.longest, sequence.most_candidates
+    lengths, counts = sequence.offsets.diff(), sequence.candidates_per_sequence
     if not len(lengths):
         return 0, 0
     longest, most = torch.stack([lengths.max(), counts.max()]).tolist()

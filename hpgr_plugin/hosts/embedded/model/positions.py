@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hpgr_plugin.components.positions import PositionPlan
 from hpgr_plugin.ops.jagged import segment_positions
 
 
@@ -26,11 +27,17 @@ class LearnedPositionalEncoder(nn.Module):
         self,
         history_embeddings: Tensor,
         history_offsets: Tensor,
-        _history_timestamps: Tensor,
+        history_timestamps: Tensor,
         candidate_embeddings: Tensor,
         *_: Tensor,
+        plan: PositionPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Histories `[T, D]` and candidates `[C, D]` with their positions added."""
-        rank = segment_positions(history_offsets, history_embeddings.shape[0])
-        history = history_embeddings + self.table(rank + 1)
+        if plan is None:
+            plan = self.plan(history_offsets, history_timestamps)
+        history = history_embeddings + self.table(plan.history)
         return history, candidate_embeddings + self.table.weight[0]
+
+    def plan(self, history_offsets: Tensor, history_timestamps: Tensor, *_: Tensor) -> PositionPlan:
+        """The rows of the table; candidates all have row 0."""
+        return PositionPlan(segment_positions(history_offsets, len(history_timestamps)) + 1, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,12 @@ from hpgr_plugin.components.attention_hooks import (
 )
 from hpgr_plugin.components.checks import check_at_least, check_share
 from hpgr_plugin.components.item_features import ItemFeatures
-from hpgr_plugin.components.positions import TimeAwarePositionalEncoder, VisibilityCheck
-from hpgr_plugin.components.sem import SessionEnhancementModule, SessionTokens
+from hpgr_plugin.components.positions import (
+    PositionPlan,
+    TimeAwarePositionalEncoder,
+    VisibilityCheck,
+)
+from hpgr_plugin.components.sem import SessionEnhancementModule, SessionPlan
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.features import (
@@ -34,13 +38,39 @@ from hpgr_plugin.hosts.embedded.model.rivals.interface import (
 )
 from hpgr_plugin.hosts.embedded.model.task_heads import TaskHeads, chosen_tasks, make_head
 from hpgr_plugin.hosts.embedded.model.token_features import FeatureSizes, TokenFeatures
-from hpgr_plugin.hosts.embedded.model.tokens import RequestIndex, build_sequence
+from hpgr_plugin.hosts.embedded.model.tokens import (
+    RequestIndex,
+    SequenceIndex,
+    build_sequence,
+    with_plan,
+)
 from hpgr_plugin.hosts.slots import SlotError, check_slot, check_width
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 from hpgr_plugin.transfer.handoff import inherit
 
 _NAME = "hpgr.HSTURanker"
 Statistics = Literal["linear", "network"]
+PositionalEncoder = LearnedPositionalEncoder | TimeAwarePositionalEncoder
+
+
+class RequestPlan(NamedTuple):
+    """What a ranker knows of a batch without its weights: checked once, sizes as numbers.
+
+    Made on the host and moved to a CUDA device with the batch, it leaves nothing to wait for.
+
+    Attributes:
+        requests: index arithmetic of the requests.
+        positions: of the positional encoder, or None.
+        sessions: of SEM, or None.
+        sequence: of the layers' tokens; None for a rival.
+        rival: what `RivalEncoder.plan` makes; None for layers.
+    """
+
+    requests: RequestIndex
+    positions: PositionPlan | None
+    sessions: SessionPlan | None
+    sequence: SequenceIndex | None
+    rival: Any
 
 
 class HSTURanker(nn.Module):
@@ -172,7 +202,7 @@ class HSTURanker(nn.Module):
         self.rare_items = None if rare_items is None else rare_items(sizes=sizes)
         self.token_features = nn.ModuleList(kind(sizes=sizes) for kind in token_features)
         if positional_encoder is None and encoder is None:
-            self.positional_encoder: nn.Module | None = LearnedPositionalEncoder(
+            self.positional_encoder: PositionalEncoder | None = LearnedPositionalEncoder(
                 embedding_dim=embedding_dim, max_positions=max_history
             )
         else:
@@ -238,19 +268,63 @@ class HSTURanker(nn.Module):
         """The tasks besides the main one."""
         return self.task_heads.names
 
-    def forward(self, batch: Batch, *, every_task: bool = False) -> Tensor:
+    @torch.no_grad()
+    def plan_requests(self, batch: Batch, *, device_type: str | None = None) -> RequestPlan:
+        """Check a batch, and do the index arithmetic of `forward` where the batch is.
+
+        Args:
+            batch: the requests.
+            device_type: where `forward` will run, see `segment_layout`; None: where the batch is.
+
+        Raises:
+            ValueError: requests that the positional encoder or SEM refuses.
+        """
+        index = RequestIndex.of(batch, hide_future=self.hide_future)
+        times = (
+            batch.history_offsets,
+            batch.history_timestamps,
+            batch.candidate_offsets,
+            batch.candidate_timestamps,
+        )
+        encoder, sessions, before = self.positional_encoder, None, None
+        positions = None if encoder is None else encoder.plan(*times)
+        if self.sem is not None:
+            sessions = self.sem.plan(*times[:2], device_type=device_type)
+            if sessions.later is not None:
+                before = sessions.session_offsets[sessions.later]
+        context_len = 0 if self.user_features is None else self.user_features.tokens_per_user
+        if isinstance(self.encoder, RivalEncoder):
+            rival = self.encoder.plan(
+                batch, index, context_len=context_len, device_type=device_type
+            )
+            return RequestPlan(index, positions, sessions, None, rival)
+        sequence = SequenceIndex.of(
+            batch,
+            index,
+            context_len=context_len,
+            dynamic_mask=self.dynamic_mask,
+            layout=None if self.attention_hook is None else self.attention_hook.layout,
+            before=before,
+        )
+        return RequestPlan(index, positions, sessions, sequence, None)
+
+    def forward(
+        self, batch: Batch, *, every_task: bool = False, plan: RequestPlan | None = None
+    ) -> Tensor:
         """Logits of the batch's candidates: the paper's Figure 2, top to bottom.
 
         Args:
             batch: the requests.
             every_task: of all tasks, `[1 + tasks, C]`, the main one first; else of that `[C]`.
+            plan: of the same requests, see `plan_requests`; None makes it here.
         """
-        index = RequestIndex.of(batch, hide_future=self.hide_future)
-        if self.hide_future and self.training:
+        plan = self.plan_requests(batch) if plan is None else plan
+        index = plan.requests
+        if self.hide_future and self.training and not self._visibility.done:
             self._visibility(index.visible, batch.history_offsets.diff()[index.candidate_users])
         history = self.embed_items(batch.history_items)
         candidates = self.embed_items(batch.candidate_items)
-        plan = self.plan(batch, history, candidates)  # Eq. 5, on the raw item embeddings
+        kept = self.plan(batch, history, candidates, index)  # Eq. 5, on the raw item embeddings
         if self.positional_encoder is not None:  # Eq. 4
             history, candidates = self.positional_encoder(
                 history,
@@ -259,22 +333,29 @@ class HSTURanker(nn.Module):
                 candidates,
                 batch.candidate_offsets,
                 batch.candidate_timestamps,
+                plan=plan.positions,
             )
         session_tokens = None
         if self.sem is not None:  # Eq. 1 and 2
-            sessions = self.sem.context(history, batch.history_offsets, batch.history_timestamps)
+            sessions = self.sem.context(
+                history, batch.history_offsets, batch.history_timestamps, plan=plan.sessions
+            )
             history = self.sem.fuse(history, sessions)
             if self.sem.session_tokens:
-                session_tokens = self._scaled(self.sem.tokens(sessions, batch.history_offsets))
+                session_tokens = self._scaled(
+                    self.sem.tokens(sessions, batch.history_offsets, plan=plan.sessions).values
+                )
         history, candidates, context = self._add_features(batch, index, history, candidates)
         if isinstance(self.encoder, RivalEncoder):
             if context is not None:
                 context = context.unflatten(0, (batch.num_requests, -1))
-            encoded = self.encoder(RivalTokens(batch, index, history, candidates, context))
+            encoded = self.encoder(
+                RivalTokens(batch, index, history, candidates, context, plan.rival)
+            )
         else:
             tokens = (history, candidates, context)
             encoded = self._encode_sequences(
-                self.encoder, batch, index, tokens, plan, session_tokens
+                self.encoder, batch, plan, tokens, kept, session_tokens
             )
         if self.odds_network is not None:
             encoded = encoded + self.odds_network(batch.candidate_features)
@@ -291,33 +372,38 @@ class HSTURanker(nn.Module):
         self,
         encoder: SequenceEncoder,
         batch: Batch,
-        index: RequestIndex,
+        plan: RequestPlan,
         tokens: tuple[Tensor, Tensor, Tensor | None],
-        plan: PreferencePlan | None,
-        session_tokens: SessionTokens | None,
+        kept: PreferencePlan | None,
+        session_tokens: Tensor | None,
     ) -> Tensor:
         """The candidates `[C, D]` after the layers; tokens: history, candidates, context."""
         history, candidates, context = tokens
-        hook = self.attention_hook
+        hook, where = self.attention_hook, plan.sequence
+        assert where is not None
         sequence = build_sequence(
             batch,
-            index,
+            plan.requests,
+            where,
             history=history,
             candidates=candidates,
             context=context,
-            dynamic_mask=self.dynamic_mask,
-            plan=plan,
-            layout="shared_history" if hook is None else hook.layout,
             session_tokens=session_tokens,
         )
+        if hook is not None and kept is not None:
+            longest = None
+            if hook.layout != "shared_history" and kept.offsets.is_cuda:
+                longest = hook.longest_row(kept, plan.requests.longest_history)
+            sequence = with_plan(sequence, kept, where, layout=hook.layout, longest_row=longest)
         encoded: Tensor = encoder(
             sequence, mask_position="post" if hook is None else hook.mask_position
         )
         return encoded
 
-    def _scaled(self, tokens: SessionTokens) -> SessionTokens:
-        """The tokens as the encoder takes them, see `_add_features`."""
-        return tokens._replace(values=self.input_dropout(tokens.values * self.input_scale))
+    def _scaled(self, tokens: Tensor) -> Tensor:
+        """Tokens as the encoder takes them, see `_add_features`."""
+        scaled: Tensor = self.input_dropout(tokens * self.input_scale)
+        return scaled
 
     def embed_items(self, items: Tensor) -> Tensor:
         """The embeddings of items `[L]`, `[L, D]`: what PGSA scores, and the tokens begin with."""
@@ -329,9 +415,20 @@ class HSTURanker(nn.Module):
         return embedded
 
     def plan(
-        self, batch: Batch, history_rows: Tensor, candidate_rows: Tensor
+        self,
+        batch: Batch,
+        history_rows: Tensor,
+        candidate_rows: Tensor,
+        index: RequestIndex,
     ) -> PreferencePlan | None:
-        """What the attention hook keeps of the batch's histories; None for all."""
+        """What the attention hook keeps of the batch's histories; None for all.
+
+        Args:
+            batch: the requests.
+            history_rows: `[T, D]`, embeddings of the history items.
+            candidate_rows: `[C, D]`, of the candidates.
+            index: of the same requests.
+        """
         if self.attention_hook is None:
             return None
         return self.attention_hook.plan(
@@ -344,12 +441,10 @@ class HSTURanker(nn.Module):
                 candidate_timestamps=batch.candidate_timestamps if self.hide_future else None,
                 history_ids=batch.history_items,
                 candidate_ids=batch.candidate_items,
+                max_history=index.longest_history,
+                max_candidates=index.most_candidates,
             )
         )
-
-    def visible(self, batch: Batch) -> Tensor:
-        """How many history items each candidate may see, `[C]`; they are the first ones."""
-        return RequestIndex.of(batch, hide_future=self.hide_future).visible
 
     def _add_features(
         self, batch: Batch, index: RequestIndex, history: Tensor, candidates: Tensor
@@ -369,13 +464,11 @@ class HSTURanker(nn.Module):
             added = features(batch, index)
             history = history if added.history is None else history + added.history
             candidates = candidates if added.candidates is None else candidates + added.candidates
-        history, candidates = (
-            self.input_dropout(tokens * self.input_scale) for tokens in (history, candidates)
-        )
+        history, candidates = self._scaled(history), self._scaled(candidates)
         if self.user_features is None:
             return history, candidates, None
         context = self.user_features(batch.user_features)
-        return history, candidates, self.input_dropout(context * self.input_scale)
+        return history, candidates, self._scaled(context)
 
 
 def _check_classes(parameter: str, given: Sequence[object], kind: type) -> None:

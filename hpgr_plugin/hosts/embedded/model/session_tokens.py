@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hpgr_plugin.components.sem import SessionTokens
 from hpgr_plugin.ops.jagged import complete_cumsum, ranges, segment_ids
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 
@@ -21,6 +20,8 @@ class MixedHistory(NamedTuple):
         token_rows: int64 `[K]`, the row of every token.
         token_offsets: int64 `[B + 1]`, whose the tokens are.
         before: int64 `[K]`, the item that each token goes before.
+        added: int64 `[A]`, the rows of the tokens that each row of a plan gets; None without plans.
+        added_offsets: int64 `[R + 1]`, which of them a row of a plan gets.
     """
 
     offsets: Tensor
@@ -28,11 +29,12 @@ class MixedHistory(NamedTuple):
     token_rows: Tensor
     token_offsets: Tensor
     before: Tensor
+    added: Tensor | None = None
+    added_offsets: Tensor | None = None
 
     @classmethod
-    def of(cls, tokens: SessionTokens, history_offsets: Tensor, num_items: int) -> MixedHistory:
-        """The mixture of these tokens with the histories `[B + 1]` of T items."""
-        before = tokens.before
+    def of(cls, before: Tensor, history_offsets: Tensor, num_items: int) -> MixedHistory:
+        """The mixture of K tokens, each before an item `[K]`, with histories `[B + 1]` of T."""
         items = torch.arange(num_items, device=before.device)
         token_offsets = torch.searchsorted(before, history_offsets)
         return cls(
@@ -49,14 +51,11 @@ class MixedHistory(NamedTuple):
         values = torch.cat([of_items, of_tokens.to(of_items.dtype)])
         return torch.empty_like(values).index_copy(0, rows, values)
 
-    def mix_plan(
-        self, plan: PreferencePlan, users: Tensor, first_hidden: Tensor | None
-    ) -> PreferencePlan:
-        """The plan with the session tokens of each row's user, with weight 1.
+    def for_plans(self, users: Tensor, first_hidden: Tensor | None) -> MixedHistory:
+        """The same with the tokens that `mix_plan` adds.
 
         Args:
-            plan: R rows over the items.
-            users: int64 `[R]`, whose the rows are.
+            users: int64 `[R]`, whose the rows of a plan are.
             first_hidden: int64 `[R]`, the first item of the histories that a row must not see:
                 tokens before it or before later items are left out. None leaves none out.
         """
@@ -64,8 +63,15 @@ class MixedHistory(NamedTuple):
         if first_hidden is not None:
             ends = torch.minimum(ends, torch.searchsorted(self.before, first_hidden))
         counts = (ends - starts).clamp(min=0)
-        added = self.token_rows[ranges(starts, counts)]
-        added_offsets = complete_cumsum(counts)
+        return self._replace(
+            added=self.token_rows[ranges(starts, counts)], added_offsets=complete_cumsum(counts)
+        )
+
+    def mix_plan(self, plan: PreferencePlan) -> PreferencePlan:
+        """The plan of R rows over the items with the tokens of `for_plans`, with weight 1."""
+        added, added_offsets = self.added, self.added_offsets
+        assert added is not None
+        assert added_offsets is not None
         rows = torch.cat(
             [
                 segment_ids(plan.offsets, plan.index.numel()),

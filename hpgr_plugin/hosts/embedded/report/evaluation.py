@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +27,7 @@ from hpgr_plugin.hosts.embedded.report.predictions import (
 )
 from hpgr_plugin.hosts.embedded.report.table import task_metric
 from hpgr_plugin.hosts.embedded.train.distributed import Process, gather_arrays
+from hpgr_plugin.hosts.embedded.train.planned import RequestPlanner
 from hpgr_plugin.metrics import ranking_metrics
 
 MANY_SESSIONS = 5
@@ -138,11 +141,9 @@ class Task:
     def score(self, model: HSTURanker, loader: RequestLoader) -> Scored:
         """Probabilities for every candidate of `loader`, from all processes, of every task."""
         log, names = self.data.log, model.task_names
-        parts = [np.zeros((1 + len(names), 0), dtype=np.float32)]
-        for batch in loader.batches():
-            logits = model(batch.to(self.process.device), every_task=True)
-            parts.append(logits.float().sigmoid().cpu().numpy())
-        columns = np.concatenate(parts, axis=1)
+        parts = [torch.zeros(1 + len(names), 0, device=self.process.device)]
+        parts += _probabilities(model, loader, self.process)
+        columns = torch.cat(parts, 1).cpu().numpy()  # the only wait for the device
         rows, *scores = gather_arrays([loader.candidate_rows(), *columns])
         users = np.searchsorted(log.user_offsets, rows, side="right").astype(np.int32) - 1
         tasks = {
@@ -163,13 +164,20 @@ def inference_seconds(
     model: HSTURanker, loader: RequestLoader, process: Process, *, max_batches: int = 20
 ) -> float:
     """Seconds per batch of scoring, with loading, over the first batches of `loader`."""
-    count, start = 0, time.perf_counter()
-    for batch in loader.batches():
-        model(batch.to(process.device), every_task=True).float().sigmoid().cpu()
-        count += 1
-        if count == max_batches:
-            break
-    return (time.perf_counter() - start) / max(1, count)
+    start = time.perf_counter()
+    parts = list(islice(_probabilities(model, loader, process), max_batches))
+    for part in parts:
+        part.cpu()
+    return (time.perf_counter() - start) / max(1, len(parts))
+
+
+def _probabilities(
+    model: HSTURanker, loader: RequestLoader, process: Process
+) -> Iterator[torch.Tensor]:
+    """Of every task and candidate, batch by batch, `[1 + tasks, C]` on the process's device."""
+    planner = RequestPlanner(model, process.device)
+    for planned in loader.map_batches(lambda batch, _: planner.plan(batch)):
+        yield planned.to(process.device).logits_of(model).float().sigmoid()
 
 
 @torch.no_grad()
@@ -185,17 +193,15 @@ def kept_tokens(
         return 1.0
     kept = seen = 0
     hook.train()
-    for number, batch in enumerate(loader.batches()):
-        if number == max_batches:
-            break
-        moved = batch.to(process.device)
-        plan = model.plan(
-            moved, model.embed_items(moved.history_items), model.embed_items(moved.candidate_items)
-        )
+    planner = RequestPlanner(model, process.device)
+    for planned in islice(loader.map_batches(lambda batch, _: planner.plan(batch)), max_batches):
+        batch, (index, *_) = planned.to(process.device)
+        rows = model.embed_items(batch.history_items), model.embed_items(batch.candidate_items)
+        plan = model.plan(batch, *rows, index)
         if plan is None:
             return 1.0
         kept += plan.index.numel()
         per_user = hook.layout == "per_user"
-        seen += moved.history_items.numel() if per_user else int(model.visible(moved).sum())
+        seen += batch.history_items.numel() if per_user else index.num_visible
     hook.eval()
     return kept / max(1, seen)

@@ -13,26 +13,31 @@ from torch import Tensor
 from hpgr_plugin.ops.jagged import jagged_to_padded_dense
 
 
-def pairwise_loss(logits: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:
+def pairwise_loss(
+    logits: Tensor, labels: Tensor, offsets: Tensor, longest: int | None = None
+) -> Tensor:
     """Sum over requests of the mean of `log(1 + exp(s_negative - s_positive))` over its pairs.
 
     Args:
         logits: `[C]`.
         labels: `[C]`, 0 or 1.
         offsets: `[B + 1]` into the candidates.
+        longest: the most candidates of a request; None: the device is asked for it.
     """
-    scores, positive, negative = _padded(logits, labels, offsets)
+    scores, positive, negative = _padded(logits, labels, offsets, longest)
     margins = scores.unsqueeze(2) - scores.unsqueeze(1)
     pairs = positive.unsqueeze(2) * negative.unsqueeze(1)
     return _weighed(F.softplus(-margins) * pairs, pairs, offsets)
 
 
-def listwise_loss(logits: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:
+def listwise_loss(
+    logits: Tensor, labels: Tensor, offsets: Tensor, longest: int | None = None
+) -> Tensor:
     """Sum over requests of the mean of `-log softmax(s)` over its positives; arguments as above.
 
     A positive competes with the negatives only, so two positives do not push each other down.
     """
-    scores, positive, negative = _padded(logits, labels, offsets)
+    scores, positive, negative = _padded(logits, labels, offsets, longest)
     rivals = torch.where(negative > 0, scores, -torch.inf).logsumexp(1, keepdim=True)
     has_both = (negative.sum(1, keepdim=True) > 0) * positive
     # Without a negative the sum over none is -inf, whose gradient would not be finite.
@@ -40,9 +45,12 @@ def listwise_loss(logits: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:
     return _weighed(F.softplus(margins) * has_both, has_both, offsets)
 
 
-def _padded(logits: Tensor, labels: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(
+    logits: Tensor, labels: Tensor, offsets: Tensor, longest: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, positives and negatives, `[B, N]` each; padding is neither."""
-    longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
+    if longest is None:
+        longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
     columns = torch.stack([logits, labels, 1 - labels], dim=1)
     scores, positive, negative = jagged_to_padded_dense(columns, offsets, longest).unbind(2)
     return scores, positive, negative

@@ -34,8 +34,8 @@ def data_parallel(model: nn.Module) -> DistributedDataParallel:
 
 def clip_gradients(model: nn.Module, largest_norm: float) -> None:
     """Clip the norm of the gradient of all weights, the shards of all processes included."""
-    tables = sharded_tables(model)
-    if not tables or not dist.is_initialized():
+    tables = sharded_tables(model) if dist.is_initialized() else {}
+    if not tables:
         nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
         return
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -17,7 +17,6 @@ from hpgr_plugin.components.mim import MaskedItemModel
 from hpgr_plugin.components.sharded_table import RowShardedTable
 from hpgr_plugin.config.registry import ConfigError, build
 from hpgr_plugin.data import (
-    Batch,
     InteractionLog,
     PreparedData,
     SequenceBatch,
@@ -32,7 +31,13 @@ from hpgr_plugin.hosts.embedded.report.evaluation import Task, inference_seconds
 from hpgr_plugin.hosts.embedded.train.checkpoint import load_checkpoint, load_weights
 from hpgr_plugin.hosts.embedded.train.distributed import Process, barrier, seed_everything
 from hpgr_plugin.hosts.embedded.train.losses import listwise_loss, pairwise_loss
-from hpgr_plugin.hosts.embedded.train.planned import PlannedSequences, SequencePlanner
+from hpgr_plugin.hosts.embedded.train.planned import (
+    Packed,
+    PlannedRequests,
+    PlannedSequences,
+    RequestPlanner,
+    SequencePlanner,
+)
 from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT
 from hpgr_plugin.hosts.embedded.train.shards import gather_blocks
 from hpgr_plugin.hosts.embedded.train.trainer import (
@@ -148,7 +153,7 @@ def pretrain(task: Task, settings: PretrainSettings, run: TrainingRun) -> Stage1
 
     planner = SequencePlanner(model, process.device)
 
-    def prepare(batch: SequenceBatch, step: int) -> PlannedSequences:
+    def prepare(batch: SequenceBatch, step: int) -> PlannedSequences | Packed[PlannedSequences]:
         masks = torch.Generator().manual_seed(_mask_seed(run.seed, step, process.rank))
         return planner.plan(batch, masks)
 
@@ -217,11 +222,14 @@ def finetune(
 
     weights = settings.weights_of(model.task_names)
 
-    def loss(forward: nn.Module, batch: Batch, step: int) -> tuple[Tensor, int]:
-        logits = forward(batch, every_task=True).float().unbind()
+    planner = RequestPlanner(model, run.process.device)
+
+    def loss(forward: nn.Module, planned: PlannedRequests, step: int) -> tuple[Tensor, int]:
+        logits, batch = planned.logits_of(forward).float().unbind(), planned.batch
         labels = [batch.candidate_labels, *(batch.task_labels[name] for name in model.task_names)]
+        most = planned.plan.requests.most_candidates
         losses = [
-            weight * task_loss(of_task, label, batch.candidate_offsets, settings)
+            weight * task_loss(of_task, label, batch.candidate_offsets, settings, most)
             for weight, of_task, label in zip(weights, logits, labels, strict=True)
         ]
         return torch.stack(losses).sum(), batch.num_candidates
@@ -238,6 +246,7 @@ def finetune(
         ),
         loader=train,
         loss=loss,
+        prepare=lambda batch, _: planner.plan(batch),
         validate=lambda: task.metrics(task.score(model, validation)),
         monitor=("auc", True),
         settings=settings,
@@ -249,7 +258,11 @@ def finetune(
 
 
 def task_loss(
-    logits: Tensor, labels: Tensor, offsets: Tensor, settings: FinetuneSettings
+    logits: Tensor,
+    labels: Tensor,
+    offsets: Tensor,
+    settings: FinetuneSettings,
+    most_candidates: int | None = None,
 ) -> Tensor:
     """Sum over candidates of one task's binary cross entropy, and of what `settings` adds to it.
 
@@ -258,6 +271,7 @@ def task_loss(
         labels: `[C]`, 0 or 1.
         offsets: `[B + 1]` of the requests, into the candidates.
         settings: weights of the losses inside a request.
+        most_candidates: of a request; None: the device is asked for it.
     """
     total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
     for weight, in_request in (
@@ -265,7 +279,7 @@ def task_loss(
         (settings.listwise_weight, listwise_loss),
     ):
         if weight:
-            total = total + weight * in_request(logits, labels, offsets)
+            total = total + weight * in_request(logits, labels, offsets, most_candidates)
     return total
 
 

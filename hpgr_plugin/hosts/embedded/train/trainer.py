@@ -258,7 +258,8 @@ class Trainer:
         )
 
     def _step(self, batch: Any) -> Tensor:
-        self._forward.train()
+        if not self.model.training:  # after a validation; it visits every module
+            self._forward.train()
         factor = self._learning_rate_factor()
         for group in self.optimizer.param_groups:
             frozen = self.progress.epoch < group.get("frozen_epochs", 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.rivals.interface import (
     RivalTokens,
     TransformerRival,
@@ -12,10 +13,10 @@ from hpgr_plugin.hosts.embedded.model.rivals.interface import (
 from hpgr_plugin.hosts.embedded.model.tokens import (
     NEVER_SEEN,
     Marks,
-    TokenSequence,
+    RequestIndex,
+    SequenceIndex,
     build_sequence,
 )
-from hpgr_plugin.ops.jagged import ranges
 from hpgr_plugin.ops.segments import Bucket, SegmentLayout, segment_layout
 
 
@@ -34,29 +35,39 @@ class BERT4Rec(TransformerRival):
     extra_places = 2
     mask: nn.Embedding
 
+    def plan(
+        self,
+        batch: Batch,
+        index: RequestIndex,
+        *,
+        context_len: int,
+        device_type: str | None = None,
+    ) -> tuple[SequenceIndex, SegmentLayout]:
+        """See `RivalEncoder.plan`: the tokens, and the layout of the attention."""
+        where = SequenceIndex.of(batch, index, context_len=context_len, dynamic_mask=True)
+        return where, visibility_layout(where, device_type)
+
     def forward(self, tokens: RivalTokens) -> Tensor:
         """See `RivalEncoder.forward`."""
+        where, layout = self.plan_of(tokens)
         sequence = build_sequence(
             tokens.batch,
             tokens.index,
+            where,
             history=tokens.history,
             candidates=self.mask.weight.expand(len(tokens.candidates), -1),
             context=None if tokens.context is None else tokens.context.flatten(0, 1),
-            dynamic_mask=True,
         )
-        marks = Marks(*sequence.marks.unbind(1))
-        values = sequence.values + self.positions(marks.positions)
-        counts = sequence.candidates_per_sequence
-        masks = ranges(sequence.offsets[1:] - counts, counts)
-        states = self.transformer(values, visibility_layout(sequence), read=masks)
+        values = sequence.values + self.positions(Marks(*where.marks).positions)
+        states = self.transformer(values, layout, read=where.candidate_rows)
         output: Tensor = self.match(states, tokens.candidates)
         return output
 
 
-def visibility_layout(sequence: TokenSequence) -> SegmentLayout:
+def visibility_layout(where: SequenceIndex, device_type: str | None = None) -> SegmentLayout:
     """The layout of softmax attention in which tokens see each other by their orders."""
-    layout = segment_layout(sequence.offsets)
-    marks = Marks(*sequence.marks.index_select(0, layout.order).unbind(1))
+    layout = segment_layout(where.offsets, device_type=device_type)
+    marks = Marks(*where.marks.index_select(1, layout.order))
     sizes = [bucket.num_tokens for bucket in layout.buckets]
     orders = zip(marks.key_order.split(sizes), marks.query_order.split(sizes), strict=True)
     buckets = [

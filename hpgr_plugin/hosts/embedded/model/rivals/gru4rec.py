@@ -37,7 +37,7 @@ class GRU4Rec(RivalEncoder):
     def forward(self, tokens: RivalTokens) -> Tensor:
         """See `RivalEncoder.forward`."""
         values, offsets, _ = tokens.with_start(tokens.users() + self.start.weight)
-        width = int(offsets.diff().max()) if len(offsets) > 1 else 1
+        width = tokens.index.longest_history + 1
         padded = jagged_to_padded_dense(values, offsets, width)
         with torch.autocast(padded.device.type, enabled=False):  # hundreds of steps add up
             states, _ = self.gru(padded.to(self.start.weight.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ class RivalTokens:
         history: `[T, D]`, item, action and features.
         candidates: `[C, D]`, item and features.
         context: `[B, F, D]`, one for each user feature, or None.
+        plan: what the rival's `plan` made of these requests; None: it is made where it is read.
     """
 
     batch: Batch
@@ -32,16 +34,17 @@ class RivalTokens:
     history: Tensor
     candidates: Tensor
     context: Tensor | None
+    plan: Any = None
 
     def padded_history(self) -> Tensor:
         """`[B, N, D]`, zeros behind the end of each history."""
         offsets = self.batch.history_offsets
-        return jagged_to_padded_dense(self.history, offsets, _longest(offsets))
+        return jagged_to_padded_dense(self.history, offsets, self.index.longest_history)
 
     def padded_candidates(self) -> Tensor:
         """`[B, R, D]`, zeros behind the last candidate of each request."""
         offsets = self.batch.candidate_offsets
-        return jagged_to_padded_dense(self.candidates, offsets, _longest(offsets))
+        return jagged_to_padded_dense(self.candidates, offsets, self.index.most_candidates)
 
     def users(self) -> Tensor:
         """The summed user features `[B, D]`, zeros where there are none."""
@@ -69,7 +72,7 @@ class RivalTokens:
             Tokens `[T + B, D]`, offsets `[B + 1]`, and for each candidate the row of the last
             token that it sees, `[C]`.
         """
-        offsets = complete_cumsum(self.batch.history_offsets.diff() + 1)
+        offsets = offsets_with_start(self.batch)
         values = self.history.new_empty(len(self.history) + len(start), self.history.shape[1])
         rows = torch.arange(len(self.history), device=offsets.device) + self.index.history_users + 1
         values = values.index_copy(0, offsets[:-1], start.to(values.dtype))
@@ -103,6 +106,31 @@ class RivalEncoder(nn.Module):
 
     def __init__(self, *, sizes: RivalSizes) -> None:
         super().__init__()
+
+    def plan(
+        self,
+        batch: Batch,
+        index: RequestIndex,
+        *,
+        context_len: int,
+        device_type: str | None = None,
+    ) -> Any:
+        """Index arithmetic that `forward` finds in `tokens.plan`: nested tuples of tensors.
+
+        Args:
+            batch: the requests, on the host or on the device.
+            index: of the same requests.
+            context_len: user features.
+            device_type: see `segment_layout`.
+        """
+        return None
+
+    def plan_of(self, tokens: RivalTokens) -> Any:
+        """The plan of these tokens, made here if nobody has."""
+        if tokens.plan is not None:
+            return tokens.plan
+        context_len = 0 if tokens.context is None else tokens.context.shape[1]
+        return self.plan(tokens.batch, tokens.index, context_len=context_len)
 
     def forward(self, tokens: RivalTokens) -> Tensor:
         """A representation of every candidate, `[C, D]`; the ranker's head makes its logit."""
@@ -165,5 +193,6 @@ def token_table(num_rows: int, embedding_dim: int) -> nn.Embedding:
     return table
 
 
-def _longest(offsets: Tensor) -> int:
-    return int(offsets.diff().max()) if offsets.numel() > 1 else 0
+def offsets_with_start(batch: Batch) -> Tensor:
+    """`[B + 1]` of histories that begin with one more token."""
+    return complete_cumsum(batch.history_offsets.diff() + 1)
