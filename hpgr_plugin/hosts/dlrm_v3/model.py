@@ -288,6 +288,7 @@ class DlrmHSTU(host.DlrmHSTU):
             kept,
             history_features=self.features.of_history,
             min_lengths=self.features.min_lengths,
+            read_whole=request.context is not None,
         )
 
     def _session_context(self, batch: RankingBatch, kept: KeptHistory) -> SessionContext | None:
