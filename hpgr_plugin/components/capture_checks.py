@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Hashable
-from typing import Any
+import operator
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_hooks_of = operator.itemgetter(*_HOOKS)
 # Attributes that every module has, which are no settings.
 _OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"}
 _PLAIN = (bool, int, float, str, torch.dtype)
+_COMPARED = (*_PLAIN, enum.Enum, type(None))
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether forward or backward hooks are registered on this module itself."""
-    attributes = vars(module)
-    return any(map(attributes.__getitem__, _HOOKS))
+    return any(_hooks_of(vars(module)))
 
 
 def why_module_not_captured(module: nn.Module, packages: tuple[str, ...]) -> str | None:
@@ -72,6 +75,140 @@ def _why_class_not_captured(kind: type, packages: tuple[str, ...]) -> str | None
     if issubclass(kind, _NormBase):
         return "takes statistics over all rows, also those of the padding"
     return None
+
+
+_Tensors = Mapping[str, Tensor | None]
+
+
+class ModuleState(NamedTuple):
+    """What captured passes of a module depend on.
+
+    Attributes:
+        why_not: see `why_module_not_captured`.
+        settings: see `settings`.
+        tensors: its parameters and buffers by name.
+    """
+
+    why_not: str | None
+    settings: Hashable
+    tensors: dict[str, Tensor]
+
+
+class _Part(NamedTuple):
+    """What a module without hooks was made of, by itself.
+
+    Attributes:
+        kind: its class.
+        size: how many attributes it had.
+        read: reads the values of those that may be settings, first the plain ones.
+        plain: the values of the plain ones.
+        kinds: the classes of all these values.
+        children: the modules directly inside.
+        tensors: its parameters and buffers, and how many there were of each.
+    """
+
+    kind: type
+    size: int
+    read: Callable[[dict[str, Any]], tuple[Any, ...]]
+    plain: tuple[Any, ...]
+    kinds: tuple[type, ...]
+    children: dict[str, nn.Module | None]
+    tensors: tuple[_Tensors, int, _Tensors, int]
+
+    def describes(self, module: nn.Module) -> bool:
+        """Whether the module has no hooks and is made of the same; its tensors may be others."""
+        attributes = vars(module)
+        if type(module) is not self.kind or len(attributes) != self.size:
+            return False
+        values = self.read(attributes)
+        parameters, num_parameters, buffers, num_buffers = self.tensors
+        return (
+            # Classes first: a number that became a tensor must not be compared.
+            tuple(map(type, values)) == self.kinds
+            and values[: len(self.plain)] == self.plain
+            and attributes["_modules"] == self.children
+            and attributes["_parameters"] is parameters
+            and len(parameters) == num_parameters
+            and attributes["_buffers"] is buffers
+            and len(buffers) == num_buffers
+            and not any(_hooks_of(attributes))
+        )
+
+
+def _part(module: nn.Module) -> _Part:
+    attributes = vars(module)
+    names = [name for name in attributes if name not in _OF_ANY_MODULE]
+    names.sort(key=lambda name: not isinstance(attributes[name], _COMPARED))
+    values = tuple(attributes[name] for name in names)
+    parameters, buffers = attributes["_parameters"], attributes["_buffers"]
+    return _Part(
+        type(module),
+        len(attributes),
+        # Every module has one attribute at least; of one, `itemgetter` would give no tuple.
+        operator.itemgetter(*names, names[0]),
+        tuple(value for value in values if isinstance(value, _COMPARED)),
+        (*map(type, values), type(values[0])),
+        dict(module._modules),
+        (parameters, len(parameters), buffers, len(buffers)),
+    )
+
+
+class ModuleWatch:
+    """The state of a module, collected again only after a change.
+
+    Comparing what the module is made of with what it was takes a fraction of the time.
+
+    Args:
+        packages: see `why_module_not_captured`.
+    """
+
+    def __init__(self, packages: tuple[str, ...]) -> None:
+        self._packages = packages
+        self._module: weakref.ref[nn.Module] | None = None  # it may own this watch
+        self._part: _Part | None = None
+        self._inside: list[tuple[nn.Module, _Part]] = []
+        self._tensors: list[tuple[_Tensors, str, Tensor | None]] = []
+        self._state: ModuleState | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # It is about these objects: a copy watches others.
+        return vars(ModuleWatch(self._packages))
+
+    def state(self, module: nn.Module) -> ModuleState:
+        """The present state of a module."""
+        state = self._state
+        if state is None or not self._is_unchanged(module):
+            state = self._collect(module)
+            self._state = None if state.why_not else state
+        return state
+
+    def _is_unchanged(self, module: nn.Module) -> bool:
+        if self._module is None or self._module() is not module or self._part is None:
+            return False
+        if nn.modules.module._has_any_global_hook():
+            return False
+        try:
+            return (
+                self._part.describes(module)
+                and all(part.describes(inside) for inside, part in self._inside)
+                and all(there[name] is tensor for there, name, tensor in self._tensors)
+            )
+        except KeyError:  # an attribute is gone
+            return False
+
+    def _collect(self, module: nn.Module) -> ModuleState:
+        parts = [(part, _part(part)) for part in _parts(module)]
+        self._module, self._part, self._inside = weakref.ref(module), parts[0][1], parts[1:]
+        self._tensors = [
+            (there, name, tensor)
+            for _, part in parts
+            for there in (part.tensors[0], part.tensors[2])
+            for name, tensor in there.items()
+        ]
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return ModuleState(
+            why_module_not_captured(module, self._packages), settings(module), tensors
+        )
 
 
 def why_pass_not_captured() -> str | None:

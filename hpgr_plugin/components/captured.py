@@ -29,19 +29,30 @@ class PaddedInput(NamedTuple):
     Attributes:
         values: `[n, ...]`.
         size: at least n.
-        filler: of the rows from n on.
+        filler: of row n.
+        step: what every row behind that adds, in copies of one dimension; 0: all are `filler`.
     """
 
     values: Tensor
     size: int
-    filler: int = 0
+    filler: float = 0
+    step: int = 0
 
     def empty(self) -> Tensor:
-        """Where copies go, `[size, ...]`, filled."""
+        """Where copies go, `[size, ...]`, with what lies behind the values."""
         values = self.values
         shape = self.size, *values.shape[1:]
-        padded = torch.full(shape, self.filler, dtype=values.dtype, device=values.device)
+        padded = torch.zeros(shape, dtype=values.dtype, device=values.device)
+        self.fill(padded[len(values) :])
         return padded.requires_grad_(values.requires_grad)
+
+    def fill(self, rest: Tensor) -> None:
+        """Write the rows from n on, at least one."""
+        if self.step:
+            end = self.filler + self.step * len(rest)
+            torch.arange(self.filler, end, self.step, out=rest)
+        else:
+            rest.fill_(self.filler)
 
 
 Inputs = Mapping[str, PaddedInput]
@@ -57,15 +68,18 @@ def padded_size(count: int) -> int:
 @torch.no_grad()
 def load(inputs: Inputs, targets: Mapping[str, Tensor]) -> None:
     """Copy inputs to the front of `targets`, and fill the rest."""
-    fronts = [targets[name][: len(given.values)] for name, given in inputs.items()]
-    copy_all(fronts, [given.values for given in inputs.values()])
-    zeroed = []
+    fronts, zeroed = [], []
     for name, given in inputs.items():
-        rest = targets[name][len(given.values) :]
-        if given.filler and rest.numel():
-            rest.fill_(given.filler)
-        elif rest.numel():
-            zeroed.append(rest)
+        target, count = targets[name], given.values.shape[0]
+        if count == given.size:
+            fronts.append(target)
+            continue
+        fronts.append(target[:count])
+        if given.filler or given.step:
+            given.fill(target[count:])
+        else:
+            zeroed.append(target[count:])
+    copy_all(fronts, [given.values for given in inputs.values()])
     if zeroed:
         torch._foreach_zero_(zeroed)
 
@@ -93,7 +107,13 @@ class CapturedFunction:
         return vars(CapturedFunction(self._binding))
 
     def run(
-        self, function: Function, inputs: Inputs, parameters: Mapping[str, Tensor], key: Hashable
+        self,
+        function: Function,
+        inputs: Inputs,
+        parameters: Mapping[str, Tensor],
+        key: Hashable,
+        *,
+        rows: int | None = None,
     ) -> Tensor | None:
         """`function` of the padded inputs, or None where it has to run launch by launch.
 
@@ -105,6 +125,7 @@ class CapturedFunction:
                 too. The function gets others with the same memory: what another pass has recorded
                 for these must not enter a graph.
             key: what tells calls apart beside sizes, dtypes and which tensors need a gradient.
+            rows: how many of the output's first rows to return; None: all.
 
         Raises:
             RuntimeError: the function cannot be captured.
@@ -134,7 +155,7 @@ class CapturedFunction:
         self._in_flight = weakref.ref(flight)
         learned = [inputs[name].values for name in graph.learned]
         trained = [parameters[name] for name in graph.trained]
-        output: Tensor = _Replay.apply(flight, inputs, self._binding, *learned, *trained)
+        output: Tensor = _Replay.apply(flight, inputs, self._binding, rows, *learned, *trained)
         return output
 
     def _why_busy(self) -> str | None:
@@ -245,7 +266,12 @@ class _Flight:
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, flight: _Flight, inputs: Inputs, binding: str, *tensors: Tensor
+        ctx: Any,
+        flight: _Flight,
+        inputs: Inputs,
+        binding: str,
+        rows: int | None,
+        *tensors: Tensor,
     ) -> Tensor:
         """`tensors` are the learned inputs, then the trained parameters."""
         graph = flight.graph
@@ -255,7 +281,7 @@ class _Replay(torch.autograd.Function):
         ctx.flight, ctx.binding = flight, binding
         ctx.used = [len(inputs[name].values) for name in graph.learned]
         ctx.save_for_backward(*tensors[len(ctx.used) :])
-        return graph.output.clone()
+        return graph.output[:rows].clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -271,7 +297,9 @@ class _Replay(torch.autograd.Function):
                 "create_graph=True"
             )
         _ = ctx.saved_tensors  # raises if one was changed in place since the forward
-        graph.grad.copy_(grad)
+        graph.grad[: len(grad)].copy_(grad)
+        if len(grad) < len(graph.grad):
+            graph.grad[len(grad) :].zero_()
         graph.backward.replay()
         fronts = [None if g is None else g[:n] for g, n in zip(graph.grads, ctx.used, strict=False)]
         grads = [*fronts, *graph.grads[len(fronts) :]]
@@ -280,7 +308,7 @@ class _Replay(torch.autograd.Function):
         copy_all(copies, there)
         ctx.flight.graph = None
         copied = iter(copies)
-        return None, None, None, *(None if g is None else next(copied) for g in grads)
+        return None, None, None, None, *(None if g is None else next(copied) for g in grads)
 
 
 @functools.cache

@@ -49,6 +49,16 @@ def test_what_the_last_inputs_left_is_filled() -> None:
     assert torch.equal(targets["b"][:, 0], torch.tensor([1.0, 1, 1, 1, 5, 5]))
 
 
+def test_filler_may_go_on_in_steps() -> None:
+    target = {"offsets": torch.full((6,), 9)}
+    given = PaddedInput(torch.tensor([0, 2, 5]), 6, filler=9, step=4)
+    load({"offsets": given}, target)
+    assert target["offsets"].tolist() == [0, 2, 5, 9, 13, 17]
+    assert given.empty().tolist() == [0, 0, 0, 9, 13, 17]
+    load({"offsets": PaddedInput(torch.arange(6), 6, filler=9, step=4)}, target)
+    assert target["offsets"].tolist() == list(range(6))
+
+
 def cpu_graph(weight: Tensor, rows: Tensor) -> Any:
     """What a graph of `rows * weight` holds, with its launches done by the CPU."""
     graph = SimpleNamespace(
@@ -83,13 +93,24 @@ class TestReplay:
     def replay(weight: Tensor, rows: Tensor) -> Tensor:
         inputs = {"rows": PaddedInput(rows, len(rows))}
         flight = _Flight(cpu_graph(weight.detach(), rows.detach()))
-        output: Tensor = _Replay.apply(flight, inputs, "the binding", rows, weight)
+        output: Tensor = _Replay.apply(flight, inputs, "the binding", None, rows, weight)
         return output
 
     def test_gradients_reach_inputs_and_parameters(self) -> None:
         weight, rows = self.tensors()
         got = torch.autograd.grad(self.replay(weight, rows).square().sum(), [rows, weight])
         wanted = torch.autograd.grad((rows * weight).square().sum(), [rows, weight])
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_rows_beyond_those_that_are_read_get_no_gradient(self) -> None:
+        weight, rows = self.tensors()
+        graph = cpu_graph(weight.detach(), rows.detach())
+        graph.grad.fill_(9)  # of an earlier pass
+        inputs = {"rows": PaddedInput(rows, len(rows))}
+        output = _Replay.apply(_Flight(graph), inputs, "the binding", 4, rows, weight)
+        got = torch.autograd.grad(output.square().sum(), [rows, weight])
+        wanted = torch.autograd.grad((rows * weight)[:4].square().sum(), [rows, weight])
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b)
 

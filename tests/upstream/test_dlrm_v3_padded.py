@@ -13,7 +13,7 @@ from hpgr_plugin.components.captured import CapturedFunction, forms, load, memor
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.errors import HpgrError
-from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU
+from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, padded
 from hpgr_plugin.hosts.dlrm_v3.padded import CapturedPasses
 from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.ops.compact.parts import joined_parts
@@ -33,7 +33,9 @@ SHAPES = {
 class Eager(CapturedFunction):
     """Runs the function on padded copies, which it keeps dirty between passes."""
 
-    def run(self, function: Any, inputs: Any, parameters: Any, key: Any) -> Tensor | None:
+    def run(
+        self, function: Any, inputs: Any, parameters: Any, key: Any, *, rows: int | None = None
+    ) -> Tensor | None:
         copies = {}
         for name, given in inputs.items():
             buffer = given.empty().detach()
@@ -47,7 +49,7 @@ class Eager(CapturedFunction):
         self.passes = getattr(self, "passes", 0) + 1
         self.keys = [*getattr(self, "keys", []), (key, forms(inputs, parameters))]
         self.memory = memory_of(parameters)
-        return function(copies, dict(parameters))
+        return function(copies, dict(parameters))[:rows]
 
 
 def slots(kind: str) -> dict[str, Any]:
@@ -94,9 +96,9 @@ def model(kind: str, *, padded: bool, **config: Any) -> Any:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_a_padded_pass_is_the_pass(shape: Any, kind: str, later: bool) -> None:
     data = batch(*shape, later=later)
-    padded = model(kind, padded=True)
-    mine, reference = step(padded, data), step(model(kind, padded=False), data)
-    assert padded._hstu_transducer.captured._function.passes == 1
+    built = model(kind, padded=True)
+    mine, reference = step(built, data), step(model(kind, padded=False), data)
+    assert built._hstu_transducer.captured._function.passes == 1
     assert_same_step(mine, reference)
 
 
@@ -105,9 +107,9 @@ def test_similar_batches_share_their_sizes() -> None:
     built = model("positions", padded=True)
     run = built._hstu_transducer.captured._function.run
 
-    def note(function: Any, inputs: Any, parameters: Any, key: Any) -> Any:
+    def note(function: Any, inputs: Any, parameters: Any, key: Any, **others: Any) -> Any:
         seen.add((key, tuple((name, given.size) for name, given in inputs.items())))
-        return run(function, inputs, parameters, key)
+        return run(function, inputs, parameters, key, **others)
 
     built._hstu_transducer.captured._function.run = note
     for seed in range(10):
@@ -127,6 +129,17 @@ def test_other_passes_are_not_padded(mode: str) -> None:
         hook.layout = "shared_history"
     built(*batch([7, 3], [1, 1]))
     assert not hasattr(built._hstu_transducer.captured._function, "passes")
+
+
+@pytest.mark.parametrize(("counts", "captured"), [([1, 1], True), ([8, 8], False)])
+def test_many_gathered_rows_are_not_captured(
+    monkeypatch: pytest.MonkeyPatch, counts: list[int], captured: bool
+) -> None:
+    """Users with 30 items and 2 contextual tokens; every candidate reads a part of them."""
+    monkeypatch.setattr(padded, "_MOST_ROWS", 90)
+    built = model("hook", padded=True)
+    built(*batch([30, 30], counts))
+    assert hasattr(built._hstu_transducer.captured._function, "passes") == captured
 
 
 class Louder(TimeAwarePositionalEncoder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from typing import Any, Literal
 
 import torch
@@ -45,6 +46,9 @@ _OPTIONS: dict[str, tuple[object, str]] = {
     "_target_aware": (True, "candidates that see each other (target_aware=False)"),
 }
 _EQUAL = ("_num_heads", "_attention_dim", "_hidden_dim", "_attn_alpha", "_output_dropout_ratio")
+_options_of = operator.attrgetter(*_OPTIONS)
+_equal_of = operator.attrgetter(*_EQUAL)
+_SUPPORTED = tuple(supported for supported, _ in _OPTIONS.values())
 _RECOMPUTE = ("_recompute_normed_x", "_recompute_uvqk", "_recompute_y")
 # Below so many rows what is kept for the backward is little, and launches are what costs.
 _MANY_ROWS = 1 << 14
@@ -173,13 +177,15 @@ def unsupported_option(stack: Any) -> str | None:
             return f"layers of class {type(layer).__name__}"
         if has_hooks(layer):
             return "hooks on a layer"
-        for name, (supported, otherwise) in _OPTIONS.items():
-            if getattr(layer, name) != supported:
-                return otherwise
-    for name in _EQUAL:
-        if len({getattr(layer, name) for layer in stack._stu_layers}) > 1:
-            return f"layers that differ in {name.lstrip('_')}"
-    return None
+        if _options_of(layer) != _SUPPORTED:
+            pairs = zip(_OPTIONS.values(), _options_of(layer), strict=True)
+            return next(otherwise for (wanted, otherwise), is_ in pairs if is_ != wanted)
+    values = {_equal_of(layer) for layer in stack._stu_layers}
+    if len(values) == 1:
+        return None
+    differing = zip(_EQUAL, zip(*values, strict=True), strict=True)
+    name = next(name for name, of_layers in differing if len(set(of_layers)) > 1)
+    return f"layers that differ in {name.lstrip('_')}"
 
 
 def layer_weights(stack: Any, dtype: torch.dtype) -> list[LayerWeights]:

@@ -282,24 +282,27 @@ class DlrmHSTU(host.DlrmHSTU):
         )
         if kept is None:
             return request, batch
-        request = dataclasses.replace(request, context=self._session_context(batch, kept))
+        if self.sem is not None:
+            context = self._session_context(self.sem, batch, kept)
+            request = dataclasses.replace(request, context=context)
         return request, shortened(
             batch,
             kept,
             history_features=self.features.of_history,
             min_lengths=self.features.min_lengths,
+            read_whole=request.context is not None,
         )
 
-    def _session_context(self, batch: RankingBatch, kept: KeptHistory) -> SessionContext | None:
+    def _session_context(
+        self, sem: SessionEnhancementModule, batch: RankingBatch, kept: KeptHistory
+    ) -> SessionContext:
         """SEM's, of the full histories, for the kept rows."""
-        if self.sem is None:
-            return None
         embeddings = batch.seq_embeddings[self.features.items[0]].embedding
         half = self._bf16_training and not self.is_inference
         times = self.features.times(batch)[0]
         # As the host hands embeddings to its transducer.
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
-            context = self.sem.context(
+            context = sem.context(
                 embeddings.to(torch.bfloat16 if half else embeddings.dtype),
                 batch.history_offsets,
                 times // self._ticks_per_second,

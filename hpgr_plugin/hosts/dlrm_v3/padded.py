@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpgr_plugin.components.capture_checks import settings, why_module_not_captured
+from hpgr_plugin.components.capture_checks import ModuleWatch
 from hpgr_plugin.components.captured import CapturedFunction, PaddedInput, padded_size, say_once
 from hpgr_plugin.components.sem import SessionContext
 from hpgr_plugin.hosts.dlrm_v3.features import CANDIDATE_IDS, HISTORY_IDS, Features
@@ -23,8 +23,9 @@ from hpgr_plugin.ops.compact.parts import joined_parts
 from hpgr_plugin.ops.dispatch import backend_choices
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 
-_MOST_ROWS = 1 << 17  # beyond, launches cost less than the work
+_MOST_ROWS = 1 << 17  # of the layers: beyond, launches cost less than the work
 _FULL_LENGTH = 1024  # n of 1/n inside a padded pass: the real one is a factor of the weights
+_BEHIND = 1 << 62  # a row behind all others
 _PAYLOAD = "payload "  # in front of the names of the host's payloads
 # Payloads that the padded pass makes, or that only the plan reads.
 _MADE = ("uih_offsets", "candidate_offsets", HISTORY_IDS, CANDIDATE_IDS)
@@ -111,14 +112,14 @@ class PaddedPass:
         self.num_candidates = request.parts.num_candidates
         sizes = self.sizes
         rows = sizes.history + sizes.candidates
-        scale = plan.weights.new_full((1,), _FULL_LENGTH / (request.full_length or 1))
+        scale = _FULL_LENGTH / (request.full_length or 1)
         self._dtypes = {name: call[name].dtype for name in ("seq_lengths", "num_targets")}
         self.inputs: dict[str, PaddedInput] = {
             "seq_embeddings": PaddedInput(call["seq_embeddings"], rows),
             "seq_timestamps": PaddedInput(call["seq_timestamps"], rows),
             **self._padded_offsets(request, plan),
             "weights": PaddedInput(plan.weights, sizes.kept),
-            "weight_scale": PaddedInput(scale, 1),
+            "weight_scale": PaddedInput(plan.weights[:0], 1, scale),
             **self._padded_places(places),
         }
         if not request.by_user:
@@ -134,7 +135,12 @@ class PaddedPass:
     def arguments(self, copies: dict[str, Tensor]) -> tuple[dict[str, Any], Request]:
         """The transducer's arguments and request, of the padded copies of `inputs`."""
         sizes, request = self.sizes, self._request
-        history, candidates = copies["history_offsets"], copies["candidate_offsets"]
+        device = copies["history_offsets"].device
+        history = copies["history_offsets"].clamp(max=sizes.history)
+        if request.by_user:
+            candidates = torch.arange(sizes.users + 1, device=device)
+        else:
+            candidates = copies["candidate_offsets"].clamp(max=sizes.candidates)
         parts = joined_parts(
             history,
             candidates,
@@ -143,16 +149,15 @@ class PaddedPass:
             num_candidates=sizes.candidates,
             one_candidate_each=request.by_user,
         )
-        index = copies.get("index")
-        if index is None:
-            index = torch.arange(sizes.kept, device=history.device)
-        plan = PreferencePlan(index, copies["weights"], copies.get("plan_offsets", history))
-        places = FullPlaces(
-            parts,
-            copies["places.rows"],
-            copies["places.full_offsets"],
-            copies.get("places.earlier"),
-        )
+        if request.by_user:
+            index, plan_offsets = torch.arange(sizes.kept, device=device), history
+        else:
+            index, plan_offsets = copies["index"], copies["plan_offsets"].clamp(max=sizes.kept)
+        plan = PreferencePlan(index, copies["weights"], plan_offsets)
+        full_offsets = _repeated(copies["places.full_offsets"])
+        # Rows of the padding are at the end of the last full history.
+        rows = torch.minimum(copies["places.rows"], full_offsets[-1])
+        places = FullPlaces(parts, rows, full_offsets, copies.get("places.earlier"))
         context = None
         if "context.summary" in copies:
             offsets = copies["context.session_offsets"]
@@ -179,32 +184,34 @@ class PaddedPass:
             "seq_timestamps": copies["seq_timestamps"],
             "seq_lengths": (history.diff() + targets).to(self._dtypes["seq_lengths"]),
             "num_targets": targets.to(self._dtypes["num_targets"]),
-            "seq_payloads": self._payloads(copies),
+            "seq_payloads": {
+                **self._payloads(copies),
+                "uih_offsets": history,
+                "candidate_offsets": candidates,
+            },
         }
         return call, padded
 
     def _padded_offsets(self, request: Request, plan: PreferencePlan) -> dict[str, PaddedInput]:
         sizes, parts = self.sizes, request.parts
-        offsets = {
-            "history_offsets": _extended(
-                parts.history_offsets, parts.num_history, sizes.users, sizes.history
-            ),
+        history = _extended(parts.history_offsets, parts.num_history, sizes.users, sizes.history)
+        if request.by_user:
+            return {"history_offsets": history}
+        return {
+            "history_offsets": history,
             "candidate_offsets": _extended(
                 parts.candidate_offsets, parts.num_candidates, sizes.users, sizes.candidates
             ),
-        }
-        if not request.by_user:
-            offsets["plan_offsets"] = _extended(
+            "plan_offsets": _extended(
                 plan.offsets, plan.index.numel(), sizes.candidates, sizes.kept
-            )
-        return {name: PaddedInput(values, len(values)) for name, values in offsets.items()}
+            ),
+        }
 
     def _padded_places(self, places: FullPlaces) -> dict[str, PaddedInput]:
-        """Rows of the padding are at the end of the last full history."""
-        rows = _repeated(places.rows, self.sizes.history, places.full_offsets[-1:])
-        offsets = _repeated(places.full_offsets, self.sizes.users + 1)
-        padded = {"places.rows": rows, "places.full_offsets": offsets}
-        inputs = {name: PaddedInput(values, len(values)) for name, values in padded.items()}
+        inputs = {
+            "places.rows": PaddedInput(places.rows, self.sizes.history, _BEHIND),
+            "places.full_offsets": PaddedInput(places.full_offsets, self.sizes.users + 1),
+        }
         if places.earlier is not None:
             inputs["places.earlier"] = PaddedInput(places.earlier, self.sizes.candidates)
         return inputs
@@ -233,23 +240,22 @@ class PaddedPass:
             return PaddedInput(values, sizes.candidates)
         if name.removesuffix("_offsets") in features.contextual:
             if name.endswith("_offsets"):
-                values = _repeated(values, sizes.users + 1)
-                return PaddedInput(values, len(values))
+                return PaddedInput(values, sizes.users + 1)
             return PaddedInput(values, padded_size(len(values)))
         raise RuntimeError(f"the host hands on an unknown payload {name!r}")
 
     def _payloads(self, copies: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The host's payloads."""
+        """The host's payloads, without those that are made here."""
         given = {
             name.removeprefix(_PAYLOAD): values
             for name, values in copies.items()
             if name.startswith(_PAYLOAD)
         }
-        return {
-            **given,
-            "uih_offsets": copies["history_offsets"],
-            "candidate_offsets": copies["candidate_offsets"],
-        }
+        for name in self._features.contextual:
+            offsets = f"{name}_offsets"
+            if offsets in given:
+                given[offsets] = _repeated(given[offsets])
+        return given
 
 
 def _share(count: int, most: int) -> int:
@@ -257,18 +263,18 @@ def _share(count: int, most: int) -> int:
     return max(1, -(-count // most))
 
 
-def _repeated(values: Tensor, size: int, last: Tensor | None = None) -> Tensor:
-    """`values` `[n]`, and behind them `last`, or their own last one, up to `size`."""
-    last = values[-1:] if last is None else last
-    return torch.cat([values, last.to(values.dtype).expand(size - len(values))])
+def _repeated(offsets: Tensor) -> Tensor:
+    """Offsets whose padding is 0, with the last one before that in its place."""
+    return offsets.cummax(0).values
 
 
-def _extended(offsets: Tensor, total: int, owners: int, padded_total: int) -> Tensor:
-    """Offsets `[n + 1]` up to `total`, and evenly on to `padded_total` by further owners."""
-    more = owners - (len(offsets) - 1)
-    places = torch.arange(1, more + 1, device=offsets.device)
-    steps = total + places * (padded_total - total) // more
-    return torch.cat([offsets.long(), steps])
+def _extended(offsets: Tensor, total: int, owners: int, padded_total: int) -> PaddedInput:
+    """Offsets `[n + 1]` up to `total`, and evenly on by further owners.
+
+    The last steps may go beyond `padded_total`: the copy is to be clamped to it.
+    """
+    step = _share(padded_total - total, owners + 1 - len(offsets))
+    return PaddedInput(offsets.long(), owners + 1, total + step, step)
 
 
 class CapturedPasses:
@@ -283,6 +289,7 @@ class CapturedPasses:
         self._features = features
         self._binding = binding
         self._function = CapturedFunction(binding)
+        self._watch = ModuleWatch(_KNOWN_CODE)
 
     def run(self, transducer: Any, call: dict[str, Any], request: Request) -> Tensor | None:
         """The candidates `[C, D]`, or None where the pass has to run launch by launch.
@@ -292,24 +299,25 @@ class CapturedPasses:
             call: the arguments of its forward.
             request: of the batch.
         """
-        rows = request.parts.total_rows
-        if not (transducer.training and can_pad(request) and 0 < rows <= _MOST_ROWS):
+        if not (transducer.training and can_pad(request) and 0 < layer_rows(request) <= _MOST_ROWS):
             return None
-        if reason := why_module_not_captured(transducer, _KNOWN_CODE):
-            say_once(f"{self._binding} = True has no effect: {reason}")
+        state = self._watch.state(transducer)
+        if state.why_not:
+            say_once(f"{self._binding} = True has no effect: {state.why_not}")
             return None
-        padded, requests = PaddedPass(call, request, self._features), _Requests(transducer)
+        padded = PaddedPass(call, request, self._features)
 
         def run_padded(copies: dict[str, Tensor], parameters: dict[str, Tensor]) -> Tensor:
+            own = {f"transducer.{name}": tensor for name, tensor in parameters.items()}
             candidates: Tensor = torch.func.functional_call(
-                requests, parameters, padded.arguments(copies)
+                _Requests(transducer), own, padded.arguments(copies)
             )
             return candidates
 
-        parameters = {**dict(requests.named_parameters()), **dict(requests.named_buffers())}
-        key = padded.key, settings(transducer), tuple(backend_choices().items())
-        output = self._function.run(run_padded, padded.inputs, parameters, key)
-        return None if output is None else output[: padded.num_candidates]
+        key = padded.key, state.settings, tuple(backend_choices().items())
+        return self._function.run(
+            run_padded, padded.inputs, state.tensors, key, rows=padded.num_candidates
+        )
 
 
 class _Requests(nn.Module):
@@ -322,6 +330,19 @@ class _Requests(nn.Module):
     def forward(self, call: dict[str, Any], request: Request) -> Tensor:
         candidates: Tensor = self.transducer.run_request(call, request)
         return candidates
+
+
+def layer_rows(request: Request) -> int:
+    """The most rows that a part of the transducer computes.
+
+    Candidates with a row of the plan each have sequences of their own: a history row that several
+    of them keep is gathered for each.
+    """
+    parts, plan = request.parts, request.plan
+    if plan is None or request.by_user or request.layout != "per_candidate":
+        return parts.total_rows
+    gathered = plan.index.numel() + parts.num_candidates * (parts.contextual_len + 1)
+    return max(parts.total_rows, gathered)
 
 
 def can_pad(request: Request) -> bool:

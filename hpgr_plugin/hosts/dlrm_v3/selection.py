@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hpgr_plugin.hosts.dlrm_v3.kept_lookup import select_kept
 from hpgr_plugin.ops.compact.parts import SequenceParts
 from hpgr_plugin.ops.jagged import segment_ids
 from hpgr_plugin.ops.preference_plan import PreferencePlan
@@ -104,6 +105,7 @@ def shortened(
     *,
     history_features: Iterable[str],
     min_lengths: Mapping[str, int],
+    read_whole: bool = False,
 ) -> RankingBatch:
     """The batch with the kept rows of its histories only.
 
@@ -113,19 +115,25 @@ def shortened(
         history_features: names of the features that have one row per history item.
         min_lengths: contextual features that count from this length of the full sequence on: their
             rows are zeroed here, because the host would compare with the shortened one.
+        read_whole: whether the whole histories get gradients anyway.
     """
     lengths = kept.offsets.diff().to(batch.uih_seq_lengths.dtype)
     embeddings, payloads = dict(batch.seq_embeddings), dict(batch.payload_features)
+    looked_up = {name: rows.embedding for name, rows in embeddings.items()}
+    histories = [name for name in history_features if name in embeddings]
+    if read_whole:
+        selected = {name: looked_up[name].index_select(0, kept.rows) for name in histories}
+    else:
+        selected = select_kept(looked_up, kept.rows, histories)
+    for name, rows in selected.items():
+        of_rows = lengths if name in histories else embeddings[name].lengths
+        embeddings[name] = _like(embeddings[name], of_rows, rows)
     for name in history_features:
-        # Every row is kept once at most: the gradient is a plain scatter.
-        if name in embeddings:
-            rows = embeddings[name].embedding.index_select(0, kept.rows)
-            embeddings[name] = _like(embeddings[name], lengths, rows)
         if name in payloads:
             payloads[name] = payloads[name].index_select(0, kept.rows)
     payloads[_HISTORY_OFFSETS] = kept.offsets.to(batch.history_offsets.dtype)
-    full = batch.uih_seq_lengths + batch.num_candidates
     for name, least in min_lengths.items():
+        full = batch.uih_seq_lengths + batch.num_candidates
         rows = embeddings[name].embedding
         counts = (full >= least).repeat_interleave(embeddings[name].lengths, output_size=len(rows))
         embeddings[name] = _like(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import pairwise
@@ -176,6 +177,7 @@ class PlanInputs:
         return longest[0], longest[1]
 
 
+@functools.lru_cache(maxsize=64)
 def most_kept(settings: PlanSettings, max_history: int) -> int:
     """An upper bound of the items that one candidate keeps."""
     radius = len(gaussian_kernel(settings.sigma, settings.eps, max_history)) - 1

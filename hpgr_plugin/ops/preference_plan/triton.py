@@ -64,10 +64,10 @@ def plan_preferences(inputs: PlanInputs, settings: PlanSettings) -> PreferencePl
 
     It waits once for the device, for the number of rows it kept.
     """
-    selection = select(_same_dtype(inputs), settings, with_candidates=False)
+    inputs = _same_dtype(inputs)
+    selection = _select(inputs, settings, with_candidates=False, matrix=False, wide=True)
     kept = int(selection.offsets[-1])
-    index = selection.index[:kept].long()
-    return PreferencePlan(index, selection.weights[:kept], selection.offsets)
+    return PreferencePlan(selection.index[:kept], selection.weights[:kept], selection.offsets)
 
 
 def select(inputs: PlanInputs, settings: PlanSettings, *, with_candidates: bool) -> Selection:
@@ -169,9 +169,17 @@ def _same_dtype(inputs: PlanInputs) -> PlanInputs:
 
 @torch.no_grad()
 def _select(
-    inputs: PlanInputs, settings: PlanSettings, *, with_candidates: bool, matrix: bool
+    inputs: PlanInputs,
+    settings: PlanSettings,
+    *,
+    with_candidates: bool,
+    matrix: bool,
+    wide: bool = False,
 ) -> Selection:
-    """`select`; with `matrix`, the weights are `[C, max_history]` instead and there is no index."""
+    """`select`; with `matrix`, the weights are `[C, max_history]` instead and there is no index.
+
+    With `wide`, the index is int64 in any case.
+    """
     problem = _problem(inputs)
     max_history, (top_k, sigma, eps, recent) = problem.max_history, settings
     device, num_candidates = problem.history.device, len(problem.candidates)
@@ -179,7 +187,8 @@ def _select(
     extra, radius = int(with_candidates), len(table) - 1
     longest = min(max_history, top_k * (2 * radius + 1) + recent) + extra
     room = num_candidates * longest
-    rows = torch.int32 if len(problem.history) + num_candidates < 2**31 else torch.int64
+    narrow = not wide and len(problem.history) + num_candidates < 2**31
+    rows = torch.int32 if narrow else torch.int64
     index = problem.empty(0 if matrix else room, dtype=rows)
     if matrix:
         weights = torch.zeros(num_candidates * max_history, dtype=torch.float32, device=device)
