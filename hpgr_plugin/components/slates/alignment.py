@@ -94,30 +94,39 @@ def other_order(slates: Tensor, lengths: Tensor, generator: torch.Generator) -> 
     return slates.gather(1, key.argsort(1))
 
 
-def replaced(slates: Tensor, disliked: Tensor, generator: torch.Generator) -> Tensor:
+def replaced(
+    slates: Tensor, disliked: Tensor, generator: torch.Generator, *, never: Tensor | None = None
+) -> Tensor:
     """Every item replaced by one of the user's disliked ones, or by any where they run out.
 
     Args:
         slates: int64 `[B, M]`.
         disliked: bool `[B, V]`.
         generator: on the CPU.
+        never: bool `[B, V]`, items that replace nothing while others are left.
     """
     size, num_items = disliked.shape
-    drawn = torch.rand(size, num_items, generator=generator).to(slates.device)
-    score = drawn + disliked.to(drawn.dtype)
-    score.scatter_(1, slates, -1.0)  # not the items of the slate itself
+    score = torch.rand(size, num_items, generator=generator).to(slates.device)
+    score = score + disliked.to(score.dtype)
+    if never is not None:
+        score = score - 2.0 * never.to(score.dtype)
+    score.scatter_(1, slates, -3.0)  # not the items of the slate itself
     return score.topk(slates.shape[1], dim=1).indices
 
 
-def too_similar(slates: Tensor, neighbours: Tensor) -> Tensor:
+def too_similar(slates: Tensor, neighbours: Tensor, never: Tensor | None = None) -> Tensor:
     """The first item of each slate, then those nearest to it.
 
     Args:
         slates: int64 `[B, M]`.
-        neighbours: int64 `[V, M - 1]`, of every item, nearest first.
+        neighbours: int64 `[V, N]`, of every item, nearest first; N at least M - 1.
+        never: bool `[B, V]`, items that are passed over while other neighbours are left.
     """
     first = slates[:, :1]
-    return torch.cat([first, neighbours[first.squeeze(1)]], dim=1)
+    near = neighbours[first.squeeze(1)]
+    if never is not None:
+        near = near.gather(1, never.gather(1, near).to(torch.uint8).argsort(dim=1, stable=True))
+    return torch.cat([first, near[:, : slates.shape[1] - 1]], dim=1)
 
 
 def nearest_items(vectors: Tensor, count: int, *, farthest: bool = False) -> Tensor:

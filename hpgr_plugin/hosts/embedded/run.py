@@ -67,7 +67,7 @@ def run(
         gauc_by: "user" or "impression": whose candidates GAUC compares.
         learning_rates: of an ablation: each row takes the best of these on validation, see
             `run_ablation`. None: `FinetuneSettings.learning_rate`.
-        workers: of an ablation: trainings at the same time, which share the cores and the CUDA
+        workers: of both ablations: trainings at the same time, which share the cores and the CUDA
             devices. Sums on a CPU depend on the number of threads in their last digits.
         allow_unused: names whose bindings may stay unread, for files that several runs share.
 
@@ -116,13 +116,9 @@ def run(
                 return
             resume = state == "unfinished"
             where: dict[str, Any] = {"seeds": seeds, "output_dir": directory, "resume": resume}
+            fits = workers == 1 or process.world_size == 1
+            require(fits, "run.workers", "1 under torchrun", workers)
             if mode == "ablation":
-                require(
-                    workers == 1 or process.world_size == 1,
-                    "run.workers",
-                    "1 under torchrun",
-                    workers,
-                )
                 metrics = run_ablation(
                     task,
                     rows,
@@ -131,7 +127,7 @@ def run(
                     workers=workers,
                 )
             elif mode == "slate_ablation":
-                metrics = run_slate_ablation(task, rows, tokenizers, **where)
+                metrics = run_slate_ablation(task, rows, tokenizers, **where, workers=workers)
             else:
                 training = TrainingRun(seeds[0], directory, process, title=mode, resume=resume)
                 metrics = _single(mode, task, training)

@@ -83,6 +83,21 @@ def test_replacements_are_disliked_and_not_of_the_slate() -> None:
     assert all(len(set(row)) == 4 for row in worse.tolist())
 
 
+def test_items_that_the_user_took_are_not_put_into_a_worse_slate() -> None:
+    """Unless no others are left."""
+    near = torch.tensor([[3, 1, 2, 4]] * 5)
+    taken = torch.tensor([[True, True, False, True, False], [True] * 5])
+    worse = too_similar(torch.tensor([[0, 1, 3], [0, 1, 3]]), near, taken)
+    assert worse.tolist() == [[0, 2, 4], [0, 3, 1]]
+    never, disliked = torch.zeros(2, 12, dtype=torch.bool), torch.zeros(2, 12, dtype=torch.bool)
+    never[0, [0, 2, 3]] = True
+    never[1, 6:] = True
+    found = replaced(SLATES, disliked, torch.Generator().manual_seed(0), never=never)
+    assert not set(found[0].tolist()) & {0, 2, 3, 4, 7, 1, 9}
+    assert {1, 4} < set(found[1].tolist())  # all that are left, then those of `never`
+    assert not set(found[1].tolist()) & {0, 2, 3, 5}
+
+
 def test_too_similar_items_are_the_neighbours_of_the_first() -> None:
     vectors = torch.tensor([[1.0, 0.0], [1.0, 0.2], [0.0, 1.0], [-1.0, 0.0], [1.0, 0.1]])
     near = nearest_items(vectors, 2)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -51,9 +52,13 @@ class Job:
 Result = Stage1 | dict[str, Any]
 
 
+J = TypeVar("J")
+R = TypeVar("R")
+
+
 @dataclass(frozen=True)
-class Jobs:
-    """Runs jobs.
+class JobPool(ABC, Generic[J, R]):
+    """Runs jobs of type J with results of type R.
 
     Attributes:
         task: data, requests and metrics.
@@ -68,14 +73,15 @@ class Jobs:
     resume: bool
     workers: int = 1
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
+    @abstractmethod
+    def run_one(self, job: J) -> R:
+        """Train in this process."""
+
+    def run(self, jobs: Sequence[J]) -> Iterator[tuple[J, R]]:
         """Each job with its result, as they finish.
 
         Args:
             jobs: none needs the result of another.
-
-        Yields:
-            A `Stage1` for stage 1, metrics for stage 2.
         """
         if self.workers == 1:
             for job in jobs:
@@ -95,15 +101,23 @@ class Jobs:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def run_one(self, job: Job) -> Result:
-        """Train in this process."""
-        run = TrainingRun(
-            seed=job.seed,
-            output_dir=self.output_dir / job.folder,
+    def training(self, folder: str, title: str, seed: int) -> TrainingRun:
+        """A training that writes to a folder of the ablation."""
+        return TrainingRun(
+            seed=seed,
+            output_dir=self.output_dir / folder,
             process=self.task.process,
-            title=f"{job.title} (seed {job.seed})",
+            title=f"{title} (seed {seed})",
             resume=self.resume,
         )
+
+
+class Jobs(JobPool[Job, Result]):
+    """The jobs of an ablation of rankers: a `Stage1` for stage 1, metrics for stage 2."""
+
+    def run_one(self, job: Job) -> Result:
+        """See `JobPool.run_one`."""
+        run = self.training(job.folder, job.title, job.seed)
         with config_scope(job.scope):
             if job.is_stage1:
                 return pretrain(self.task, build("PretrainSettings"), run)
@@ -114,10 +128,10 @@ class Jobs:
             return finetune(task, settings, run, pretrained=job.handoff)
 
 
-_jobs: Jobs | None = None
+_jobs: JobPool[Any, Any] | None = None
 
 
-def _start_worker(jobs: Jobs, bindings: str, workers: int) -> None:
+def _start_worker(jobs: JobPool[Any, Any], bindings: str, workers: int) -> None:
     """The configuration, device and share of the cores of a worker."""
     global _jobs
     register("components", "data", "embedded")
@@ -132,7 +146,7 @@ def _start_worker(jobs: Jobs, bindings: str, workers: int) -> None:
     _jobs = replace(jobs, task=replace(jobs.task, process=Process(0, 1, device)))
 
 
-def _run_in_worker(job: Job) -> Result:
+def _run_in_worker(job: Any) -> Any:
     assert _jobs is not None
     result = _jobs.run_one(job)
     if torch.cuda.is_available():

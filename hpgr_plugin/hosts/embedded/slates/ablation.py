@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from hpgr_plugin.hosts.embedded.report.results import write_results
 from hpgr_plugin.hosts.embedded.report.table import mean_and_spread
 from hpgr_plugin.hosts.embedded.slates.evaluation import OUTCOMES, difference, load_outcomes
 from hpgr_plugin.hosts.embedded.slates.example import example_slate
-from hpgr_plugin.hosts.embedded.slates.stages import MODEL, align, train_slates
+from hpgr_plugin.hosts.embedded.slates.jobs import SlateJob, SlateJobs
+from hpgr_plugin.hosts.embedded.slates.stages import TrainedSlates
 from hpgr_plugin.hosts.embedded.slates.table import slate_tables
-from hpgr_plugin.hosts.embedded.slates.tokenize import Tokenized, tokenize
-from hpgr_plugin.hosts.embedded.train.stages import pretrain
-from hpgr_plugin.hosts.embedded.train.trainer import TrainingRun
+from hpgr_plugin.hosts.embedded.slates.tokenize import Tokenized
+from hpgr_plugin.hosts.embedded.train.stages import Stage1
 
 LOG = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ def run_slate_ablation(
     seeds: Sequence[int],
     output_dir: Path,
     resume: bool = False,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Train every tokenizer and every row for every seed; print and write the tables.
 
@@ -63,6 +64,7 @@ def run_slate_ablation(
         seeds: of each.
         output_dir: for `table.md` and one folder per row and seed.
         resume: continue from the last checkpoints.
+        workers: trainings at the same time, see `JobPool`.
 
     Returns:
         `{"rows": [...], "tokenizers": {scope: [metrics of each seed]}, "best_rival": scope or None,
@@ -73,43 +75,14 @@ def run_slate_ablation(
     """
     settings = _settings(rows)
     check_splits(task.data, task.requests)
-    scopes = {s.tokenizer for s in settings.values() if s.tokenizer is not None}
-    every = list(dict.fromkeys([*tokenizers, *sorted(scopes)]))
-    measured: dict[str, list[dict[str, Any]]] = {scope: [] for scope in every}
     table: list[dict[str, Any]] = [
         {"scope": row, **asdict(settings[row]), "seeds": []} for row in rows
     ]
-
-    def training(scope: str, title: str, seed: int) -> TrainingRun:
-        folder = output_dir / f"{scope}_seed{seed}"
-        return TrainingRun(seed, folder, task.process, f"{title} (seed {seed})", resume)
-
-    for seed in seeds:
-        stage1 = pretrain(task, build("PretrainSettings"), training("stage1", "stage 1", seed))
-        tokens: dict[str, Tokenized] = {}
-        for scope in every:
-            run = training(scope, scope, seed)
-            with config_scope(scope):
-                reads = build("TokenizeSettings", embeddings=str(stage1.handoff))
-                made = tokenize(task.data, reads, run)
-            tokens[scope] = made
-            measured[scope].append(made.metrics)
-        for line in table:
-            scope, row = line["scope"], settings[line["scope"]]
-            given = {} if row.tokenizer is None else {"tokens": str(tokens[row.tokenizer].tokens)}
-            run = training(scope, row.title, seed)
-            with config_scope(scope):
-                if row.start is None:
-                    slates = build("SlateSettings", **given)
-                    trained = train_slates(task, slates, run, pretrained=stage1.handoff)
-                else:
-                    given["model"] = str(output_dir / f"{row.start}_seed{seed}" / MODEL)
-                    trained = align(task, build("AlignSettings", **given), run)
-            line["seeds"].append(trained.metrics)
-            LOG.info("%s, seed %d: test NDCG %.4f", row.title, seed, _ndcg(line, seed=-1))
-            if task.process.is_main:  # an interrupted run keeps the rows that it finished
-                so_far = {"rows": table, "tokenizers": measured}
-                write_results(output_dir / "results.json", so_far, seeds=list(seeds))
+    trainings = _Trainings(SlateJobs(task, output_dir, resume, workers), table, settings, seeds)
+    trainings.pretrain()
+    trainings.tokenize(tokenizers)
+    trainings.train()
+    measured = trainings.measured
     rival = _best_rival(table)
     example = ""
     if task.process.is_main:
@@ -120,6 +93,87 @@ def run_slate_ablation(
             path.write_text(text + "\n\n" + example + "\n")
         print(text, example, sep="\n\n")
     return {"rows": table, "tokenizers": measured, "best_rival": rival, "example": example}
+
+
+@dataclass
+class _Trainings:
+    """All trainings of an ablation and what came out of them.
+
+    Attributes:
+        jobs: runs them.
+        table: one line per row, to be filled.
+        settings: scope -> its row.
+        seeds: of each row.
+        handoffs: seed -> hand-over of stage 1.
+        tokens: (scope, seed) -> tokens.
+        models: (scope of a row, seed) -> trained slates.
+        measured: scope of a tokenizer -> metrics of each seed.
+    """
+
+    jobs: SlateJobs
+    table: list[dict[str, Any]]
+    settings: dict[str, SlateRow]
+    seeds: Sequence[int]
+    handoffs: dict[int, Path] = field(default_factory=dict)
+    tokens: dict[tuple[str, int], Tokenized] = field(default_factory=dict)
+    models: dict[tuple[str, int], TrainedSlates] = field(default_factory=dict)
+    measured: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def pretrain(self) -> None:
+        """Stage 1 of every seed."""
+        jobs = [SlateJob("pretrain", "stage1", "stage 1", seed) for seed in self.seeds]
+        for job, result in self.jobs.run(jobs):
+            assert isinstance(result, Stage1)
+            self.handoffs[job.seed] = result.handoff
+
+    def tokenize(self, tokenizers: Sequence[str]) -> None:
+        """These tokenizers, and those of the rows."""
+        scopes = {s.tokenizer for s in self.settings.values() if s.tokenizer is not None}
+        every = list(dict.fromkeys([*tokenizers, *sorted(scopes)]))
+        jobs = [
+            SlateJob("tokenize", scope, scope, seed, handoff=self.handoffs[seed])
+            for seed in self.seeds
+            for scope in every
+        ]
+        for job, result in self.jobs.run(jobs):
+            assert isinstance(result, Tokenized)
+            self.tokens[job.scope, job.seed] = result
+        self.measured = {
+            scope: [self.tokens[scope, seed].metrics for seed in self.seeds] for scope in every
+        }
+
+    def train(self) -> None:
+        """Every row and seed: those that align another row after that row."""
+        waiting = list(self.settings)
+        while waiting:
+            ready = [row for row in waiting if self.settings[row].start not in waiting]
+            jobs = [self._job(row, seed) for seed in self.seeds for row in ready]
+            for job, result in self.jobs.run(jobs):
+                assert isinstance(result, TrainedSlates)
+                self.models[job.scope, job.seed] = result
+                found = _ndcg_of(result.metrics)
+                LOG.info("%s, seed %d: test NDCG %.4f", job.title, job.seed, found)
+                self._write()
+            waiting = [row for row in waiting if row not in ready]
+
+    def _job(self, scope: str, seed: int) -> SlateJob:
+        row = self.settings[scope]
+        tokens = None if row.tokenizer is None else self.tokens[row.tokenizer, seed].tokens
+        if row.start is None:
+            handoff = self.handoffs[seed]
+            return SlateJob("slates", scope, row.title, seed, handoff=handoff, tokens=tokens)
+        model = self.models[row.start, seed].model
+        return SlateJob("align", scope, row.title, seed, tokens=tokens, model=model)
+
+    def _write(self) -> None:
+        """Fill the table; an interrupted run keeps the rows that it finished."""
+        for line in self.table:
+            scope = line["scope"]
+            finished = [seed for seed in self.seeds if (scope, seed) in self.models]
+            line["seeds"] = [self.models[scope, seed].metrics for seed in finished]
+        if self.jobs.task.process.is_main:
+            so_far = {"rows": self.table, "tokenizers": self.measured}
+            write_results(self.jobs.output_dir / "results.json", so_far, seeds=list(self.seeds))
 
 
 def _settings(rows: Sequence[str]) -> dict[str, SlateRow]:
@@ -136,11 +190,13 @@ def _settings(rows: Sequence[str]) -> dict[str, SlateRow]:
     return settings
 
 
-def _ndcg(line: dict[str, Any], seed: int | None = None) -> float:
-    """Of one seed by its place, or the mean."""
-    name = next(name for name in line["seeds"][0] if name.startswith("ndcg@"))
-    values = [metrics[name] for metrics in line["seeds"]]
-    return mean_and_spread(values)[0] if seed is None else values[seed]
+def _ndcg_of(metrics: dict[str, Any]) -> float:
+    return float(next(value for name, value in metrics.items() if name.startswith("ndcg@")))
+
+
+def _ndcg(line: dict[str, Any]) -> float:
+    """The mean over the seeds."""
+    return mean_and_spread([_ndcg_of(metrics) for metrics in line["seeds"]])[0]
 
 
 def _best_rival(table: list[dict[str, Any]]) -> str | None:

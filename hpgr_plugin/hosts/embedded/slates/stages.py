@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,6 @@ from hpgr_plugin.data.events import require, require_fields
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.slates.artefact import (
-    Tokens,
     load_model,
     load_tokens,
     save_model,
@@ -31,11 +31,12 @@ from hpgr_plugin.hosts.embedded.slates.evaluation import (
     save_outcomes,
 )
 from hpgr_plugin.hosts.embedded.slates.model import SlateModel, padded_labels, padded_slates
+from hpgr_plugin.hosts.embedded.slates.worse import Diversity, WorseSlates
 from hpgr_plugin.hosts.embedded.train.distributed import barrier, seed_everything
 from hpgr_plugin.hosts.embedded.train.trainer import Trainer, TrainingRun, TrainSettings
-from hpgr_plugin.ops.jagged import segment_ids
 from hpgr_plugin.transfer.learning_rates import parameter_groups
 
+LOG = logging.getLogger(__name__)
 MODEL = "slates.safetensors"
 Loss = Literal["orpo", "dpo", "simpo"]
 
@@ -76,11 +77,11 @@ class AlignSettings(TrainSettings):
     beta: float = 1.0
     margin: float = 0.5
     objectives: Sequence[Objective] = OBJECTIVES
-    diversity: Literal["similar", "dissimilar"] = "similar"
+    diversity: Diversity = "similar"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, takes in (("loss", get_args(Loss)), ("diversity", ("similar", "dissimilar"))):
+        for name, takes in (("loss", get_args(Loss)), ("diversity", get_args(Diversity))):
             value = getattr(self, name)
             require(value in takes, f"AlignSettings.{name}", f"one of {list(takes)}", value)
         require_fields(self, 0, "alpha", "beta")
@@ -124,7 +125,9 @@ def train_slates(
 def align(task: Task, settings: AlignSettings, run: TrainingRun) -> TrainedSlates:
     """Align a trained slate model with feedback.
 
-    y+ is the slate with its liked items first; slates without a liked item are left out.
+    y+ is the slate with its liked items first; slates without a liked item are left out. The model
+    that it starts from is validated too and kept where no alignment is better; the metric
+    "kept_start" says so.
 
     Args:
         task: as in `train_slates`.
@@ -145,7 +148,14 @@ def align(task: Task, settings: AlignSettings, run: TrainingRun) -> TrainedSlate
         raise HpgrError(f"{source} is of other items than those of the data")
     aligned = start.to(run.process.device)
     found = load_tokens(Path(vectors), vocabulary_digest=digest)
-    worse = WorseSlates(settings, found, run, aligned.slate_size)
+    worse = WorseSlates(
+        task.data,
+        found.vectors,
+        run,
+        slate_size=aligned.slate_size,
+        objectives=settings.objectives,
+        diversity=settings.diversity,
+    )
     reference = copy.deepcopy(aligned).requires_grad_(False) if settings.loss == "dpo" else None
     wrapped = _Alignment(aligned, reference, worse, settings)
 
@@ -153,58 +163,6 @@ def align(task: Task, settings: AlignSettings, run: TrainingRun) -> TrainedSlate
         return cast("tuple[Tensor, int]", forward(batch, step))
 
     return _fit(wrapped, task, settings, loss, replace(run, stage="align"))
-
-
-class WorseSlates:
-    """Draws y- for every user, the same at the same step of a resumed training.
-
-    Args:
-        settings: which objectives.
-        tokens: whose vectors say what is similar.
-        run: seed and process.
-        slate_size: M.
-    """
-
-    def __init__(
-        self, settings: AlignSettings, tokens: Tokens, run: TrainingRun, slate_size: int
-    ) -> None:
-        self.settings, self.run = settings, run
-        self.near = alignment.nearest_items(
-            tokens.vectors, slate_size - 1, farthest=settings.diversity == "dissimilar"
-        ).to(run.process.device)
-
-    def draw(self, batch: Batch, better: Tensor, lengths: Tensor, step: int) -> Tensor:
-        """One of the objectives for each user, `[B, M]`.
-
-        Args:
-            batch: the requests; disliked are its items with the label 0 and, where there are few,
-                any others.
-            better: y+ `[B, M]`.
-            lengths: `[B]`.
-            step: of the training.
-        """
-        seed = (self.run.seed << 32) + (step << 8) + self.run.process.rank
-        rng = torch.Generator().manual_seed(seed)
-        made = {
-            "order": alignment.other_order(better, lengths, rng),
-            "interest": alignment.replaced(better, self._disliked(batch), rng),
-            "diversity": alignment.too_similar(better, self.near),
-        }
-        options = torch.stack([made[name] for name in self.settings.objectives])
-        drawn = torch.randint(len(options), (len(better),), generator=rng).to(better.device)
-        return options[drawn, torch.arange(len(better), device=better.device)]
-
-    def _disliked(self, batch: Batch) -> Tensor:
-        """Items of the batch that nobody in it liked, other than the user's history, `[B, V]`."""
-        mask = torch.zeros(
-            batch.num_requests, len(self.near), dtype=torch.bool, device=batch.users.device
-        )
-        bad = batch.candidate_items[batch.candidate_labels < 0.5]
-        mask[:, bad] = True
-        mask[:, batch.candidate_items[batch.candidate_labels >= 0.5]] = False
-        owner = segment_ids(batch.history_offsets, len(batch.history_items))
-        mask[owner, batch.history_items] = False
-        return mask
 
 
 class _Alignment(nn.Module):
@@ -323,8 +281,14 @@ def _fit(
         monitor=(key, True),
         settings=settings,
         run=run,
+        start_counts=isinstance(trained, _Alignment),
     )
-    cost = trainer.fit()
+    cost: dict[str, Any] = trainer.fit()
+    if trainer.start_counts:
+        cost["kept_start"] = trainer.best["step"] == 0
+        if cost["kept_start"]:
+            text = "%s: no validation has a better %s than before it: the start is kept"
+            LOG.info(text, run.title, key)
     model.eval()
     path = run.output_dir / MODEL
     if run.process.is_main:

@@ -44,6 +44,12 @@ def slate_tables(
         cells = [row["title"], *(_cell(row["seeds"], name) for name in metrics)]
         lines.append(cells + (_differences(row) if compared else []))
     parts.append(_markdown(lines))
+    parts += [
+        f"- {row['title']}: in {kept} of {len(row['seeds'])} trainings no validation was better "
+        "than before it; the start was kept."
+        for row in rows
+        if (kept := sum(bool(seed.get("kept_start")) for seed in row["seeds"]))
+    ]
     titles = [row["title"] for row in rows if row["scope"] == rival]
     if titles:
         parts.append(

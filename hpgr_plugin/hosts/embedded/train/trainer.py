@@ -133,6 +133,8 @@ class Trainer:
         settings: how it is trained.
         run: seed, folder, process, title.
         progress: state of the training.
+        start_counts: validate before the first step too, so that the weights it starts from are
+            kept where no training improves on them.
     """
 
     model: nn.Module
@@ -145,6 +147,7 @@ class Trainer:
     run: TrainingRun
     progress: Progress = field(default_factory=Progress)
     prepare: Callable[[Any, int], Any] | None = None
+    start_counts: bool = False
 
     def __post_init__(self) -> None:
         self.process = self.run.process
@@ -193,6 +196,9 @@ class Trainer:
             leave=False,
         )
         with bar:
+            if self.start_counts and not self.progress.history:
+                self._clock = time.perf_counter()
+                self._evaluate()
             while not self._finished():
                 self._epoch(bar)
         if self._writer is not None:

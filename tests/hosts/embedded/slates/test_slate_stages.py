@@ -24,6 +24,7 @@ from hpgr_plugin.hosts.embedded.slates.artefact import (
     save_tokens,
 )
 from hpgr_plugin.hosts.embedded.slates.evaluation import outcomes
+from hpgr_plugin.hosts.embedded.slates.model import padded_slates
 from hpgr_plugin.hosts.embedded.slates.stages import (
     AlignSettings,
     SlateSettings,
@@ -38,6 +39,7 @@ from hpgr_plugin.hosts.embedded.slates.tokenize import (
     read_vectors,
     tokenize,
 )
+from hpgr_plugin.hosts.embedded.slates.worse import WorseSlates
 from hpgr_plugin.hosts.embedded.train.trainer import Trainer, TrainingRun
 from hpgr_plugin.report.__main__ import main as report
 
@@ -198,6 +200,60 @@ def test_alignment_raises_the_odds_of_what_was_liked(
         align(task, settings, training("a"))
     count = max(2, len(kept) // 4)
     assert np.mean(kept[-count:]) < np.mean(kept[:count])
+
+
+def test_alignment_that_helps_no_validation_keeps_the_start(
+    configure: Configure, training: Training, vectors: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = configure("NUM_USERS = 100")
+    tokens = tokenize(task.data, tokenizer_of(vectors), training("t"))
+    settings = slates_of(tokens, epochs=12, patience=12, learning_rate=3e-3)
+    model = train_slates(task, settings, training("m"))
+    destructive = alignment_of(tokens, model, learning_rate=10.0, epochs=1, warmup_steps=0)
+    with caplog.at_level("INFO", logger="hpgr_plugin"):
+        made = align(task, destructive, training("a"))
+    assert made.metrics["kept_start"]
+    assert "the start is kept" in caplog.text
+    assert [row["step"] > 0 for row in made.metrics["history"]] == [False, True]
+    start, aligned = (load_model(x.model)[0].state_dict() for x in (model, made))
+    assert all(torch.equal(start[name], aligned[name]) for name in start)
+    assert made.metrics["ndcg@5"] == model.metrics["ndcg@5"]
+
+
+@pytest.mark.parametrize("objective", ["interest", "diversity"])
+def test_worse_slates_hold_nothing_that_the_user_takes_in_training(
+    objective: str, configure: Configure, training: Training, vectors: Path
+) -> None:
+    """Before and after the request alike; what validation and test hold is not looked at."""
+    task = configure("hpgr.SyntheticReader.items_per_cluster = 40")
+    data = task.data
+    values = torch.randn(data.log.num_items, 16, generator=torch.Generator().manual_seed(0))
+    worse = WorseSlates(
+        data, values, training("a"), slate_size=5, objectives=(objective,), diversity="similar"
+    )
+    taken = np.zeros((data.log.num_users, data.log.num_items), dtype=bool)
+    taken[data.log.event_users()[data.split == 0], data.log.item[data.split == 0]] = True
+    unseen = worse.taken.mask(torch.arange(data.log.num_users)).numpy()
+    assert np.array_equal(unseen, taken)
+    for batch in task.loader("train").batches():
+        better, lengths = padded_slates(batch, 5)
+        drawn = worse.draw(batch, better, lengths, 0)[:, 1 if objective == "diversity" else 0 :]
+        assert not taken[batch.users.numpy()[:, None], drawn.numpy()].any()
+
+
+def test_several_trainings_at_a_time_fill_the_table(
+    run_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An aligned row waits for the row that it starts from, wherever each was trained."""
+    out, rows = tmp_path / "out", ["higr", "higr_aligned", "hstu"]
+    lines = ["hpgr.run.mode = 'slate_ablation'", f"hpgr.run.output_dir = '{out}'"]
+    lines += [f"hpgr.run.rows = {rows}", "hpgr.run.workers = 2", "hpgr.SlateSettings.epochs = 1"]
+    run_configured(str(run_file(*lines)), [])
+    metrics = json.loads((out / "results.json").read_text())["metrics"]
+    assert [row["scope"] for row in metrics["rows"]] == rows
+    assert all(len(row["seeds"]) == 1 for row in metrics["rows"])
+    assert all(len(seeds) == 1 for seeds in metrics["tokenizers"].values())
+    gin.clear_config()
 
 
 def test_a_saved_model_gives_the_same_slates(
