@@ -2,7 +2,8 @@
 
 MovieLens-1M shapes with random items: histories up to 400, 64 candidates over the last fifth of the
 history's time, batches of at most 16,384 tokens; D = 128, 2 heads, 4 layers, bfloat16 autocast.
-Forward, backward, clipping and AdamW. Both backends run in one process on the same batch.
+The batch's copy to the GPU, forward, backward, clipping and AdamW. The batch is planned before, as
+on the loading thread of the trainer. Both backends run in one process on the same batch.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.mtgr import MTGRLayer
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
+from hpgr_plugin.hosts.embedded.train.planned import PlannedRequests, RequestPlanner
 from hpgr_plugin.ops.dispatch import set_backends
 
 NUM_ITEMS, NUM_ACTIONS = 3706, 5
@@ -89,7 +91,7 @@ def make_batch() -> Batch:
         candidate_offsets=torch.arange(0, wanted + 1, CANDIDATES),
         users=torch.arange(len(histories)),
         user_features={},
-    ).to(torch.device("cuda"))
+    )
 
 
 def build(layer: type[SequenceLayer], hook: Hook, *, dropout: float) -> HSTURanker:
@@ -110,15 +112,16 @@ def build(layer: type[SequenceLayer], hook: Hook, *, dropout: float) -> HSTURank
     return model.to("cuda").train()
 
 
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
+def _loss(model: nn.Module, planned: PlannedRequests) -> Tensor:
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        logits = model(batch)
-    return F.binary_cross_entropy_with_logits(logits.float(), batch.candidate_labels)
+        logits = planned.logits_of(model)[0]
+    return F.binary_cross_entropy_with_logits(logits.float(), planned.batch.candidate_labels)
 
 
 def _check(name: str, layer: type[SequenceLayer], hook: Hook, batch: Batch) -> None:
     """The kernels' logits are those of padded torch, so that no wrong result is timed."""
     model = build(layer, hook, dropout=0.0)
+    batch = batch.to("cuda")
     logits = []
     for backend in ("triton", "torch"):
         set_backends({"hstu_attention": backend})
@@ -130,11 +133,13 @@ def _check(name: str, layer: type[SequenceLayer], hook: Hook, batch: Batch) -> N
 
 def _measure(layer: type[SequenceLayer], hook: Hook, batch: Batch, backend: str) -> StepCost:
     model = build(layer, hook, dropout=0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    packed = RequestPlanner(model, torch.device("cuda")).plan(batch)
 
     def step() -> None:
+        loss = _loss(model, packed.to(torch.device("cuda")))
         optimizer.zero_grad(set_to_none=True)
-        _loss(model, batch).backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 

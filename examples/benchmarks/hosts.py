@@ -7,7 +7,8 @@ time in which a kernel runs, "launches" counts kernels per step, both from one p
 "x; host's layers" and "x; no graphs" are row x with `layers = "host"` and with `capture = False`.
 Tensor descriptors are off for every row, see NOTES.md. The host's kernels are tuned among all of
 their configurations for the host's row of the first size, then among the fastest there.
---quick measures the rows in which every candidate has a sequence of its own, in one process.
+--quick measures all sizes in one process: the row of the default layout for each, and for four
+sizes also empty slots, every candidate with a sequence of its own, and no graphs.
 """
 
 import functools
@@ -48,7 +49,7 @@ SIZES = (
     Size(131072, 1024, 64),
     Size(131072, 4096, 64),
 )
-QUICK_SIZES = (*SIZES[:3], Size(524288, 16384, 1))
+SIZES_WITH_MORE_ROWS = (*SIZES[:3], Size(524288, 16384, 1))
 AUTO, EACH = "PGSA K=8 sigma=1 recent=32, auto", "PGSA K=32 sigma=2, per candidate"
 HOOKS: dict[str, Callable[[], nn.Module | None]] = {
     "slots empty": lambda: None,
@@ -69,7 +70,12 @@ OTHER_LAYERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 # What a row is called, its hook, and what is bound beside it.
 Row = tuple[str, str, dict[str, Any]]
 ROWS: tuple[Row, ...] = (*((name, name, {}) for name in HOOKS), *OTHER_LAYERS)
-QUICK_ROWS: tuple[Row, ...] = ((AUTO, AUTO, {}), (EACH, EACH, {}), OTHER_LAYERS[0])
+QUICK_ROWS: tuple[Row, ...] = (
+    (AUTO, AUTO, {}),
+    OTHER_LAYERS[0],
+    (EACH, EACH, {}),
+    ("slots empty", "slots empty", {}),
+)
 
 
 def run(*, quick: bool) -> None:
@@ -82,7 +88,7 @@ def run(*, quick: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder, "tuning")
         if quick:
-            _measure_in_a_process(journal, "--quick", QUICK_SIZES)
+            _measure_in_a_process(journal, "--quick", SIZES)
             return
         for size in SIZES:
             _measure_in_a_process(journal, "--all", [size])
@@ -113,7 +119,13 @@ def measure_sizes(journal: Path, *, quick: bool, sizes: Sequence[Size]) -> None:
     host.prepare_tuning(journal)
     for i, size in enumerate(sizes):
         after_host = functools.partial(host.keep_best, 3 if quick else 6, journal)
-        _measure_size(size, QUICK_ROWS if quick else ROWS, (lambda: None) if i else after_host)
+        _measure_size(size, _rows(size, quick=quick), (lambda: None) if i else after_host)
+
+
+def _rows(size: Size, *, quick: bool) -> Sequence[Row]:
+    if not quick:
+        return ROWS
+    return QUICK_ROWS if size in SIZES_WITH_MORE_ROWS else QUICK_ROWS[:1]
 
 
 def _measure_size(size: Size, rows: Sequence[Row], after_host: Callable[[], None]) -> None:

@@ -7,7 +7,6 @@ of a few sizes. Parameters are read where they are.
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hpgr_plugin.components.capture_checks import state_of_torch, why_pass_not_captured
+from hpgr_plugin.log_once import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class CapturedFunction:
         if not torch.is_grad_enabled() or not _can_learn(inputs, parameters):
             return None
         if reason := why_pass_not_captured() or self._why_busy():
-            say_once(f"{self._binding} = True has no effect on a pass: {reason}")
+            log_once(logger, f"{self._binding} = True has no effect on a pass: {reason}")
             return None
         if torch.cuda.is_current_stream_capturing():
             return None
@@ -144,9 +144,10 @@ class CapturedFunction:
         key = key, state_of_torch(), forms(inputs, parameters)
         if key not in self._graphs:
             if len(self._graphs) >= _MOST_GRAPHS:
-                say_once(
+                log_once(
+                    logger,
                     f"{self._binding}: {_MOST_GRAPHS} graphs are kept; passes of other sizes or "
-                    "settings run without one"
+                    "settings run without one",
                 )
                 return None
             self._graphs[key] = self._capture(function, inputs, parameters)
@@ -309,12 +310,6 @@ class _Replay(torch.autograd.Function):
         ctx.flight.graph = None
         copied = iter(copies)
         return None, None, None, None, *(None if g is None else next(copied) for g in grads)
-
-
-@functools.cache
-def say_once(message: str) -> None:
-    """Log it once in this process."""
-    logger.info(message)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -5,7 +5,7 @@ import gc
 import pickle
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -247,6 +247,16 @@ def test_checkpointed_passes_are_found_in_both_directions(reentrant: bool) -> No
     assert all(reasons), reasons
 
 
+@pytest.fixture
+def no_anomaly_detection() -> Iterator[None]:
+    """Off for a test: the host's research trainer leaves it on for the whole process."""
+    before = torch.is_anomaly_enabled()
+    torch.autograd.set_detect_anomaly(False)
+    yield
+    torch.autograd.set_detect_anomaly(before)
+
+
+@pytest.mark.usefixtures("no_anomaly_detection")
 def test_modes_of_torch_are_found_while_they_last() -> None:
     assert why_pass_not_captured() is None
     with torch.autograd.graph.save_on_cpu():

@@ -14,6 +14,7 @@ from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.config.registry import configured
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, fused
+from hpgr_plugin.log_once import log_once
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("float64_operators")]
 
@@ -134,7 +135,7 @@ def test_by_default_the_hosts_layers_run_where_the_kernels_cannot(
     config: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     data = batch([7, 3, 11], [2, 1, 3])
-    fused._say.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=fused.__name__):
         by_default = model(None, "per_candidate-post", **config)
         first, second = step(by_default, data), step(by_default, data)

@@ -9,13 +9,14 @@ from small_ranker import TABLE_DIM, WIDTH, assert_same_step, batch, build, small
 from torch import Tensor
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
-from hpgr_plugin.components.captured import CapturedFunction, forms, load, memory_of, say_once
+from hpgr_plugin.components.captured import CapturedFunction, forms, load, memory_of
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, padded
 from hpgr_plugin.hosts.dlrm_v3.padded import CapturedPasses
 from hpgr_plugin.hosts.dlrm_v3.request import Request
+from hpgr_plugin.log_once import log_once
 from hpgr_plugin.ops.compact.parts import joined_parts
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("float64_operators")]
@@ -172,7 +173,7 @@ def test_what_replays_would_leave_out_is_not_captured(
     step(built, batch([7, 3], [1, 1]))
     assert function.passes == 1
     CHANGES[change](built._hstu_transducer)
-    say_once.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level("INFO"):
         step(built.double(), batch([7, 3], [1, 1]))
     assert function.passes == 1

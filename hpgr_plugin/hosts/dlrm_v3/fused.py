@@ -7,7 +7,6 @@ rows.
 
 from __future__ import annotations
 
-import functools
 import logging
 import operator
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from hpgr_plugin.hosts.dlrm_v3.attention import (
     RowSequences,
     StepAttention,
 )
+from hpgr_plugin.log_once import log_once
 from hpgr_plugin.ops.compact.parts import row_weights
 from hpgr_plugin.ops.dispatch import backend_choices, operators
 from hpgr_plugin.ops.hstu_attention import AttentionSpec
@@ -96,12 +96,14 @@ class FusedLayers:
         if reason is None and x.is_cuda:
             reason = _why_not(stack, x, sequences, step)
         if reason is None:
-            _say("the STU layers run on this package's kernels, with the host's weights")
+            log_once(
+                logger, "the STU layers run on this package's kernels, with the host's weights"
+            )
             with torch.autocast(x.device.type, enabled=False):
                 return self._candidates(stack, x.contiguous(), sequences, step)
         if self._choice == "fused":
             raise self._error(f"cannot run this step: {reason}")
-        _say(f"the STU layers run on the host's kernels: {reason}")
+        log_once(logger, f"the STU layers run on the host's kernels: {reason}")
         return None
 
     def expected(self, stack: Any, device: torch.device) -> bool:
@@ -299,9 +301,3 @@ def _form(stack: Any, x: Tensor) -> LayerForm:
 def _most_candidates(sequences: RowSequences) -> int:
     """An upper bound of the candidates of a sequence."""
     return 1 if sequences.one_target else sequences.max_targets
-
-
-@functools.cache
-def _say(message: str) -> None:
-    """Log it once in this process."""
-    logger.info(message)

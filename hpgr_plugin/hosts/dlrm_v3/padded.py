@@ -6,6 +6,7 @@ is consistent and the host's modules compute what they always do.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,15 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from hpgr_plugin.components.capture_checks import ModuleWatch
-from hpgr_plugin.components.captured import CapturedFunction, PaddedInput, padded_size, say_once
+from hpgr_plugin.components.captured import CapturedFunction, PaddedInput, padded_size
 from hpgr_plugin.components.sem import SessionContext
 from hpgr_plugin.hosts.dlrm_v3.features import CANDIDATE_IDS, HISTORY_IDS, Features
 from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
 from hpgr_plugin.hosts.requirements import HOST_PACKAGE
+from hpgr_plugin.log_once import log_once
 from hpgr_plugin.ops.compact.parts import joined_parts
 from hpgr_plugin.ops.dispatch import backend_choices
 from hpgr_plugin.ops.preference_plan import PreferencePlan
+
+logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 1 << 17  # of the layers: beyond, launches cost less than the work
 _FULL_LENGTH = 1024  # n of 1/n inside a padded pass: the real one is a factor of the weights
@@ -303,7 +307,7 @@ class CapturedPasses:
             return None
         state = self._watch.state(transducer)
         if state.why_not:
-            say_once(f"{self._binding} = True has no effect: {state.why_not}")
+            log_once(logger, f"{self._binding} = True has no effect: {state.why_not}")
             return None
         padded = PaddedPass(call, request, self._features)
 
