@@ -84,7 +84,7 @@ class ModuleState(NamedTuple):
     """What captured passes of a module depend on.
 
     Attributes:
-        why_not: see `why_module_not_captured`.
+        why_not: see `why_module_not_captured`; with a reason, nothing else is collected.
         settings: see `settings`.
         tensors: its parameters and buffers by name.
     """
@@ -103,7 +103,7 @@ class _Part(NamedTuple):
         read: reads the values of those that may be settings, first the plain ones.
         plain: the values of the plain ones.
         kinds: the classes of all these values.
-        children: the modules directly inside.
+        children: the modules directly inside, in their order.
         tensors: its parameters and buffers, and how many there were of each.
     """
 
@@ -112,7 +112,7 @@ class _Part(NamedTuple):
     read: Callable[[dict[str, Any]], tuple[Any, ...]]
     plain: tuple[Any, ...]
     kinds: tuple[type, ...]
-    children: dict[str, nn.Module | None]
+    children: list[tuple[str, nn.Module | None]]
     tensors: tuple[_Tensors, int, _Tensors, int]
 
     def describes(self, module: nn.Module) -> bool:
@@ -126,7 +126,7 @@ class _Part(NamedTuple):
             # Classes first: a number that became a tensor must not be compared.
             tuple(map(type, values)) == self.kinds
             and values[: len(self.plain)] == self.plain
-            and attributes["_modules"] == self.children
+            and list(attributes["_modules"].items()) == self.children
             and attributes["_parameters"] is parameters
             and len(parameters) == num_parameters
             and attributes["_buffers"] is buffers
@@ -148,7 +148,7 @@ def _part(module: nn.Module) -> _Part:
         operator.itemgetter(*names, names[0]),
         tuple(value for value in values if isinstance(value, _COMPARED)),
         (*map(type, values), type(values[0])),
-        dict(module._modules),
+        list(module._modules.items()),
         (parameters, len(parameters), buffers, len(buffers)),
     )
 
@@ -176,11 +176,13 @@ class ModuleWatch:
 
     def state(self, module: nn.Module) -> ModuleState:
         """The present state of a module."""
-        state = self._state
-        if state is None or not self._is_unchanged(module):
-            state = self._collect(module)
-            self._state = None if state.why_not else state
-        return state
+        if self._state is not None and self._is_unchanged(module):
+            return self._state
+        if why_not := why_module_not_captured(module, self._packages):
+            self._state = None
+            return ModuleState(why_not, (), {})
+        self._state = self._collect(module)
+        return self._state
 
     def _is_unchanged(self, module: nn.Module) -> bool:
         if self._module is None or self._module() is not module or self._part is None:
@@ -206,9 +208,7 @@ class ModuleWatch:
             for name, tensor in there.items()
         ]
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        return ModuleState(
-            why_module_not_captured(module, self._packages), settings(module), tensors
-        )
+        return ModuleState(None, settings(module), tensors)
 
 
 def why_pass_not_captured() -> str | None:

@@ -47,7 +47,7 @@ class PaddedInput(NamedTuple):
         return padded.requires_grad_(values.requires_grad)
 
     def fill(self, rest: Tensor) -> None:
-        """Write the rows from n on, at least one."""
+        """Write the rows from n on, which may be none."""
         if self.step:
             end = self.filler + self.step * len(rest)
             torch.arange(self.filler, end, self.step, out=rest)

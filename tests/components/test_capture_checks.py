@@ -60,6 +60,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "forward": (lambda m: setattr(m[0], "forward", lambda x: x), "another forward"),
     "compiled": (lambda m: m[0].compile(), "another forward"),
     "batch norm": (lambda m: m.append(nn.BatchNorm1d(8)), "statistics over all rows"),
+    "traced": (lambda m: m.append(torch.jit.trace(nn.Tanh(), torch.ones(8))), "is of class"),
 }
 
 
@@ -137,6 +138,7 @@ QUIET_CHANGES: dict[str, Callable[[Any], Any]] = {
     "modules in another order": lambda m: m._modules.update(
         {"0": m._modules["1"], "1": m._modules["0"]}
     ),
+    "the same modules in another order": lambda m: m._modules.update({"0": m._modules.pop("0")}),
     "parameter": lambda m: setattr(m[0], "weight", nn.Parameter(torch.zeros(8, 8))),
     "parameter more": lambda m: m[1].register_parameter("w", nn.Parameter(torch.zeros(8))),
     "parameter less": lambda m: m[0].register_parameter("bias", None),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from small_ranker import batch, build, step
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hpgr_plugin.components.attention_hooks import PreferenceGuidedSparseAttention
 from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, selection
@@ -75,6 +76,24 @@ def retained(rows: Tensor) -> Tensor:
     return rows
 
 
+class Doubled(torch.autograd.Function):
+    """An operator that keeps its argument under the name that autograd has for a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.variable = weight
+        return weight * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def freed(rows: Tensor) -> Tensor:
+    rows.sum().backward()
+    return rows
+
+
 OTHER_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "computed": lambda w: F.embedding(INDEX, w) * 2,
     "cast": lambda w: F.embedding(INDEX, w).double(),
@@ -84,6 +103,8 @@ OTHER_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "of a computed table": lambda w: F.embedding(INDEX, w * 2),
     "with a padding row": lambda w: F.embedding(INDEX, w, padding_idx=3),
     "scaled by frequency": lambda w: F.embedding(INDEX, w, scale_grad_by_freq=True),
+    "of a table computed by an own operator": lambda w: F.embedding(INDEX, Doubled.apply(w)),
+    "whose backward has run": lambda w: freed(F.embedding(INDEX, w)),
     "without a gradient": lambda w: F.embedding(INDEX, w.detach()),
 }
 
@@ -95,6 +116,29 @@ def test_other_rows_are_selected_as_they_are(kind: str) -> None:
     assert torch.equal(selected, rows.index_select(0, KEPT))
     if rows.requires_grad:
         assert selected.grad_fn.name() == "IndexSelectBackward0"  # type: ignore[union-attr]
+
+
+def test_a_compiler_traces_the_selection() -> None:
+    weight = table()
+
+    def kept_rows(weight: Tensor) -> Tensor:
+        return select_kept({"history": F.embedding(INDEX, weight)}, KEPT, ["history"])["history"]
+
+    compiled = torch.compile(kept_rows, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(weight), kept_rows(weight))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_lookups_have_the_gradient_of_selected_rows(reentrant: bool) -> None:
+    weight = table()
+
+    def loss(weight: Tensor) -> Tensor:
+        rows = {"history": F.embedding(INDEX, weight), "candidate": F.embedding(OTHERS, weight)}
+        return torch.cat([*select_kept(rows, KEPT, ["history"]).values()]).pow(3).sum()
+
+    (wanted,) = torch.autograd.grad(loss(weight), weight)
+    checkpoint(loss, weight, use_reentrant=reentrant).backward()
+    torch.testing.assert_close(weight.grad, wanted)
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [2, 3, 1]], ids=["one-each", "several"])

@@ -103,6 +103,25 @@ def test_a_padded_pass_is_the_pass(shape: Any, kind: str, later: bool) -> None:
     assert_same_step(mine, reference)
 
 
+class Narrow(PreferenceGuidedSparseAttention):
+    """Names its rows in 32 bits."""
+
+    def plan(self, inputs: Any) -> Any:
+        plan = super().plan(inputs)
+        return None if plan is None else plan._replace(index=plan.index.int())
+
+
+def test_plans_in_32_bits_are_padded_too() -> None:
+    data = batch([7, 3, 11], [1, 1, 1])
+    hook = {"top_k": 3, "sigma": 1.0, "recent": 2, "layout": "per_candidate"}
+    steps = []
+    for hook_class in (Narrow, PreferenceGuidedSparseAttention):
+        built = model("all", padded=True)
+        built._fill_attention_hook(hook_class(**hook))
+        steps.append(step(built, data))
+    assert_same_step(*steps)
+
+
 def test_similar_batches_share_their_sizes() -> None:
     seen = set()
     built = model("positions", padded=True)

@@ -49,16 +49,25 @@ def _plain_lookup(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     """The index `[T]` and the table `[V, D]` that rows come from, or None.
 
     None unless they are the output of `F.embedding` as it was, nobody asked for their gradient,
-    and the table is a leaf of autograd.
+    and the table is a leaf of autograd. Not noticed: hooks on the node of the lookup itself, and a
+    table that changed after it, whose new rows are then taken.
     """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
     node: Any = rows.grad_fn
-    if not torch.is_grad_enabled() or node is None or node.name() != "EmbeddingBackward0":
+    if node is None or node.name() != "EmbeddingBackward0":
         return None
     if rows._version or rows.retains_grad or rows._backward_hooks or _is_unusual(node):
         return None
-    table = getattr(node.next_functions[0][0], "variable", None)
-    index: Tensor = node._saved_indices
-    if table is None or table.shape[1:] != rows.shape[1:] or index.shape != rows.shape[:1]:
+    source: Any = node.next_functions[0][0]
+    if source is None or source.name() != "torch::autograd::AccumulateGrad":
+        return None
+    try:
+        index: Tensor = node._saved_indices
+    except RuntimeError:  # a backward has freed it, or it was changed in place
+        return None
+    table: Tensor = source.variable
+    if table.shape[1:] != rows.shape[1:] or index.shape != rows.shape[:1]:
         return None
     return index, table
 

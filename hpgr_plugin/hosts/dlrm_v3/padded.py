@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 1 << 17  # of the layers: beyond, launches cost less than the work
 _FULL_LENGTH = 1024  # n of 1/n inside a padded pass: the real one is a factor of the weights
-_BEHIND = 1 << 62  # a row behind all others
 _PAYLOAD = "payload "  # in front of the names of the host's payloads
 # Payloads that the padded pass makes, or that only the plan reads.
 _MADE = ("uih_offsets", "candidate_offsets", HISTORY_IDS, CANDIDATE_IDS)
@@ -212,8 +211,9 @@ class PaddedPass:
         }
 
     def _padded_places(self, places: FullPlaces) -> dict[str, PaddedInput]:
+        behind = torch.iinfo(places.rows.dtype).max  # all rows
         inputs = {
-            "places.rows": PaddedInput(places.rows, self.sizes.history, _BEHIND),
+            "places.rows": PaddedInput(places.rows, self.sizes.history, behind),
             "places.full_offsets": PaddedInput(places.full_offsets, self.sizes.users + 1),
         }
         if places.earlier is not None:
