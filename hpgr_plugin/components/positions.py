@@ -184,7 +184,7 @@ class TimeAwarePositionalEncoder(nn.Module):
         """Check that the table has a row for every place; both offsets are `[B + 1]`.
 
         Raises:
-            HpgrError: see `forward`.
+            HpgrError: see `plan`.
         """
         lengths = history_offsets.diff().tolist()
         candidates = candidate_offsets.diff().tolist()

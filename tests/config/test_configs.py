@@ -102,6 +102,24 @@ def test_run_files_describe_models(config: str) -> None:
     describe_models([config], features)
 
 
+@pytest.mark.parametrize("config", [run for run in RUNS if "study" in run])
+def test_a_study_of_the_length_of_stage_1_has_two_lengths(config: str) -> None:
+    load_configs([config], SYNTHETIC)
+    rows = {"base_mim_long", "base_mim_short"} & set(gin.query_parameter("hpgr.run.rows"))
+    assert rows
+    for scope in rows:
+        with gin.config_scope(scope):
+            row = build("AblationRow")
+        with gin.config_scope(row.stage1):
+            assert build("PretrainSettings") != gin_default("PretrainSettings")
+
+
+def gin_default(name: str) -> Any:
+    """What is built outside of all scopes."""
+    with gin.config_scope(None):
+        return build(name)
+
+
 def describe_models(configs: list[str], bindings: Sequence[str] = ()) -> None:
     """Every row of the configured run is built, and ranks a batch."""
     load_configs(configs, [*SYNTHETIC, *bindings])

@@ -87,6 +87,26 @@ def test_packing_changes_no_number(case: str) -> None:
     assert torch.equal(packed.logits_of(model), model(batch, every_task=True))
 
 
+def tensors_in(value: object) -> list[torch.Tensor]:
+    """All tensors, also those in what `Packed` does not know."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return tensors_in(list(value.values()))
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    return tensors_in(vars(value)) if hasattr(value, "__dict__") else []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_tensor_of_a_plan_stays_on_the_host(case: str) -> None:
+    batch = make_batch([5, 0, 1, 16, 9], [3, 2, 1, 4, 0], features=True)
+    planned = RequestPlanner(model_of(case), torch.device("cpu")).plan(batch)
+    moved = planned.to(torch.device("meta"))
+    assert len(tensors_in(moved)) == len(tensors_in(planned)) > 10
+    assert all(tensor.is_meta for tensor in tensors_in(moved))
+
+
 @pytest.mark.parametrize("case", RIVALS)
 def test_a_planned_rival_waits_for_nothing(case: str) -> None:
     model, batch = model_of(case), make_batch([5, 0, 1, 16], [3, 2, 1, 4], features=True)

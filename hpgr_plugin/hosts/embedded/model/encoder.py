@@ -13,6 +13,7 @@ from hpgr_plugin.hosts.embedded.model.bias import RelativeBias
 from hpgr_plugin.hosts.embedded.model.hstu import SequenceLayer, initialise_linear, take_rows
 from hpgr_plugin.hosts.embedded.model.tokens import PADDING_MARKS, Marks, TokenSequence
 from hpgr_plugin.ops.compact.parts import row_weights
+from hpgr_plugin.ops.dispatch import product_dtype
 from hpgr_plugin.ops.hstu_attention import (
     AttentionSpec,
     MaskPosition,
@@ -136,10 +137,8 @@ class SequenceEncoder(nn.Module):
 
     def _jagged(self, values: Tensor) -> bool:
         """Whether the attention of these values runs on the kernels, which need no padding."""
-        dtype = values.dtype
-        if torch.is_autocast_enabled(values.device.type):
-            dtype = torch.get_autocast_dtype(values.device.type)
-        head = values.new_empty(0, self.num_heads, values.shape[1] // self.num_heads, dtype=dtype)
+        sizes = 0, self.num_heads, values.shape[1] // self.num_heads
+        head = values.new_empty(sizes, dtype=product_dtype(values))
         return attention_backend(head) == "triton"
 
     def _as_they_are(self, sequence: TokenSequence, mask_position: MaskPosition) -> TokenGroup:

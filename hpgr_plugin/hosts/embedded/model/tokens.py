@@ -188,7 +188,8 @@ class SequenceIndex(NamedTuple):
             num_candidates=batch.num_candidates,
         )
         marks = [history_marks, _candidate_marks(batch, index)]
-        rows = [parts.history_rows(), parts.candidate_rows()]
+        candidate_rows = parts.candidate_rows()
+        rows = [parts.history_rows(), candidate_rows]
         if context_len:
             context_rows = parts.contextual_rows()
             marks.insert(0, _context_marks(len(context_rows), context_rows.device))
@@ -201,7 +202,7 @@ class SequenceIndex(NamedTuple):
             ),
             offsets=parts.seq_offsets,
             history_offsets=history_offsets,
-            candidate_rows=parts.candidate_rows(),
+            candidate_rows=candidate_rows,
             context_len=context_len,
             longest=longest,
             mixed=mixed,

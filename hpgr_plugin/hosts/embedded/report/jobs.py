@@ -6,16 +6,19 @@ import multiprocessing
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from hpgr_plugin.config.bindings import as_text, restore
 from hpgr_plugin.config.registry import build, register
 from hpgr_plugin.config.scopes import config_scope
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.train.distributed import Process
 from hpgr_plugin.hosts.embedded.train.stages import Stage1, finetune, pretrain
@@ -52,7 +55,17 @@ class Job:
 Result = Stage1 | dict[str, Any]
 
 
-J = TypeVar("J")
+class AnyJob(Protocol):
+    """What a pool reads of a job."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+J = TypeVar("J", bound=AnyJob)
 R = TypeVar("R")
 
 
@@ -82,6 +95,10 @@ class JobPool(ABC, Generic[J, R]):
 
         Args:
             jobs: none needs the result of another.
+
+        Raises:
+            HpgrError: a worker was killed. What a job raises is raised too, after the jobs that
+                run beside it; those that wait are not begun.
         """
         if self.workers == 1:
             for job in jobs:
@@ -93,13 +110,29 @@ class JobPool(ABC, Generic[J, R]):
             initializer=_start_worker,
             initargs=(replace(self, workers=1), as_text(), self.workers),
         ) as pool:
-            futures = {pool.submit(_run_in_worker, job): job for job in jobs}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            waiting, running = iter(jobs), dict[Future[R], J]()
+            while True:
+                # A pool trains all that it was given before it ends, also after an error: it gets
+                # no more jobs than it has workers.
+                for job in islice(waiting, self.workers - len(running)):
+                    running[pool.submit(_run_in_worker, job)] = job
+                if not running:
+                    return
+                finished = wait(running, return_when=FIRST_COMPLETED).done
+                try:
+                    results = [(running[future], future.result()) for future in finished]
+                except BrokenProcessPool as error:
+                    raise self._killed(list(running.values())) from error
+                for future in finished:
+                    del running[future]
+                yield from results
+
+    def _killed(self, running: Sequence[J]) -> HpgrError:
+        titles = ", ".join(f"{job.title} (seed {job.seed})" for job in running)
+        return HpgrError(
+            f"hpgr.run.workers = {self.workers}: a worker was killed while these were trained: "
+            f"{titles}; if the memory ran out, take fewer workers"
+        )
 
     def training(self, folder: str, title: str, seed: int) -> TrainingRun:
         """A training that writes to a folder of the ablation."""

@@ -1,4 +1,4 @@
-"""The worse slates y- of alignment, drawn for each user from what that user did not take."""
+"""The worse slates y- of alignment, drawn for each user."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class TakenItems:
 class WorseSlates:
     """Draws y- for every user, the same at the same step of a resumed training.
 
-    No item that the user takes anywhere in the train split is put into a slate as worse: the items
-    most similar to one that was taken are often taken too.
+    An item that the user takes anywhere in the train split comes in as a worse one only where no
+    others are left: the items most similar to one that was taken are often taken too.
 
     Args:
         data: what users took.

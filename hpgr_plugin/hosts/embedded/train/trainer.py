@@ -199,6 +199,7 @@ class Trainer:
             if self.start_counts and not self.progress.history:
                 self._clock = time.perf_counter()
                 self._evaluate()
+            self._forward.train()  # every module: parts of a loaded model are in evaluation mode
             while not self._finished():
                 self._epoch(bar)
         if self._writer is not None:
