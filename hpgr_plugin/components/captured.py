@@ -168,7 +168,8 @@ class CapturedFunction:
     def _capture(
         self, function: Function, inputs: Inputs, parameters: Mapping[str, Tensor]
     ) -> _Graph:
-        if self._pool is None:
+        if not self._graphs:
+            # CUDA's allocator refuses a pool whose graphs are gone while their memory is in use.
             self._pool = torch.cuda.graph_pool_handle()
         try:
             return _Graph(function, inputs, parameters, self._pool)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hpgr_plugin.components import captured as captured_module
 from hpgr_plugin.components.captured import (
     CapturedFunction,
     PaddedInput,
@@ -166,6 +167,23 @@ def test_what_has_no_gradient_of_its_own_is_not_captured(kind: str) -> None:
         assert captured.run(lambda *_: torch.zeros(0), inputs, {"weight": weight}, "key") is None
 
 
+def test_the_first_graph_and_one_after_all_are_gone_take_a_new_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA's allocator refuses a pool whose last graph is gone while an output of it is kept."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    pools: list[Any] = []
+    monkeypatch.setattr(captured_module, "_Graph", lambda *given: pools.append(given[-1]))
+    captured = CapturedFunction("binding")
+    for key in ("first", "second"):
+        captured._graphs[key] = captured._capture(lambda *_: torch.zeros(0), {}, {})
+    captured._graphs.clear()
+    captured._capture(lambda *_: torch.zeros(0), {}, {})
+    first, second, after = pools
+    assert first is second
+    assert after is not first
+
+
 class TestGraphs:
     pytestmark = GPU
 
@@ -241,12 +259,14 @@ class TestGraphs:
     def test_parameters_that_moved_are_found(self) -> None:
         model, captured, rows = self.model(), CapturedFunction("binding"), self.rows(20)
         self.run(captured, model, rows).sum().backward()
+        held = [graph.output for graph in captured._graphs.values()]
         with torch.no_grad():
             for p in model.parameters():
                 p.data = torch.randn_like(p)
         torch.testing.assert_close(
             self.run(captured, model, rows), model(rows) * 2, rtol=1e-4, atol=1e-5
         )
+        assert held  # memory of the pool that the graphs before had
 
     def test_what_waits_for_the_device_is_refused_by_its_binding(self) -> None:
         captured, rows = CapturedFunction("hpgr.A.capture"), self.rows(20)
