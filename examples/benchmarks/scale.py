@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from examples.benchmarks.registry import print_table
 
 GIB = 2**30
-# MEASURED ON AN H100: to be filled in from `python -m examples.benchmarks.registry sharded`.
-# Until then these are assumptions from data sheets, and the printed plan says so.
-MEASURED = False
-ENCODER_MS = 15.0  # step minus AdamW at 16,384 tokens, D = 128, 2 layers, 8,192 sampled items
-MEMORY_GBS = 2_800.0  # of reads and writes together
+# Measured on two H200 by `python -m examples.benchmarks.registry sharded`, see docs/scale.md.
+ENCODER_MS = 25.3  # all but the table: 16,384 tokens, D = 128, 2 layers, 8,192 sampled items
+MEMORY_GBS = 1_520.0  # reads and writes of the passes over the table, from 1 to 10 million items
+ROUTING_MS = 12.5  # what a second GPU adds to a step whose exchange is small: Python and launches
+# Assumptions from data sheets.
 PRODUCT_TFLOPS = 300.0  # the products of the softmax over all items
 LINK_GBS = 250.0  # per GPU and direction inside a host
 NETWORK_GBS = 40.0  # per GPU and direction between hosts
@@ -30,6 +30,7 @@ class Rates:
 
     encoder_ms: float = ENCODER_MS
     memory_gbs: float = MEMORY_GBS
+    routing_ms: float = ROUTING_MS
     product_tflops: float = PRODUCT_TFLOPS
     link_gbs: float = LINK_GBS
     network_gbs: float = NETWORK_GBS
@@ -95,7 +96,7 @@ def plan(work: Workload, rates: Rates) -> Plan:
     speed = rates.link_gbs if gpus <= rates.gpus_per_host else rates.network_gbs
     optimizer_ms = optimizer_bytes / rates.memory_gbs / 1e6
     softmax_ms = 0.0 if work.is_sampled else flops / rates.product_tflops / 1e9
-    exchange_ms = (all_to_all + gathered) / speed / 1e6
+    exchange_ms = (all_to_all + gathered) / speed / 1e6 + (rates.routing_ms if gpus > 1 else 0.0)
     step_ms = rates.encoder_ms * work.tokens / 16_384 + optimizer_ms + softmax_ms + exchange_ms
     steps = work.epochs * work.events / (gpus * work.tokens)
     return Plan(
@@ -148,8 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates = replace(Rates(), **{n: v for n, v in given.items() if n in vars(Rates())})
     sizes = {n: v for n, v in given.items() if n in names and n not in vars(Rates())}
     works = [Workload(v, g, **sizes) for v in options["items"] for g in options["gpus"]]
-    source = "measured on an H100" if MEASURED else "assumed, not measured"
-    print(f"Rates of a GPU ({source}, unless given as flags): {rates}")
+    print(f"Rates of a GPU (of products and links assumed, unless given as flags): {rates}")
     log = plan(works[0], rates).log_bytes
     print(f"The log of {works[0].events} events: {log / GIB:.1f} GiB in the memory of a process")
     print_table([row(work, rates) for work in works])
