@@ -9,12 +9,17 @@ import torch
 
 
 class StepCost(NamedTuple):
-    """Median wall ms, ms in which a kernel runs, kernels, and peak GiB of a step."""
+    """Median wall ms, ms in which a kernel runs, kernels, and peak GiB of a step.
+
+    The peak is of allocated memory; `reserved_gib` is what the process took from the device for
+    it, the pools of CUDA graphs among it.
+    """
 
     wall_ms: float
     busy_ms: float
     launches: int
     peak_gib: float
+    reserved_gib: float
 
     def columns(self) -> dict[str, object]:
         """The cells of a table."""
@@ -23,6 +28,7 @@ class StepCost(NamedTuple):
             "busy ms": self.busy_ms,
             "launches": self.launches,
             "peak GiB": self.peak_gib,
+            "reserved GiB": self.reserved_gib,
         }
 
 
@@ -31,6 +37,7 @@ def measure_step(step: Callable[[], object], *, steps: int = 15, warmup: int = 5
     for _ in range(warmup):
         step()
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # what compiling and tuning took
     torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(steps):
@@ -38,10 +45,10 @@ def measure_step(step: Callable[[], object], *, steps: int = 15, warmup: int = 5
         step()
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
-    peak = torch.cuda.max_memory_allocated() / 2**30
+    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
     kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     busy = sum(e.device_time for e in kernels) / 1e3
-    return StepCost(statistics.median(times), busy, len(kernels), peak)
+    return StepCost(statistics.median(times), busy, len(kernels), peak / 2**30, reserved / 2**30)
