@@ -203,7 +203,9 @@ class KeptCandidates:
             if kept is not None and few(kept):  # a GPU may gather their rows
                 slots = kept.index.shape[1] + len(kept.near)
                 width = slots * (rows.shape[1] if rows.is_cuda else self.num_heads)
-            bias = None if self.bias is None or where is None else self.bias.at(where)
+            bias = None
+            if self.bias is not None and where is not None and not _by_kernel(kept):
+                bias = self.bias.at(where)
             step = max(1, _CHUNK_ELEMENTS[rows.device.type] // max(1, width))
             for begin in range(start, end, step):
                 stop = min(begin + step, end)
@@ -234,16 +236,16 @@ class KeptCandidates:
             state: ready.
             kept: what they read of it; None: all.
             places: `[N]` in the bias table, or None.
-            bias: `[layers, N]`, or None.
+            bias: `[layers, N]`, or None; not read by the kernel.
         """
         if kept is None or not few(kept):
             weights = None if kept is None else kept.dense()
             return functools.partial(self._dense, state.keys, state.values, bias, weights)
-        if kept.index.is_cuda:
-            return self._by_kernel(state, kept, places)
-        return self._by_products(state, kept, bias)
+        if _by_kernel(kept):
+            return self._with_kernel(state, kept, places)
+        return self._with_products(state, kept, bias)
 
-    def _by_kernel(self, state: HistoryState, kept: Slots, places: Tensor | None) -> _Attend:
+    def _with_kernel(self, state: HistoryState, kept: Slots, places: Tensor | None) -> _Attend:
         """Slots by `slot_attention`."""
         biases: list[SlotBias | None] = [None] * len(state.keys)
         if places is not None and self.bias is not None:
@@ -256,7 +258,7 @@ class KeptCandidates:
 
         return attend
 
-    def _by_products(self, state: HistoryState, kept: Slots, bias: Tensor | None) -> _Attend:
+    def _with_products(self, state: HistoryState, kept: Slots, bias: Tensor | None) -> _Attend:
         """What all read by products with these rows; the slots by sparse products."""
         assert state.ready is not None
         ready = state.ready
@@ -377,6 +379,11 @@ class KeptCandidates:
     def _split(self, x: Tensor) -> Tensor:
         """`[c, D]` to `[c, H, d]`."""
         return x.unflatten(1, (self.num_heads, -1))
+
+
+def _by_kernel(kept: Slots | None) -> bool:
+    """Whether `slot_attention` is taken, which gathers what each candidate reads."""
+    return kept is not None and kept.index.is_cuda and few(kept)
 
 
 def _places(request: EncodedRequest, state: HistoryState, num_times: int) -> Tensor:

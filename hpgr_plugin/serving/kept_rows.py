@@ -340,7 +340,8 @@ def _most_recent_of_equal(scores: Tensor, worst: Tensor, top_k: int) -> Tensor:
     above = scores > worst
     from_end = equal.flip(1).cumsum(1).flip(1)
     kept = above | (equal & (from_end <= top_k - above.sum(1, keepdim=True)))
-    return kept.nonzero()[:, 1].view(len(scores), top_k)
+    places = torch.arange(scores.shape[1], device=scores.device)
+    return torch.where(kept, places, -1).topk(top_k, dim=1).values
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,17 +15,18 @@ from hpgr_plugin.hosts.embedded.model.mtgr import MTGRLayer
 from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.serving import Request, Scorer, Scores, kept_candidates, kept_rows
+from hpgr_plugin.serving.cached_encoder import few
 from hpgr_plugin.serving.folder import ServedModel
 from hpgr_plugin.serving.vocabulary import UserFeature, Vocabulary
 
 NOW = 2 * 10**6
 
 
-def scorer(model: HSTURanker, cache_mib: int = 64) -> Scorer:
+def scorer(model: HSTURanker, cache_mib: int = 64, device: str = "cpu") -> Scorer:
     ages = UserFeature(np.array(["1", "2", "3"]), np.array([1, 2, 3], np.int32))
     vocabulary = Vocabulary(np.arange(ITEMS), np.arange(3), 3, np.arange(3), {"age": ages})
     served = ServedModel(copy.deepcopy(model), RequestSettings(max_history=100), vocabulary, {})
-    return Scorer(served, cache_mib=cache_mib)
+    return Scorer(served, device=device, cache_mib=cache_mib)
 
 
 def request(user: int, length: int, count: int, **changes: object) -> Request:
@@ -103,6 +104,21 @@ def test_other_positions_and_no_bias(positions: str) -> None:
     same(kept.score(asked), whole.score(asked))
 
 
+@pytest.mark.parametrize("relative_bias", [True, False])
+@pytest.mark.parametrize("hook", ["recent", "anchors only, before the gate", "no anchors"])
+def test_slots_by_their_operator(
+    hook: str, relative_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs, on the operator's backend for a CPU."""
+    monkeypatch.setattr(kept_candidates, "_by_kernel", lambda kept: few(kept))
+    model = ranker(hook=HOOKS[hook](), relative_bias=relative_bias)
+    whole, kept = scorer(model, 0), scorer(model)
+    asked = [request(0, 100, 9), request(1, 90, 5)]
+    for _ in range(2):
+        same(kept.score(asked), whole.score(asked))
+    assert kept.cache.counts.hits == 2
+
+
 @pytest.mark.parametrize("hook", ["dense", "recent"])
 def test_kept_and_other_histories_in_one_batch(hook: str) -> None:
     model = ranker(hook=HOOKS[hook]())
@@ -160,3 +176,27 @@ def test_what_is_made_for_further_requests_is_counted() -> None:
     assert kept.cache.num_bytes >= before + 50 * DIM * 4  # the embeddings that are scored
     kept.cache.drop(("user", 0))
     assert kept.cache.num_bytes == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [300, 2**27])
+@pytest.mark.parametrize("relative_bias", [True, False])
+@pytest.mark.parametrize("hook", ["dense", "recent", "paper", "anchors only, before the gate"])
+@pytest.mark.parametrize("layer", [HSTULayer, MTGRLayer])
+def test_scores_on_a_gpu_are_those_on_a_cpu(
+    layer: type[SequenceLayer],
+    hook: str,
+    relative_bias: bool,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (kept_candidates, kept_rows):
+        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": 2**20, "cuda": chunk})
+    model = ranker(layer, HOOKS[hook](), relative_bias=relative_bias)
+    whole, kept = scorer(model, 0), scorer(model, device="cuda")
+    asked = [request(user, length, 9) for user, length in ((0, 40), (1, 1), (2, 100))]
+    wanted = probabilities(whole.score(asked))
+    for _ in range(3):
+        actual = probabilities(kept.score(asked))
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-4)
+    assert kept.cache.counts.hits == 6
