@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.ops.hstu_attention import PositionTimeBias
 from hpgr_plugin.ops.hstu_attention.buckets import buckets_by_distance, time_buckets
 
@@ -41,3 +45,45 @@ def bias_places(
     position = buckets[distance.clamp(-far, far) + far]
     size = len(tables.time_table)
     return position * size + time_buckets(seconds, size)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBias:
+    """The biases of all layers by places in their joint tables; weights of a served model stay.
+
+    Attributes:
+        joint: `[layers, P * T]`.
+        tables: the same, layer by layer.
+        itself: `[layers]`, a token's bias to itself.
+        own: place of no distance.
+        sizes: of the tables, on the host: `bias_places` takes it for places made there.
+    """
+
+    joint: Tensor
+    tables: tuple[Tensor, ...]
+    itself: Tensor
+    own: int
+    sizes: PositionTimeBias
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, encoder: SequenceEncoder) -> LayerBias | None:
+        """Of a trained encoder; None where it has no bias."""
+        if encoder.bias is None:
+            return None
+        tables = [encoder.bias(depth) for depth in range(len(encoder.layers))]
+        joint = torch.stack([joint_table(table) for table in tables])
+        zero = torch.zeros((), dtype=torch.int64)
+        position, time, exact = tables[0]
+        sizes = PositionTimeBias(torch.empty(len(position)), torch.empty(len(time)), exact)
+        own = int(bias_places(zero, zero, sizes))
+        return cls(joint, joint.unbind(0), joint[:, own], own, sizes)
+
+    @property
+    def num_times(self) -> int:
+        """T."""
+        return len(self.sizes.time_table)
+
+    def at(self, places: Tensor) -> Tensor:
+        """The bias of every layer at places `[N]`, `[layers, N]`."""
+        return self.joint.index_select(1, places)

@@ -22,7 +22,7 @@ from hpgr_plugin.hosts.embedded.model.tokens import Marks, TokenSequence
 from hpgr_plugin.ops.hstu_attention import AttentionSpec, MaskPosition, PositionTimeBias
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 from hpgr_plugin.ops.slot_attention import Settings, SlotBias, Slots, slot_attention
-from hpgr_plugin.serving.bias import bias_places, joint_table
+from hpgr_plugin.serving.bias import LayerBias, bias_places
 from hpgr_plugin.serving.history_cache import HistoryCache, HistoryState
 from hpgr_plugin.serving.kept_rows import ServedPlan, UserPlan
 
@@ -59,20 +59,8 @@ class CachedEncoder(nn.Module):
         self._versions: Sequence[Hashable] = ()
         first: Any = encoder.layers[0]
         self.num_heads: int = first.num_heads
-        self._joint: Tensor | None = None
-        self._no_distance = 0
-        self._read_bias()
+        self.bias = LayerBias.of(encoder)
         take_cached_rows(encoder)
-
-    @torch.no_grad()
-    def _read_bias(self) -> None:
-        """One table for all layers' biases; the weights of a served model do not change."""
-        if self.encoder.bias is None:
-            return
-        tables = [self.encoder.bias(depth) for depth in range(len(self.encoder.layers))]
-        self._joint = torch.stack([joint_table(table) for table in tables])
-        zero = torch.zeros((), dtype=torch.int64, device=self._joint.device)
-        self._no_distance = int(bias_places(zero, zero, tables[0]))
 
     def for_users(
         self, users: Sequence[Hashable] | None, versions: Sequence[Hashable] | None = None
@@ -180,7 +168,7 @@ class CachedEncoder(nn.Module):
             rows = columns[length - new :][begin : begin + step]
             seen = marks.key_order < marks.query_order[rows].unsqueeze(1)
             seen = seen | (rows.unsqueeze(1) == columns)
-            places = None if self._joint is None else self._places(marks, rows, marks)
+            places = None if self.bias is None else self._places(marks, rows, marks)
             bias = self._bias(depth, places)
             outputs.append(self._dense(q[begin : begin + step], k, v, seen, bias))
         return torch.cat(outputs) if outputs else q
@@ -194,8 +182,8 @@ class CachedEncoder(nn.Module):
         kept, width = None, len(state.tokens) * self.num_heads
         if plan is not None:
             user_plan, context = plan
-            kept = _slots_of(user_plan, context, len(state.tokens), self.num_heads)
-            if _few(kept):  # a GPU may gather their rows
+            kept = slots_of(user_plan, context, len(state.tokens), self.num_heads)
+            if few(kept):  # a GPU may gather their rows
                 slots = kept.index.shape[1] + len(kept.near)
                 width = slots * (state.tokens.shape[1] if kept.index.is_cuda else self.num_heads)
         step = max(1, _CHUNK_ELEMENTS[state.tokens.device.type] // max(1, width))
@@ -228,11 +216,11 @@ class CachedEncoder(nn.Module):
         # Candidates of one request mostly share their time: what depends on it is made once.
         times = torch.stack([marks.query_order, marks.positions, marks.timestamps], 1)
         alike = bool((times == times[:1]).all())
-        if kept is None or not _few(kept):
+        if kept is None or not few(kept):
             queries = torch.arange(1 if alike else len(times), device=times.device)
             seen = history.key_order < marks.query_order[queries].unsqueeze(1)
             weights = None if kept is None else kept.dense()
-            places = None if self._joint is None else self._places(marks, queries, history)
+            places = None if self.bias is None else self._places(marks, queries, history)
 
             def attend_all(depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 keys, values = state.keys[depth], state.values[depth]
@@ -248,15 +236,15 @@ class CachedEncoder(nn.Module):
         def attend_kept(depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = state.keys[depth], state.values[depth]
             of_layer = None
-            if bias is not None and self._joint is not None:
-                of_layer = replace(bias, table=self._joint[depth])
+            if bias is not None and self.bias is not None:
+                of_layer = replace(bias, table=self.bias.tables[depth])
             return slot_attention((q, k, v), (keys, values), kept, of_layer, settings)
 
         return attend_kept
 
     def _slot_bias(self, marks: Marks, history: Marks, kept: Slots, alike: bool) -> SlotBias | None:
         """The relative bias of what candidates keep, in the first layer."""
-        if self._joint is None:
+        if self.bias is None:
             return None
         every = torch.arange(len(kept.index), device=kept.index.device)
         if alike:
@@ -265,14 +253,14 @@ class CachedEncoder(nn.Module):
         else:
             near = self._places(marks, every, Marks(*(mark[kept.near] for mark in history)))
             slots = self._places(marks, every, Marks(*(mark[kept.index] for mark in history)))
-        return SlotBias(self._joint[0], self._no_distance, near, slots)
+        return SlotBias(self.bias.tables[0], self.bias.own, near, slots)
 
     def _own(self, depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What each candidate takes from itself, with weight 1."""
         queries, keys, values = (x.unflatten(1, (self.num_heads, -1)) for x in (q, k, v))
         scores = (queries * keys).sum(2, keepdim=True).mul_(self.encoder.alpha)
-        if self._joint is not None:
-            scores += self._joint[depth, self._no_distance].to(scores.dtype)
+        if self.bias is not None:
+            scores += self.bias.itself[depth].to(scores.dtype)
         attention = F.silu(scores, inplace=True).div_(self.encoder.norm_length)
         return (attention * values).flatten(1)
 
@@ -306,7 +294,7 @@ class CachedEncoder(nn.Module):
 
     def _bias(self, depth: int, places: Tensor | None) -> Tensor | None:
         """The relative bias of a layer at `places`, in their shape."""
-        return None if places is None or self._joint is None else self._joint[depth][places]
+        return None if places is None or self.bias is None else self.bias.tables[depth][places]
 
     def _places(self, queries: Marks, rows: Tensor, keys: Marks) -> Tensor:
         """Places in the bias table of some query rows over keys `[N]` or `[r, N]`, `[r, N]`."""
@@ -327,11 +315,16 @@ def take_cached_rows(encoder: SequenceEncoder) -> None:
 
 def run_layer(layer: nn.Module, x: Tensor, domains: Tensor, attend_rows: Any) -> Tensor:
     """Tokens `[T, D]` through a layer that takes `CachedRows`, of which nothing else is read."""
-    rows = CachedRows(
+    spec = cached_rows(domains, attend_rows)
+    encoded: Tensor = layer(x, domains=domains, spec=spec, bias=None)
+    return encoded
+
+
+def cached_rows(domains: Tensor, attend_rows: Any) -> CachedRows:
+    """For tokens of these domains."""
+    return CachedRows(
         offsets=domains[:1], max_length=1, alpha=1.0, norm_length=1.0, attend_rows=attend_rows
     )
-    encoded: Tensor = layer(x, domains=domains, spec=rows, bias=None)
-    return encoded
 
 
 class _Attend:
@@ -362,16 +355,31 @@ def _plan_of(sequence: TokenSequence, place: int) -> tuple[UserPlan, int] | None
     return UserPlan.of(plan, slice(*start[place : place + 2].tolist()), first), context
 
 
-def _slots_of(plan: UserPlan, context: int, num_rows: int, num_heads: int) -> Slots:
-    """The rows that a plan keeps, behind the context tokens, all of which are read."""
-    device = plan.places.device
-    near = torch.arange(len(plan.recent), device=device) + (context + plan.recent.start)
-    if context:
-        near = torch.cat([torch.arange(context, device=device), near])
-    return Slots(near, plan.places + context, plan.weights, num_rows, num_heads)
+def slots_of(
+    plan: UserPlan, context: int, num_rows: int, num_heads: int, near: Tensor | None = None
+) -> Slots:
+    """The rows that a plan keeps, behind the context tokens, all of which are read.
+
+    Args:
+        plan: of one user.
+        context: tokens in front of the history.
+        num_rows: tokens of context and history.
+        num_heads: of the attention.
+        near: of `near_rows`; None makes it.
+    """
+    if near is None:
+        near = near_rows(plan.recent, context, plan.places.device)
+    places = plan.places + context if context else plan.places
+    return Slots(near, places, plan.weights, num_rows, num_heads)
 
 
-def _few(kept: Slots) -> bool:
+def near_rows(recent: range, context: int, device: torch.device) -> Tensor:
+    """The tokens that all candidates read: context, and these places of the history."""
+    near = torch.arange(context + recent.start, context + recent.stop, device=device)
+    return torch.cat([torch.arange(context, device=device), near]) if context else near
+
+
+def few(kept: Slots) -> bool:
     """Whether gathering the slots costs less than a product with all rows."""
     return 2 * kept.index.shape[1] < kept.num_rows
 

@@ -9,6 +9,35 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hpgr_plugin.serving.kept_rows import ScoredHistory
+
+
+@dataclass(frozen=True, eq=False)
+class ReadyHistory:
+    """What requests of a kept history need besides keys and values, made at the first of them.
+
+    Attributes:
+        places: int64 `[N]` on the host, of a bias by the distance to the tokens, no time passed.
+        times: int64 `[N]` on the host, of the tokens.
+        scored: of a plan, or None.
+        near: int64 `[W]`, the tokens that every candidate of a plan reads.
+        near_keys, near_values: `[H, W, d]` of every layer.
+    """
+
+    places: Tensor
+    times: Tensor
+    scored: ScoredHistory | None
+    near: Tensor
+    near_keys: tuple[Tensor, ...]
+    near_values: tuple[Tensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tensors."""
+        tensors = (self.places, self.times, self.near, *self.near_keys, *self.near_values)
+        scored = 0 if self.scored is None else self.scored.num_bytes
+        return scored + sum(tensor.nbytes for tensor in tensors)
+
 
 @dataclass(frozen=True)
 class HistoryState:
@@ -22,6 +51,7 @@ class HistoryState:
         keys, values: `[H, N, d]` of every layer, H heads.
         version: what the tokens were made from; equal versions with equal marks have equal tokens.
             None: not known.
+        ready: what further requests of it need, or None until one came.
     """
 
     tokens: Tensor
@@ -29,12 +59,14 @@ class HistoryState:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     version: Hashable = None
+    ready: ReadyHistory | None = None
 
     @property
     def num_bytes(self) -> int:
         """Memory of the tensors."""
         tensors = (self.tokens, self.marks, *self.keys, *self.values)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        ready = 0 if self.ready is None else self.ready.num_bytes
+        return ready + sum(tensor.nbytes for tensor in tensors)
 
     def is_of(self, version: Hashable, marks: Tensor) -> bool:
         """Whether the tokens of this version with these marks are those of this state."""

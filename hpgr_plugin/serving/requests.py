@@ -66,6 +66,19 @@ class EncodedRequest:
     user: tuple[str, int | str]
     version: str
 
+    @property
+    def one_time(self) -> bool:
+        """Whether all known candidates are shown at one time, after the whole history."""
+        times = self.candidates[1]
+        if not len(times) or times.min() < times.max():
+            return False
+        return not self.history.shape[1] or bool(self.history[1, -1] < times[0])
+
+    @property
+    def fewest_visible(self) -> int:
+        """How many items of the history every known candidate may see."""
+        return int(np.searchsorted(self.history[1], self.candidates[1].min()))
+
     def split(self) -> Iterator[EncodedRequest]:
         """The same with one candidate each, for models that number a history by its candidate."""
         for place in range(self.candidates.shape[1]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import torch
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.serving.cached_encoder import CachedEncoder
 from hpgr_plugin.serving.folder import ServedModel, read_folder
-from hpgr_plugin.serving.history_cache import HistoryCache
+from hpgr_plugin.serving.history_cache import HistoryCache, HistoryState
+from hpgr_plugin.serving.kept_candidates import KeptCandidates
 from hpgr_plugin.serving.kept_rows import ServedPreferences, can_plan
 from hpgr_plugin.serving.requests import EncodedRequest, Request, batch_of, encode
 
@@ -64,6 +65,7 @@ class Scorer:
         self.device = torch.device(device)
         self.cache = HistoryCache(cache_mib * _MIB)
         self._encoder: CachedEncoder | None = None
+        self._candidates: KeptCandidates | None = None
         if cache_mib and isinstance(self.model.encoder, SequenceEncoder):
             self._encoder = CachedEncoder(self.model.encoder, self.cache)
             # Modules of another kind with the same call.
@@ -71,6 +73,10 @@ class Scorer:
             hook = self.model.attention_hook
             if can_plan(hook) and hook is not None and hook.layout == "shared_history":
                 self.model.attention_hook = ServedPreferences(hook)  # type: ignore[arg-type]
+            if KeptCandidates.serves(self.model):
+                self._candidates = KeptCandidates(
+                    self.model, self._encoder.encoder, self._encoder.bias
+                )
 
     @classmethod
     def load(
@@ -120,18 +126,10 @@ class Scorer:
     def score_encoded(self, requests: Sequence[EncodedRequest]) -> list[Scores]:
         """The answers to some checked requests; one thread at a time."""
         chosen = [request for request in requests if request.known.any()]
-        if not self.model.hide_future:
-            chosen = [one for request in chosen for one in request.split()]
         names = self.model.task_names
         scores = np.zeros((1 + len(names), 0), np.float32)
         if chosen:
-            if self._encoder is not None:
-                self._encoder.for_users(
-                    [request.user for request in chosen],
-                    [(one.version, *one.user_features.items()) for one in chosen],
-                )
-            batch = batch_of(chosen).to(self.device)
-            scores = self.model(batch, every_task=True).float().sigmoid().cpu().numpy()
+            scores = self._probabilities(chosen)
         answers, start = [], 0
         for request in requests:
             count = int(request.known.sum())
@@ -149,3 +147,49 @@ class Scorer:
                 )
             )
         return answers
+
+    def _probabilities(self, requests: Sequence[EncodedRequest]) -> np.ndarray:
+        """Of all tasks and candidates, float32 `[1 + tasks, C]`."""
+        states = [self._kept(request) for request in requests]
+        found = [(r, state) for r, state in zip(requests, states, strict=True) if state is not None]
+        others = [r for r, state in zip(requests, states, strict=True) if state is None]
+        parts = []
+        if found and self._candidates is not None:
+            parts.append(self._candidates.logits(*zip(*found, strict=True)))
+        if not self.model.hide_future:
+            others = [one for request in others for one in request.split()]
+        if others:
+            if self._encoder is not None:
+                self._encoder.for_users(
+                    [r.user for r in others], [self._version(r) for r in others]
+                )
+            parts.append(self.model(batch_of(others).to(self.device), every_task=True))
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        scores: np.ndarray = logits.float().sigmoid().cpu().numpy()
+        if len(parts) == 1:
+            return scores
+        # Back from those that were found and the others to the order of the requests.
+        counts = [request.candidates.shape[1] for request in requests]
+        owner = np.repeat([state is None for state in states], counts)
+        ordered = np.empty_like(scores)
+        ordered[:, np.argsort(owner, kind="stable")] = scores
+        return ordered
+
+    def _kept(self, request: EncodedRequest) -> HistoryState | None:
+        """The kept state of a request that needs nothing else of its history."""
+        if self._candidates is None or not request.one_time:
+            return None
+        state = self.cache.get(request.user)
+        if state is None or state.version != self._version(request):
+            return None
+        self.cache.counts.hits += 1
+        if state.ready is None:
+            state = self._candidates.ready(request, state)
+            if state.num_bytes <= self.cache.max_bytes:
+                self.cache.put(request.user, state)
+        return state
+
+    def _version(self, request: EncodedRequest) -> tuple[Hashable, ...]:
+        """Of all that the tokens and marks of a request's history are made from."""
+        seen = request.fewest_visible if self.model.dynamic_mask else None
+        return request.version, seen, *request.user_features.items()

@@ -102,21 +102,25 @@ class Vocabulary:
         Raises:
             RequestError: an action that the log does not have.
         """
-        known: list[Any] = list(range(self.num_actions))
-        if self.action_values is not None:
-            known = self.action_values.tolist()
-        code = {value: place for place, value in enumerate(known)}
+        code = self._action_codes
         with suppress(KeyError, TypeError):
-            return np.array([code[value] for value in values], np.int64)
+            return np.fromiter(map(code.__getitem__, values), np.int64, len(values))
         for place, value in enumerate(values):
             try:
                 code[value]
             except (KeyError, TypeError):
-                shown = ", ".join(map(repr, known[:20]))
+                shown = ", ".join(map(repr, list(code)[:20]))
                 raise RequestError(
                     f"{name}[{place}]", f"takes one of {shown}, got {value!r}"
                 ) from None
         raise AssertionError("one of the values has no code")
+
+    @cached_property
+    def _action_codes(self) -> dict[Any, int]:
+        known: list[Any] = list(range(self.num_actions))
+        if self.action_values is not None:
+            known = self.action_values.tolist()
+        return {value: place for place, value in enumerate(known)}
 
     def user_feature_codes(
         self, user_id: int | str | None, given: dict[str, Any]
