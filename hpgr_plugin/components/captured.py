@@ -20,7 +20,8 @@ from hpgr_plugin.log_once import log_once
 
 logger = logging.getLogger(__name__)
 
-_MOST_GRAPHS = 24
+MOST_GRAPHS = 24
+_MANY_ROWS = 1 << 16
 
 
 class PaddedInput(NamedTuple):
@@ -60,8 +61,12 @@ Function = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 
 
 def padded_size(count: int) -> int:
-    """The next multiple of an eighth of the power of two below, at least of 16."""
-    step = max(16, 1 << max(0, count.bit_length() - 4))
+    """The next multiple of an eighth of the power of two below, at least of 16.
+
+    From 65536 on it is a thirty-second: there, padding costs more than another graph.
+    """
+    parts = 3 if count < _MANY_ROWS else 5
+    step = max(16, 1 << max(0, count.bit_length() - 1 - parts))
     return max(1, -(-count // step)) * step
 
 
@@ -114,6 +119,7 @@ class CapturedFunction:
         key: Hashable,
         *,
         rows: int | None = None,
+        most_graphs: int = MOST_GRAPHS,
     ) -> Tensor | None:
         """`function` of the padded inputs, or None where it has to run launch by launch.
 
@@ -126,6 +132,7 @@ class CapturedFunction:
                 for these must not enter a graph.
             key: what tells calls apart beside sizes, dtypes and which tensors need a gradient.
             rows: how many of the output's first rows to return; None: all.
+            most_graphs: while so many are kept, no other is captured.
 
         Raises:
             RuntimeError: the function cannot be captured.
@@ -143,10 +150,10 @@ class CapturedFunction:
             self._places = places
         key = key, state_of_torch(), forms(inputs, parameters)
         if key not in self._graphs:
-            if len(self._graphs) >= _MOST_GRAPHS:
+            if len(self._graphs) >= most_graphs:
                 log_once(
                     logger,
-                    f"{self._binding}: {_MOST_GRAPHS} graphs are kept; passes of other sizes or "
+                    f"{self._binding}: {most_graphs} graphs are kept; passes of other sizes or "
                     "settings run without one",
                 )
                 return None

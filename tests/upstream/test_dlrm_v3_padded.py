@@ -35,7 +35,14 @@ class Eager(CapturedFunction):
     """Runs the function on padded copies, which it keeps dirty between passes."""
 
     def run(
-        self, function: Any, inputs: Any, parameters: Any, key: Any, *, rows: int | None = None
+        self,
+        function: Any,
+        inputs: Any,
+        parameters: Any,
+        key: Any,
+        *,
+        rows: int | None = None,
+        most_graphs: int = 1,
     ) -> Tensor | None:
         copies = {}
         for name, given in inputs.items():
@@ -53,13 +60,10 @@ class Eager(CapturedFunction):
         return function(copies, dict(parameters))[:rows]
 
 
-def slots(kind: str) -> dict[str, Any]:
+def slots(kind: str, layout: Any = "per_candidate") -> dict[str, Any]:
     torch.manual_seed(3)
-    given: dict[str, Any] = {
-        "attention_hook": PreferenceGuidedSparseAttention(
-            top_k=3, sigma=1.0, recent=2, layout="per_candidate"
-        )
-    }
+    hook = PreferenceGuidedSparseAttention(top_k=3, sigma=1.0, recent=2, layout=layout)
+    given: dict[str, Any] = {"attention_hook": hook}
     if kind != "hook":
         given["positional_encoder"] = TimeAwarePositionalEncoder(
             embedding_dim=WIDTH, max_positions=128
@@ -75,14 +79,14 @@ def slots(kind: str) -> dict[str, Any]:
     return given
 
 
-def model(kind: str, *, padded: bool, **config: Any) -> Any:
+def model(kind: str, *, padded: bool, layout: Any = "per_candidate", **config: Any) -> Any:
     built = build(
         DlrmHSTU,
         dtype=torch.float64,
         layers="fused",
         max_blind_share=1.0,
         config=small_config(**config),
-        **slots(kind),
+        **slots(kind, layout),
     )
     if padded:
         passes = CapturedPasses(built.features, binding="hpgr.DlrmHSTU.capture")
@@ -95,12 +99,24 @@ def model(kind: str, *, padded: bool, **config: Any) -> Any:
 @pytest.mark.parametrize("later", [True, False], ids=["later", "inside"])
 @pytest.mark.parametrize("kind", ["hook", "positions", "all", "own session"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_a_padded_pass_is_the_pass(shape: Any, kind: str, later: bool) -> None:
+@pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
+def test_a_padded_pass_is_the_pass(layout: str, shape: Any, kind: str, later: bool) -> None:
     data = batch(*shape, later=later)
-    built = model(kind, padded=True)
-    mine, reference = step(built, data), step(model(kind, padded=False), data)
+    built = model(kind, padded=True, layout=layout)
+    reference = step(model(kind, padded=False, layout=layout), data)
+    mine = step(built, data)
     assert built._hstu_transducer.captured._function.passes == 1
     assert_same_step(mine, reference)
+
+
+@pytest.mark.parametrize(
+    "shape", [([0, 0], [1, 2]), ([3, 4], [0, 0])], ids=["history", "candidates"]
+)
+@pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
+def test_batches_without_histories_or_candidates(layout: str, shape: Any) -> None:
+    data = batch(*shape)
+    reference = step(model("all", padded=False, layout=layout), data)
+    assert_same_step(step(model("all", padded=True, layout=layout), data), reference)
 
 
 class Narrow(PreferenceGuidedSparseAttention):
@@ -137,7 +153,7 @@ def test_similar_batches_share_their_sizes() -> None:
     assert 1 <= len(seen) <= 3
 
 
-@pytest.mark.parametrize("mode", ["evaluation", "pre", "shared"])
+@pytest.mark.parametrize("mode", ["evaluation", "pre", "no plan"])
 def test_other_passes_are_not_padded(mode: str) -> None:
     built = model("hook", padded=True)
     hook = built.attention_hook
@@ -146,7 +162,7 @@ def test_other_passes_are_not_padded(mode: str) -> None:
     elif mode == "pre":
         hook.mask_position = "pre"
     else:
-        hook.layout = "shared_history"
+        built._plan = lambda _: None
     built(*batch([7, 3], [1, 1]))
     assert not hasattr(built._hstu_transducer.captured._function, "passes")
 

@@ -118,9 +118,9 @@ def assert_close_in_norm(got: torch.Tensor, wanted: torch.Tensor, name: str) -> 
 CAPTURED = ["hook", "positions", "sem"]
 
 
-def captured_slots(kind: str) -> dict[str, Any]:
+def captured_slots(kind: str, layout: str) -> dict[str, Any]:
     torch.manual_seed(3)
-    filled = slots("per_candidate")
+    filled = slots(layout)
     if kind == "hook":
         del filled["positional_encoder"]
     if kind == "sem":
@@ -128,11 +128,15 @@ def captured_slots(kind: str) -> dict[str, Any]:
     return filled
 
 
-@pytest.mark.parametrize("candidates", [ONE_EACH, SEVERAL], ids=["one-each", "several"])
+@pytest.mark.parametrize(
+    ("layout", "candidates"),
+    [("per_candidate", ONE_EACH), ("per_candidate", SEVERAL), ("shared_history", SEVERAL)],
+    ids=["one-each", "several", "shared"],
+)
 @pytest.mark.parametrize("kind", CAPTURED)
-def test_captured_steps_are_the_steps(kind: str, candidates: list[int]) -> None:
-    plain = make(DlrmHSTU, capture=False, **captured_slots(kind))
-    mine = make(DlrmHSTU, **captured_slots(kind))
+def test_captured_steps_are_the_steps(kind: str, layout: str, candidates: list[int]) -> None:
+    plain = make(DlrmHSTU, capture=False, **captured_slots(kind, layout))
+    mine = make(DlrmHSTU, **captured_slots(kind, layout))
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-2) for model in (plain, mine)]
     graphs = mine._hstu_transducer.captured._function._graphs
     for seed in (0, 1, 2, 0):
@@ -149,9 +153,10 @@ def test_captured_steps_are_the_steps(kind: str, candidates: list[int]) -> None:
     assert 1 <= len(graphs) <= 4
 
 
-def test_captured_steps_wait_no_more_than_the_others() -> None:
+@pytest.mark.parametrize("layout", ["per_candidate", "shared_history"])
+def test_captured_steps_wait_no_more_than_the_others(layout: str) -> None:
     data = batch(LENGTHS, ONE_EACH, device="cuda")
-    mine = make(DlrmHSTU, **slots("per_candidate"))
+    mine = make(DlrmHSTU, **slots(layout))
     assert len(waits(mine, data)) <= len(waits(make(HostDlrmHSTU), data)) + 1
     assert mine._hstu_transducer.captured._function._graphs
 
@@ -187,7 +192,8 @@ def test_many_candidates_take_no_more_memory_than_the_host(count: int) -> None:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     host = peak(HostDlrmHSTU)
-    mine = peak(DlrmHSTU, attention_hook=PreferenceGuidedSparseAttention(top_k=8, recent=32))
+    hook = PreferenceGuidedSparseAttention(top_k=8, recent=32)
+    mine = peak(DlrmHSTU, attention_hook=hook, capture=False)
     print(f"host {host:.0f} MiB, auto {mine:.0f} MiB")
     assert mine < 1.05 * host
 

@@ -30,7 +30,7 @@ from hpgr_plugin.hosts.dlrm_v3.positions import (
 )
 from hpgr_plugin.hosts.dlrm_v3.pretrained import Pretrained
 from hpgr_plugin.hosts.dlrm_v3.request import Request, request_of
-from hpgr_plugin.hosts.dlrm_v3.selection import KeptHistory, RankingBatch, shortened
+from hpgr_plugin.hosts.dlrm_v3.selection import RankingBatch, shortened
 from hpgr_plugin.hosts.dlrm_v3.tracing import refuse_jit_trace
 from hpgr_plugin.hosts.seams import bound_value, host_has_seam, is_bound, replaced
 from hpgr_plugin.hosts.slots import SlotError, check_absolute, check_slot, check_width
@@ -280,11 +280,12 @@ class DlrmHSTU(host.DlrmHSTU):
             hook=self.attention_hook,
             hide_future=self._masks_future,
         )
+        if self.sem is not None and request.plan is not None:
+            context = self._session_context(self.sem, batch)
+            context = context if kept is None else context.of_rows(kept.rows)
+            request = dataclasses.replace(request, context=context)
         if kept is None:
             return request, batch
-        if self.sem is not None:
-            context = self._session_context(self.sem, batch, kept)
-            request = dataclasses.replace(request, context=context)
         return request, shortened(
             batch,
             kept,
@@ -294,20 +295,20 @@ class DlrmHSTU(host.DlrmHSTU):
         )
 
     def _session_context(
-        self, sem: SessionEnhancementModule, batch: RankingBatch, kept: KeptHistory
+        self, sem: SessionEnhancementModule, batch: RankingBatch
     ) -> SessionContext:
-        """SEM's, of the full histories, for the kept rows."""
+        """SEM's, of the full histories."""
         embeddings = batch.seq_embeddings[self.features.items[0]].embedding
         half = self._bf16_training and not self.is_inference
         times = self.features.times(batch)[0]
         # As the host hands embeddings to its transducer.
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
-            context = sem.context(
+            context: SessionContext = sem.context(
                 embeddings.to(torch.bfloat16 if half else embeddings.dtype),
                 batch.history_offsets,
                 times // self._ticks_per_second,
             )
-        return context.of_rows(kept.rows)
+        return context
 
     def _fill_attention_hook(self, hook: AttentionHook | None) -> None:
         self.attention_hook = hook

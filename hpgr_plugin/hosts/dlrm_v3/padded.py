@@ -1,4 +1,4 @@
-"""The transducer's pass over short sequences, padded to one of a few sizes.
+"""The transducer's pass over its sequences, padded to one of a few sizes.
 
 Behind the users of a batch come others that own the padding, so that every offset, length and total
 is consistent and the host's modules compute what they always do.
@@ -14,20 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from hpgr_plugin.components.capture_checks import ModuleWatch
-from hpgr_plugin.components.captured import CapturedFunction, PaddedInput, padded_size
+from hpgr_plugin.components.captured import (
+    MOST_GRAPHS,
+    CapturedFunction,
+    PaddedInput,
+    padded_size,
+)
 from hpgr_plugin.components.sem import SessionContext
 from hpgr_plugin.hosts.dlrm_v3.features import CANDIDATE_IDS, HISTORY_IDS, Features
 from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.hosts.dlrm_v3.selection import FullPlaces
 from hpgr_plugin.hosts.requirements import HOST_PACKAGE
 from hpgr_plugin.log_once import log_once
-from hpgr_plugin.ops.compact.parts import joined_parts
+from hpgr_plugin.ops.compact.parts import SequenceParts, joined_parts
 from hpgr_plugin.ops.dispatch import backend_choices
+from hpgr_plugin.ops.jagged import segment_ids
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 
 logger = logging.getLogger(__name__)
 
-_MOST_ROWS = 1 << 17  # of the layers: beyond, launches cost less than the work
+# Beyond so many rows of the layers, launches cost less than the work.
+_MOST_ROWS = 1 << 17
+_MOST_WHOLE_ROWS = 3 << 16  # of a shared history, which takes more launches
+_MOST_WHOLE_GRAPHS = 8  # their inputs take much memory
 _FULL_LENGTH = 1024  # n of 1/n inside a padded pass: the real one is a factor of the weights
 _PAYLOAD = "payload "  # in front of the names of the host's payloads
 # Payloads that the padded pass makes, or that only the plan reads.
@@ -52,7 +61,7 @@ class PaddedSizes(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Upper bounds inside a padded pass.
+    """Upper bounds inside a padded pass; of whole histories, from which n follows, the exact ones.
 
     Attributes:
         max_history: history rows of a user.
@@ -92,7 +101,7 @@ class PaddedPass:
 
     Args:
         call: the arguments of the transducer's forward.
-        request: with a plan by candidate whose items, and nothing else, are the histories.
+        request: one that `can_pad`.
         features: of the host's configuration.
 
     Attributes:
@@ -102,29 +111,25 @@ class PaddedPass:
     """
 
     def __init__(self, call: dict[str, Any], request: Request, features: Features) -> None:
-        plan, places = request.plan, request.places
+        plan = request.plan
         assert plan is not None
-        assert places is not None
         self._request, self._features = request, features
-        self.bounds = Bounds(
-            padded_size(call["max_uih_len"]),
-            1 if request.by_user else padded_size(call["max_targets"]),
-            padded_size(request.longest_row or 0),
-        )
+        self.bounds = _bounds(call, request)
         self.sizes = padded_sizes(request, plan, self.bounds)
         self.num_candidates = request.parts.num_candidates
         sizes = self.sizes
         rows = sizes.history + sizes.candidates
-        scale = _FULL_LENGTH / (request.full_length or 1)
         self._dtypes = {name: call[name].dtype for name in ("seq_lengths", "num_targets")}
         self.inputs: dict[str, PaddedInput] = {
             "seq_embeddings": PaddedInput(call["seq_embeddings"], rows),
             "seq_timestamps": PaddedInput(call["seq_timestamps"], rows),
             **self._padded_offsets(request, plan),
             "weights": PaddedInput(plan.weights, sizes.kept),
-            "weight_scale": PaddedInput(plan.weights[:0], 1, scale),
-            **self._padded_places(places),
+            **self._padded_places(request.places),
         }
+        if not is_whole(request):
+            scale = _FULL_LENGTH / (request.full_length or 1)
+            self.inputs["weight_scale"] = PaddedInput(plan.weights[:0], 1, scale)
         if not request.by_user:
             first = request.parts.num_history  # a row of the padding
             self.inputs["index"] = PaddedInput(plan.index, sizes.kept, first)
@@ -133,7 +138,13 @@ class PaddedPass:
         for name, values in call["seq_payloads"].items():
             if name not in _MADE:
                 self.inputs[_PAYLOAD + name] = self._padded_payload(name, values)
-        self.key = self.bounds, sizes, request.by_user, tuple(self._dtypes.values())
+        self.key = (
+            self.bounds,
+            sizes,
+            request.layout,
+            request.by_user,
+            tuple(self._dtypes.values()),
+        )
 
     def arguments(self, copies: dict[str, Tensor]) -> tuple[dict[str, Any], Request]:
         """The transducer's arguments and request, of the padded copies of `inputs`."""
@@ -156,11 +167,11 @@ class PaddedPass:
             index, plan_offsets = torch.arange(sizes.kept, device=device), history
         else:
             index, plan_offsets = copies["index"], copies["plan_offsets"].clamp(max=sizes.kept)
+        if is_whole(request):
+            # Items of the padding are the first of their own users.
+            users = parts.candidate_users()[segment_ids(plan_offsets, sizes.kept)]
+            index = torch.maximum(index, history[:-1][users])
         plan = PreferencePlan(index, copies["weights"], plan_offsets)
-        full_offsets = _repeated(copies["places.full_offsets"])
-        # Rows of the padding are at the end of the last full history.
-        rows = torch.minimum(copies["places.rows"], full_offsets[-1])
-        places = FullPlaces(parts, rows, full_offsets, copies.get("places.earlier"))
         context = None
         if "context.summary" in copies:
             offsets = copies["context.session_offsets"]
@@ -170,12 +181,12 @@ class PaddedPass:
             request,
             parts=parts,
             plan=plan,
-            places=places,
+            places=self._places(parts, copies),
             context=context,
             max_targets=self.bounds.max_targets,
             longest_row=self.bounds.longest_row,
-            full_length=_FULL_LENGTH,
-            weight_scale=copies["weight_scale"],
+            full_length=None if is_whole(request) else _FULL_LENGTH,
+            weight_scale=copies.get("weight_scale"),
         )
         targets = candidates.diff()
         call = {
@@ -210,15 +221,30 @@ class PaddedPass:
             ),
         }
 
-    def _padded_places(self, places: FullPlaces) -> dict[str, PaddedInput]:
-        behind = torch.iinfo(places.rows.dtype).max  # all rows
-        inputs = {
-            "places.rows": PaddedInput(places.rows, self.sizes.history, behind),
-            "places.full_offsets": PaddedInput(places.full_offsets, self.sizes.users + 1),
-        }
+    def _padded_places(self, places: FullPlaces | None) -> dict[str, PaddedInput]:
+        if places is None:
+            return {}
+        inputs = {}
+        if not is_whole(self._request):
+            behind = torch.iinfo(places.rows.dtype).max  # all rows
+            inputs["places.rows"] = PaddedInput(places.rows, self.sizes.history, behind)
+            inputs["places.full_offsets"] = PaddedInput(places.full_offsets, self.sizes.users + 1)
         if places.earlier is not None:
             inputs["places.earlier"] = PaddedInput(places.earlier, self.sizes.candidates)
         return inputs
+
+    def _places(self, parts: SequenceParts, copies: dict[str, Tensor]) -> FullPlaces | None:
+        """Of the padded sequences `parts`."""
+        if self._request.places is None:
+            return None
+        earlier = copies.get("places.earlier")
+        if is_whole(self._request):
+            rows = torch.arange(parts.num_history, device=parts.history_offsets.device)
+            return FullPlaces(parts, rows, parts.history_offsets, earlier)
+        full_offsets = _repeated(copies["places.full_offsets"])
+        # Rows of the padding are at the end of the last full history.
+        rows = torch.minimum(copies["places.rows"], full_offsets[-1])
+        return FullPlaces(parts, rows, full_offsets, earlier)
 
     def _padded_context(self, context: SessionContext) -> dict[str, PaddedInput]:
         """SEM's summaries; the first session of the padding owns all of its tokens."""
@@ -262,6 +288,14 @@ class PaddedPass:
         return given
 
 
+def _bounds(call: dict[str, Any], request: Request) -> Bounds:
+    longest_row = padded_size(request.longest_row or 0)
+    if is_whole(request):
+        return Bounds(call["max_uih_len"], call["max_targets"], longest_row)
+    most = 1 if request.by_user else padded_size(call["max_targets"])
+    return Bounds(padded_size(call["max_uih_len"]), most, longest_row)
+
+
 def _share(count: int, most: int) -> int:
     """How many owners `count` rows need, of which none takes more than `most`; at least one."""
     return max(1, -(-count // most))
@@ -282,7 +316,7 @@ def _extended(offsets: Tensor, total: int, owners: int, padded_total: int) -> Pa
 
 
 class CapturedPasses:
-    """Training passes of the transducer over short sequences, replayed from CUDA graphs.
+    """Training passes of the transducer with a plan, replayed from CUDA graphs.
 
     Args:
         features: of the host's configuration.
@@ -303,7 +337,10 @@ class CapturedPasses:
             call: the arguments of its forward.
             request: of the batch.
         """
-        if not (transducer.training and can_pad(request) and 0 < layer_rows(request) <= _MOST_ROWS):
+        if not (transducer.training and can_pad(request, call)):
+            return None
+        most_rows = _MOST_WHOLE_ROWS if is_whole(request) else _MOST_ROWS
+        if not 0 < layer_rows(request) <= most_rows:
             return None
         state = self._watch.state(transducer)
         if state.why_not:
@@ -320,7 +357,12 @@ class CapturedPasses:
 
         key = padded.key, state.settings, tuple(backend_choices().items())
         return self._function.run(
-            run_padded, padded.inputs, state.tensors, key, rows=padded.num_candidates
+            run_padded,
+            padded.inputs,
+            state.tensors,
+            key,
+            rows=padded.num_candidates,
+            most_graphs=_MOST_WHOLE_GRAPHS if is_whole(request) else MOST_GRAPHS,
         )
 
 
@@ -349,9 +391,23 @@ def layer_rows(request: Request) -> int:
     return max(parts.total_rows, gathered)
 
 
-def can_pad(request: Request) -> bool:
-    """Whether a pass is one that `PaddedPass` knows: short sequences with weights behind SiLU."""
-    short = request.layout == "per_candidate" and request.plan is not None
-    bounded = request.longest_row is not None and request.places is not None
+def is_whole(request: Request) -> bool:
+    """Whether the histories are whole, and each candidate reads its own part of them."""
+    return request.layout == "shared_history"
+
+
+def can_pad(request: Request, call: dict[str, Any]) -> bool:
+    """Whether a pass is one that `PaddedPass` knows: with a plan, and weights behind SiLU.
+
+    Its sequences hold what the plan keeps of the histories and nothing else, or are whole.
+
+    Args:
+        request: of the pass.
+        call: the arguments of the transducer's forward.
+    """
+    if request.plan is None or request.longest_row is None or request.mask_position != "post":
+        return False
+    if is_whole(request):
+        return call["max_uih_len"] > 0 and call["max_targets"] > 0
     by_user = not request.by_user or request.parts.one_candidate_each
-    return short and bounded and by_user and request.mask_position == "post"
+    return request.layout == "per_candidate" and request.places is not None and by_user

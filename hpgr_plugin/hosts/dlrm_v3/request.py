@@ -70,7 +70,10 @@ def request_of(
         hide_future: See `Request`.
     """
     times, most = features.times(batch), batch.max_num_candidates
-    if plan is None or hook is None or hook.layout == "shared_history":
+    longest_row = None
+    if plan is not None and hook is not None:
+        longest_row = hook.longest_row(plan, batch.max_uih_len)
+    if plan is None or hook is None or longest_row is None or hook.layout == "shared_history":
         parts = features.parts(batch, batch.history_offsets, len(times[0]))
         whole = Request(
             parts,
@@ -78,10 +81,10 @@ def request_of(
             most,
             mask_position="post" if hook is None else hook.mask_position,
             hide_future=hide_future,
+            longest_row=longest_row,
             places=batch_places(encoder, batch, times, parts, None),
         )
         return whole, None
-    longest_row = hook.longest_row(plan, batch.max_uih_len)
     kept = keep(
         plan,
         batch.history_offsets,
