@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 24
 _MANY_ROWS = 1 << 16
+_MOST_SEEN = 1 << 10
 
 
 class PaddedInput(NamedTuple):
@@ -103,6 +104,7 @@ class CapturedFunction:
     def __init__(self, binding: str) -> None:
         self._binding = binding
         self._graphs: dict[Hashable, _Graph] = {}
+        self._seen: set[Hashable] = set()
         self._places: Hashable = ()
         self._pool: Any = None
         self._in_flight: weakref.ref[_Flight] | None = None
@@ -120,6 +122,7 @@ class CapturedFunction:
         *,
         rows: int | None = None,
         most_graphs: int = MOST_GRAPHS,
+        at_first: bool = True,
     ) -> Tensor | None:
         """`function` of the padded inputs, or None where it has to run launch by launch.
 
@@ -133,6 +136,7 @@ class CapturedFunction:
             key: what tells calls apart beside sizes, dtypes and which tensors need a gradient.
             rows: how many of the output's first rows to return; None: all.
             most_graphs: while so many are kept, no other is captured.
+            at_first: capture a pass of new sizes when it first comes, not when it comes again.
 
         Raises:
             RuntimeError: the function cannot be captured.
@@ -150,6 +154,8 @@ class CapturedFunction:
             self._places = places
         key = key, state_of_torch(), forms(inputs, parameters)
         if key not in self._graphs:
+            if not at_first and self._is_new(key):
+                return None
             if len(self._graphs) >= most_graphs:
                 log_once(
                     logger,
@@ -165,6 +171,14 @@ class CapturedFunction:
         trained = [parameters[name] for name in graph.trained]
         output: Tensor = _Replay.apply(flight, inputs, self._binding, rows, *learned, *trained)
         return output
+
+    def _is_new(self, key: Hashable) -> bool:
+        if key in self._seen:
+            return False
+        if len(self._seen) >= _MOST_SEEN:
+            self._seen.clear()
+        self._seen.add(key)
+        return True
 
     def _why_busy(self) -> str | None:
         flight = None if self._in_flight is None else self._in_flight()

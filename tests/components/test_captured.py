@@ -35,6 +35,12 @@ def test_padded_sizes_are_few_and_close(count: int) -> None:
     assert len({padded_size(n) for n in range(1024, 2049)}) <= 9
 
 
+@pytest.mark.parametrize("count", [65536, 65537, 131073, 467_000])
+def test_large_sizes_are_closer(count: int) -> None:
+    assert count <= padded_size(count) <= count * (1 + 1 / 32)
+    assert len({padded_size(n) for n in range(1 << 16, (1 << 17) + 1, 64)}) <= 33
+
+
 def test_there_is_no_size_of_zero() -> None:
     assert padded_size(0) == 16
 
@@ -182,6 +188,25 @@ def test_the_first_graph_and_one_after_all_are_gone_take_a_new_pool(
     first, second, after = pools
     assert first is second
     assert after is not first
+
+
+def test_sizes_can_wait_until_they_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    captured = CapturedFunction("binding")
+    weight, rows = torch.ones(4, requires_grad=True), torch.ones(6, 4)
+    inputs = {"rows": PaddedInput(rows, len(rows))}
+
+    def replays(key: str, **settings: Any) -> bool:
+        graph = cpu_graph(weight.detach(), rows)
+        graph.learned, graph.trained = [], ["weight"]
+        monkeypatch.setattr(captured, "_capture", lambda *_: graph)
+        run = captured.run(lambda *_: rows, inputs, {"weight": weight}, key, **settings)
+        return run is not None
+
+    assert [replays(key, at_first=False) for key in "abab"] == [False, False, True, True]
+    assert replays("c")
+    assert not replays("d", most_graphs=3)
+    assert replays("a", most_graphs=3)
 
 
 class TestGraphs:

@@ -42,7 +42,7 @@ class Eager(CapturedFunction):
         key: Any,
         *,
         rows: int | None = None,
-        most_graphs: int = 1,
+        **_: Any,
     ) -> Tensor | None:
         copies = {}
         for name, given in inputs.items():

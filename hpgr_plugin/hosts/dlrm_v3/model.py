@@ -74,9 +74,9 @@ class DlrmHSTU(host.DlrmHSTU):
             host's kernels, or "fused", those of this package, which compute only the candidates in
             the last layer. None: "fused" where its Triton kernels can run the step and a slot
             changes the attention or the positions, else "host"; the log says once which.
-        capture: Whether training steps over short sequences, one per candidate, replay the
-            transducer from CUDA graphs where its layers are fused. It saves launches, and takes
-            memory for every size of a batch. The log says once what keeps passes from it.
+        capture: Whether training steps with a plan replay the transducer from CUDA graphs where its
+            layers are fused. It saves launches, and takes memory for every size of a batch. The
+            log says once what keeps passes from it.
         model_config: Fields of the host's `DlrmHSTUConfig` to set, by name.
         table_config: Fields of an embedding table's `EmbeddingConfig` to set, by table and name.
             As with `model_config`, the objects handed in are changed, because the host's data

@@ -363,6 +363,7 @@ class CapturedPasses:
             key,
             rows=padded.num_candidates,
             most_graphs=_MOST_WHOLE_GRAPHS if is_whole(request) else MOST_GRAPHS,
+            at_first=not is_whole(request),
         )
 
 
