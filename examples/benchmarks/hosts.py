@@ -7,8 +7,8 @@ time in which a kernel runs, "launches" counts kernels per step, both from one p
 "x; host's layers" and "x; no graphs" are row x with `layers = "host"` and with `capture = False`.
 Tensor descriptors are off for every row, see NOTES.md. The host's kernels are tuned among all of
 their configurations for the host's row of the first size, then among the fastest there.
---quick measures all sizes in one process: the row of the default layout for each, and for four
-sizes also empty slots, every candidate with a sequence of its own, and no graphs.
+--quick measures all sizes in one process: the row of the default layout for each, with and without
+graphs, and for four sizes also empty slots and every candidate with a sequence of its own.
 """
 
 import functools
@@ -125,7 +125,7 @@ def measure_sizes(journal: Path, *, quick: bool, sizes: Sequence[Size]) -> None:
 def _rows(size: Size, *, quick: bool) -> Sequence[Row]:
     if not quick:
         return ROWS
-    return QUICK_ROWS if size in SIZES_WITH_MORE_ROWS else QUICK_ROWS[:1]
+    return QUICK_ROWS if size in SIZES_WITH_MORE_ROWS else QUICK_ROWS[:2]
 
 
 def _measure_size(size: Size, rows: Sequence[Row], after_host: Callable[[], None]) -> None:
