@@ -13,8 +13,8 @@ from hpgr_plugin.components.captured import CapturedFunction, forms, load, memor
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.errors import HpgrError
-from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, padded
-from hpgr_plugin.hosts.dlrm_v3.padded import CapturedPasses
+from hpgr_plugin.hosts.dlrm_v3 import DlrmHSTU, captured_passes
+from hpgr_plugin.hosts.dlrm_v3.captured_passes import CapturedPasses
 from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.log_once import log_once
 from hpgr_plugin.ops.compact.parts import joined_parts
@@ -172,7 +172,7 @@ def test_many_gathered_rows_are_not_captured(
     monkeypatch: pytest.MonkeyPatch, counts: list[int], captured: bool
 ) -> None:
     """Users with 30 items and 2 contextual tokens; every candidate reads a part of them."""
-    monkeypatch.setattr(padded, "_MOST_ROWS", 90)
+    monkeypatch.setattr(captured_passes, "_MOST_ROWS", 90)
     built = model("hook", padded=True)
     built(*batch([30, 30], counts))
     assert hasattr(built._hstu_transducer.captured._function, "passes") == captured

@@ -18,12 +18,12 @@ from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.components.sem import SessionContext, SessionEnhancementModule
 from hpgr_plugin.hosts.dlrm_v3.attention import PreferenceSTULayer, StepAttention
 from hpgr_plugin.hosts.dlrm_v3.cached import cached_candidates
+from hpgr_plugin.hosts.dlrm_v3.captured_passes import CapturedPasses
 from hpgr_plugin.hosts.dlrm_v3.checks import TimesCheck
 from hpgr_plugin.hosts.dlrm_v3.config_fields import set_fields, set_table_fields
 from hpgr_plugin.hosts.dlrm_v3.features import CANDIDATE_IDS, HISTORY_IDS, Features
 from hpgr_plugin.hosts.dlrm_v3.fused import FusedLayers, Layers
 from hpgr_plugin.hosts.dlrm_v3.modules import PreferenceTransducer, SessionPreprocessor
-from hpgr_plugin.hosts.dlrm_v3.padded import CapturedPasses
 from hpgr_plugin.hosts.dlrm_v3.positions import (
     PlacedHSTUPositionalEncoder,
     TimeAwareHSTUPositionalEncoder,

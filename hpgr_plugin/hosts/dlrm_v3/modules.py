@@ -18,8 +18,8 @@ from hpgr_plugin.hosts.dlrm_v3.attention import (
     RowSequences,
     StepAttention,
 )
+from hpgr_plugin.hosts.dlrm_v3.captured_passes import CapturedPasses
 from hpgr_plugin.hosts.dlrm_v3.fused import FusedLayers
-from hpgr_plugin.hosts.dlrm_v3.padded import CapturedPasses
 from hpgr_plugin.hosts.dlrm_v3.positions import set_places
 from hpgr_plugin.hosts.dlrm_v3.request import Request
 from hpgr_plugin.hosts.seams import host_has_seam
