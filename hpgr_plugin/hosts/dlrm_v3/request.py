@@ -70,10 +70,10 @@ def request_of(
         hide_future: See `Request`.
     """
     times, most = features.times(batch), batch.max_num_candidates
-    longest_row = None
+    longest_row = 0
     if plan is not None and hook is not None:
         longest_row = hook.longest_row(plan, batch.max_uih_len)
-    if plan is None or hook is None or longest_row is None or hook.layout == "shared_history":
+    if plan is None or hook is None or hook.layout == "shared_history":
         parts = features.parts(batch, batch.history_offsets, len(times[0]))
         whole = Request(
             parts,
