@@ -12,20 +12,28 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from several_processes import in_processes
 from small_task import SMALL, config_files, killed_at, without_costs
 
 from hpgr_plugin.cli import load_configs
 from hpgr_plugin.config.registry import build
+from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
 from hpgr_plugin.hosts.embedded.report.predictions import PREDICTIONS, load_predictions
-from hpgr_plugin.hosts.embedded.train import trainer
-from hpgr_plugin.hosts.embedded.train.checkpoint import CheckpointError
+from hpgr_plugin.hosts.embedded.train import stages, trainer
+from hpgr_plugin.hosts.embedded.train.checkpoint import CheckpointError, load_checkpoint
 from hpgr_plugin.hosts.embedded.train.distributed import Process
-from hpgr_plugin.hosts.embedded.train.run_directory import checkpoint_folders
+from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT, checkpoint_folders
 from hpgr_plugin.hosts.embedded.train.sharded_checkpoint import ShardedCheckpoints
-from hpgr_plugin.hosts.embedded.train.stages import evaluate, finetune, pretrain
+from hpgr_plugin.hosts.embedded.train.stages import (
+    build_ranker,
+    evaluate,
+    finetune,
+    pretrain,
+)
 from hpgr_plugin.hosts.embedded.train.trainer import TrainingRun
+from hpgr_plugin.serving import Scorer
 
 EPOCHS = 2
 # Every component, in the form that sends a user's history once.
@@ -57,18 +65,20 @@ class Waiting(ShardedCheckpoints):
         self.made.append(self)
 
 
-def task_and_run(folder: str, *, resume: bool = False) -> tuple[Task, TrainingRun]:
+def task_and_run(folder: str, *bindings: str, resume: bool = False) -> tuple[Task, TrainingRun]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     process = Process(rank, world, torch.device("cpu"))
     gin.clear_config()
-    load_configs(config_files(), [*SMALL, *BINDINGS])
+    load_configs(config_files(), [*SMALL, *BINDINGS, *bindings])
     task = Task(build("prepare_data"), build("RequestSettings"), process)
     return task, TrainingRun(0, Path(folder), process, resume=resume)
 
 
-def train(folder: str, kill_at: int | None = None, resume: bool = False) -> None:
+def train(
+    folder: str, kill_at: int | None = None, resume: bool = False, bindings: tuple[str, ...] = ()
+) -> None:
     """Stage 2 from the hand-over beside its folder; the first process writes the metrics."""
-    task, run = task_and_run(folder, resume=resume)
+    task, run = task_and_run(folder, *bindings, resume=resume)
     handoff = Path(folder).parent / "stage1" / "handoff.safetensors"
     settings = build("FinetuneSettings")
     if kill_at is not None:
@@ -92,6 +102,24 @@ def pretrain_and_train(folder: str) -> None:
     everywhere: list[Any] = [None] * run.process.world_size
     dist.all_gather_object(everywhere, counts)
     assert any(len(set(of_split)) > 1 for of_split in zip(*everywhere, strict=True)), everywhere
+
+
+def train_dense_and_sharded(folder: str) -> None:
+    """From the same weights, which the two would otherwise draw differently."""
+
+    def same_start(task: Task, *, pretrained: Path | None = None) -> HSTURanker:
+        model = build_ranker(task, pretrained=pretrained)
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name != "item_table.weight":
+                    weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+        return model
+
+    stages.build_ranker = same_start
+    for tables in ("dense", "rows"):
+        chosen = (f"hpgr.HSTURanker.tables = '{tables}'", "DROPOUT = 0.0")
+        train(f"{folder}/{tables}", bindings=chosen)
 
 
 def check_evaluation(folder: str) -> None:
@@ -137,6 +165,31 @@ def test_two_and_four_processes_score_the_same(trained: Path) -> None:
 
 
 @pytest.mark.slow
+def test_finetune_equals_that_of_the_dense_table(trained: Path) -> None:
+    """Two processes each, by the real trainer: hand-over, learning rates, clipping, validation."""
+    in_processes(2, train_dense_and_sharded, str(trained))
+    got, wanted = metrics_of(trained / "rows"), metrics_of(trained / "dense")
+    assert len(wanted["history"]) == EPOCHS
+    for mine, other in zip([got, *got["history"]], [wanted, *wanted["history"]], strict=True):
+        for name in ("auc", "gauc", "log_loss"):
+            assert mine[name] == pytest.approx(other[name], abs=1e-5), name
+    rows, dense = (load_predictions(trained / name / PREDICTIONS) for name in ("rows", "dense"))
+    assert np.abs(rows.score - dense.score).max() < 1e-5
+    whole, wanted = (best_weights(trained / name) for name in ("rows", "dense"))
+    assert whole.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(whole[name], value, rtol=1e-4, atol=1e-5)
+
+
+def best_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """As the export and the figures read them, in one process."""
+    weights: dict[str, torch.Tensor] = load_checkpoint(folder / CHECKPOINT, torch.device("cpu"))[
+        "best_model"
+    ]
+    return weights
+
+
+@pytest.mark.slow
 def test_a_killed_training_continues(trained: Path) -> None:
     """Two processes give the same bits as without a kill; one and four give a whole training."""
     steps = metrics_of(trained / "whole")["steps"]
@@ -157,20 +210,29 @@ def test_a_killed_training_continues(trained: Path) -> None:
         assert len(got["history"]) == len(wanted["history"]) == EPOCHS
 
 
-def test_main_trains_and_evaluates(tmp_path: Path) -> None:
-    """torchrun with gloo; one process then computes the same metrics from the checkpoint."""
+def test_main_trains_evaluates_and_exports(tmp_path: Path) -> None:
+    """torchrun with gloo; one process then computes the same metrics, and the model is served."""
     config = tmp_path / "run.gin"
     lines = [f"include '{name}'" for name in config_files()] + SMALL + BINDINGS
     lines += ["hpgr.run.mode = 'finetune'", f"hpgr.run.output_dir = '{tmp_path / 'out'}'"]
     unread = "['MaskedItemModel', 'PretrainSettings', 'SequenceLoader']"
     config.write_text("\n".join([*lines, f"hpgr.run.allow_unused = {unread}"]))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for command in ([*torchrun, "-m", "hpgr_plugin.main"], ["-m", "hpgr_plugin.evaluate"]):
+    commands = [
+        [*torchrun, "-m", "hpgr_plugin.main"],
+        ["-m", "hpgr_plugin.evaluate"],
+        ["-m", "hpgr_plugin.serving.export", f"--out={tmp_path / 'served'}"],
+    ]
+    for command in commands:
         done = subprocess.run(
             [sys.executable, *command, f"--gin_config_file={config}"],
             capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+    assert isinstance(Scorer.load(tmp_path / "served", device="cpu").model, HSTURanker)
+    served = load_file(tmp_path / "served" / "model.safetensors")
+    for name, value in best_weights(tmp_path / "out").items():
+        assert torch.equal(served[f"weight/{name}"], value), name
     trained, single = (
         json.loads((tmp_path / "out" / f"{name}.json").read_text())["metrics"]
         for name in ("results", "evaluation")

@@ -11,9 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,11 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hpgr_plugin.components.sharded_table import RowShardedTable
 from hpgr_plugin.hosts.embedded.train.checkpoint import (
+    SHARDED_BEST,
+    SHARDED_STATE,
     CheckpointError,
+    errors_of,
+    last_line,
     load_checkpoint,
     restore_generators,
     save_checkpoint,
@@ -38,8 +41,6 @@ from hpgr_plugin.hosts.embedded.train.run_directory import checkpoint_folders, n
 from hpgr_plugin.hosts.embedded.train.shards import sharded_tables
 
 LOG = logging.getLogger(__name__)
-_STATE = "state.pt"
-_BEST = "best_model/"
 _ERRORS = (Exception, CheckpointException)  # the latter is no Exception
 
 
@@ -92,7 +93,7 @@ class ShardedCheckpoints:
         folder = next_checkpoint(self.directory)
         partial: Path = broadcast(folder.with_name(f"{folder.name}.{os.getpid()}.tmp"))
         parts: dict[str, Any] = {"model": {}, "best_model": {}, "optimizer": {}}
-        save_checkpoint(partial / _STATE, {**state, **parts}, self.process)
+        save_checkpoint(partial / SHARDED_STATE, {**state, **parts}, self.process)
         tensors = self._tensors(self.model.state_dict(), best_state)
         writing = dcp.async_save(
             self._global(tensors),
@@ -116,7 +117,7 @@ class ShardedCheckpoints:
             saving.result()
         except _ERRORS as error:
             raise CheckpointError(
-                f"the checkpoint in {self.directory} cannot be written: {_last_line(error)}"
+                f"the checkpoint in {self.directory} cannot be written: {last_line(error)}"
             ) from error
 
     def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -129,13 +130,13 @@ class ShardedCheckpoints:
         Raises:
             CheckpointError: damaged, or of another model.
         """
-        state = load_checkpoint(path / _STATE, self.process.device)
+        state = load_checkpoint(path / SHARDED_STATE, self.process.device)
         self._make_optimizer_state()
         weights: dict[str, Tensor] = self.model.state_dict()
         best_state: dict[str, Tensor] = {}
-        with _errors_of(path):
+        with errors_of(path):
             stored = FileSystemReader(path).read_metadata().state_dict_metadata
-            if any(name.startswith(_BEST) for name in stored):  # after a validation
+            if any(name.startswith(SHARDED_BEST) for name in stored):  # after a validation
                 best_state = {name: value.clone() for name, value in weights.items()}
             _read(path, stored, self._global(self._tensors(weights, best_state)))
             # The weights are in place; the state of a hook is a copy of what the hook has.
@@ -156,7 +157,7 @@ class ShardedCheckpoints:
     ) -> dict[str, Tensor]:
         """Everything that is stored, by a name that ends with the weight's."""
         found = {f"model/{name}": value for name, value in weights.items()}
-        found |= {_BEST + name: value for name, value in best_state.items()}
+        found |= {SHARDED_BEST + name: value for name, value in best_state.items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 found[f"optimizer.{key}/{name}"] = value
@@ -199,8 +200,8 @@ def load_best_weights(directory: Path, model: nn.Module, process: Process) -> No
     if path is None:
         raise CheckpointError(f"no checkpoint-N of a sharded training in {directory}")
     weights: dict[str, Tensor] = model.state_dict()
-    named = {_BEST + name: value.detach() for name, value in weights.items()}
-    with _errors_of(path):
+    named = {SHARDED_BEST + name: value.detach() for name, value in weights.items()}
+    with errors_of(path):
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
         _read(path, stored, _as_parts(named, sharded_tables(model), _mesh_of(process)))
         model.load_state_dict(weights)
@@ -242,16 +243,6 @@ def _read(path: Path, stored: Mapping[str, Any], wanted: dict[str, Tensor]) -> N
     dcp.load(wanted, checkpoint_id=path, no_dist=not dist.is_initialized())
 
 
-@contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except _ERRORS as error:
-        raise CheckpointError(
-            f"{path} is damaged or of another model: {_last_line(error)}"
-        ) from error
-
-
 def _check_shapes(stored: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
     """All weights are there, of their shapes; moments are of the weights that had a gradient."""
     for name, value in wanted.items():
@@ -261,10 +252,6 @@ def _check_shapes(stored: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> No
                 raise ValueError(f"{name} is {shape} there, {list(value.shape)} here")
         elif not name.startswith("optimizer."):
             raise ValueError(f"it has no {name}")
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _published(writing: Future[Any], partial: Path, folder: Path) -> Future[None]:
