@@ -13,15 +13,19 @@ from torch.distributed.checkpoint import filesystem
 from hpgr_plugin.components.attention_hooks import StochasticLength
 from hpgr_plugin.components.mim import MaskedItemModel
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
-from hpgr_plugin.hosts.embedded.train.checkpoint import CheckpointError
+from hpgr_plugin.hosts.embedded.train.checkpoint import CheckpointError, load_checkpoint
 from hpgr_plugin.hosts.embedded.train.distributed import Process
 from hpgr_plugin.hosts.embedded.train.run_directory import (
+    CHECKPOINT,
     RunIdentity,
     checkpoint_folders,
     next_checkpoint,
     open_run,
 )
-from hpgr_plugin.hosts.embedded.train.sharded_checkpoint import ShardedCheckpoints
+from hpgr_plugin.hosts.embedded.train.sharded_checkpoint import (
+    ShardedCheckpoints,
+    load_best_weights,
+)
 
 V, D = 45, 16
 STATE = {"stage": "pretrain", "progress": {"step": 3}}
@@ -125,6 +129,9 @@ def test_before_the_first_validation(tmp_path: Path) -> None:
     numbered(checkpoints, 1.0)
     checkpoints.save({}, STATE)
     checkpoints.wait()
+    assert load_checkpoint(tmp_path / CHECKPOINT, torch.device("cpu"))["best_model"] == {}
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 .*: it has no best_model/"):
+        load_best_weights(tmp_path, checkpoints.model, checkpoints.process)
     assert checkpoints.restore(checkpoint_folders(tmp_path)[0])[1] == {}
 
 
@@ -141,6 +148,8 @@ def test_of_another_model_or_damaged(tmp_path: Path) -> None:
     (path / ".metadata").write_bytes(b"")
     with pytest.raises(CheckpointError, match="checkpoint-1 is damaged or of another model"):
         checkpoints.restore(path)
+    with pytest.raises(CheckpointError, match="checkpoint-1 is damaged or of another model"):
+        load_checkpoint(tmp_path / CHECKPOINT, torch.device("cpu"))
     (path / "state.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
         checkpoints.restore(path)
