@@ -72,6 +72,20 @@ class RowShardedTable(nn.Module):
         rows = exchange_rows(look_up(self.weight, wanted), receive, send)
         return torch.empty_like(rows).index_copy(0, order, _mean_gradient(rows))
 
+    @torch.no_grad()
+    def take_rows(self, first: int, rows: Tensor) -> None:
+        """Copy those of some rows of the whole table that are this process's.
+
+        Args:
+            first: place of the first one in the whole table.
+            rows: `[N, D]`, neighbours.
+        """
+        start = max(first, self.first_row)
+        end = min(first + len(rows), self.first_row + len(self.weight))
+        if start < end:
+            here = slice(start - self.first_row, end - self.first_row)
+            self.weight[here].copy_(rows[start - first : end - first])
+
     def _empty_weight(self, shape: tuple[int, int]) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, device=shard_device()))
 
@@ -80,14 +94,11 @@ class RowShardedTable(nn.Module):
         (seed,) = _seed_of_all()
         end = self.first_row + len(self.weight)
         for start in range(0, self.num_embeddings, _ROWS_PER_DRAW):
-            first, last = max(start, self.first_row), min(start + _ROWS_PER_DRAW, end)
-            if first < last:
+            if start < end and start + _ROWS_PER_DRAW > self.first_row:
                 block = torch.Generator(self.weight.device)
                 block.manual_seed(seed + start // _ROWS_PER_DRAW)
                 rows = self.weight.new_empty(_ROWS_PER_DRAW, self.embedding_dim)
-                rows.normal_(std=std, generator=block)
-                here = slice(first - self.first_row, last - self.first_row)
-                self.weight[here].copy_(rows[first - start : last - start])
+                self.take_rows(start, rows.normal_(std=std, generator=block))
 
 
 def build_sharded_table(

@@ -16,10 +16,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from hpgr_plugin.components.sem import SessionEnhancementModule
+from hpgr_plugin.components.sharded_table import RowShardedTable
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.files import atomic_write
 
 FORMAT_VERSION = 1
+_ROWS_PER_BLOCK = 1 << 16
 _HEADER_KEY = "hpgr"
 _CHECKSUM_KEY = "hpgr_checksum"  # of the header's text
 _TABLE = "item_table"
@@ -193,10 +195,11 @@ def load_handoff(
         "embedding_dim": embedding_dim,
     } | ({} if gap_seconds is None else {"gap_seconds": gap_seconds})
     with _open(path) as file:
-        header = _read_header(path, file.metadata())
-        _compare(f"{path} does not fit", {name: header[name] for name in expected}, expected)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    _check_tensors(path, tensors, header)
+        header = _fitting_header(path, file, expected)
+        tensors = {name: file.get_tensor(name) for name in _names(path, file, header)}
+    for name, value in tensors.items():
+        for _ in _checked(path, name, [value], header):
+            pass
     if (item_ids := tensors.pop(_ITEM_IDS, None)) is not None:
         header["extra"][_ITEM_IDS] = item_ids.tolist()
     sem_state = _below(_SEM_PREFIX, tensors) if header["sem"] is not None else None
@@ -250,12 +253,15 @@ def load_feature_state(item_features: nn.Module, handoff: Handoff) -> None:
 
 def inherit(
     path: str | os.PathLike[str],
-    item_table: nn.Embedding,
+    item_table: nn.Embedding | RowShardedTable,
     sem: SessionEnhancementModule | None,
     vocabulary_digest: str,
     item_features: nn.Module | None = None,
 ) -> tuple[str, ...]:
     """Take over the item table and, where both sides have them, SEM and item features.
+
+    A sharded table takes its rows from blocks: every process reads the whole file, so that it finds
+    what is damaged, but has at most 65,536 rows of the other processes in memory.
 
     Returns:
         The names of what was taken: "item_table", "sem", "item_features".
@@ -264,14 +270,17 @@ def inherit(
         FileNotFoundError: no such file.
         HandoffError: see `load_handoff`, `load_sem_state` and `load_feature_state`.
     """
-    handoff = load_handoff(
-        path,
-        num_items=item_table.num_embeddings,
-        embedding_dim=item_table.embedding_dim,
-        vocabulary_digest=vocabulary_digest,
-    )
-    with torch.no_grad():
-        item_table.weight.copy_(handoff.item_table)
+    sizes: dict[str, Any] = {
+        "num_items": item_table.num_embeddings,
+        "embedding_dim": item_table.embedding_dim,
+        "vocabulary_digest": vocabulary_digest,
+    }
+    if isinstance(item_table, RowShardedTable):
+        handoff = _load_into_shards(path, item_table, sizes)
+    else:
+        handoff = load_handoff(path, **sizes)
+        with torch.no_grad():
+            item_table.weight.copy_(handoff.item_table)
     inherited: tuple[str, ...] = ("item_table",)
     if sem is not None and handoff.sem_state is not None:
         load_sem_state(sem, handoff)
@@ -280,6 +289,27 @@ def inherit(
         load_feature_state(item_features, handoff)
         inherited += ("item_features",)
     return inherited
+
+
+def _load_into_shards(
+    path: str | os.PathLike[str], table: RowShardedTable, sizes: dict[str, Any]
+) -> Handoff:
+    """Fill this process's part of a table; what is returned has no rows, and no item ids."""
+    with _open(path) as file:
+        header = _fitting_header(path, file, sizes)
+        names = [name for name in _names(path, file, header) if name not in (_TABLE, _ITEM_IDS)]
+        tensors = {name: file.get_tensor(name) for name in names}
+        rows, num_items = file.get_slice(_TABLE), table.num_embeddings
+        starts = range(0, num_items, _ROWS_PER_BLOCK)
+        blocks = (rows[at : min(at + _ROWS_PER_BLOCK, num_items)] for at in starts)
+        for start, block in zip(starts, _checked(path, _TABLE, blocks, header), strict=True):
+            table.take_rows(start, block)
+    for name, value in tensors.items():
+        for _ in _checked(path, name, [value], header):
+            pass
+    no_rows = torch.empty(0, table.embedding_dim)
+    sem_state = _below(_SEM_PREFIX, tensors) if header["sem"] is not None else None
+    return Handoff(no_rows, sem_state, _below(_FEATURE_PREFIX, tensors) or None, header)
 
 
 def sem_settings(sem: SessionEnhancementModule) -> dict[str, Any]:
@@ -384,20 +414,40 @@ def _read_header(path: str | os.PathLike[str], metadata: Mapping[str, str] | Non
     return header
 
 
-def _check_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]
-) -> None:
+def _fitting_header(
+    path: str | os.PathLike[str], file: Any, expected: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The header of an open file, after a comparison with the caller's sizes."""
+    header: dict[str, Any] = _read_header(path, file.metadata())
+    _compare(f"{path} does not fit", {name: header[name] for name in expected}, expected)
+    return header
+
+
+def _names(path: str | os.PathLike[str], file: Any, header: Mapping[str, Any]) -> list[str]:
+    """The tensors of an open file, after a comparison with what its header promises."""
+    names = list(file.keys())
     promised = [header["num_items"], header["embedding_dim"]]
-    found = list(tensors[_TABLE].shape) if _TABLE in tensors else None
+    found = list(file.get_slice(_TABLE).get_shape()) if _TABLE in names else None
     if found != promised:
         raise HandoffError(f"{path}: the header promises an item table {promised}, found {found}")
-    if missing := sorted(header["checksums"].keys() ^ tensors.keys()):
+    if missing := sorted(header["checksums"].keys() ^ set(names)):
         raise HandoffError(f"{path} is damaged: header and file disagree on tensors {missing}")
-    for name, value in tensors.items():
-        if header["checksums"][name] != _checksum(value):
-            raise HandoffError(f"{path} is damaged: tensor {name!r} differs from its checksum")
-        if not torch.isfinite(value).all():
-            raise HandoffError(f"{path}: tensor {name!r} holds values that are not finite")
+    return names
+
+
+def _checked(
+    path: str | os.PathLike[str], name: str, blocks: Iterable[Tensor], header: Mapping[str, Any]
+) -> Iterator[Tensor]:
+    """The blocks of a tensor, in order; raises after the last one if any is damaged."""
+    checksum, finite = 0, True
+    for block in blocks:
+        checksum = zlib.crc32(_bytes(block), checksum)
+        finite = finite and bool(torch.isfinite(block).all())
+        yield block
+    if header["checksums"][name] != checksum:
+        raise HandoffError(f"{path} is damaged: tensor {name!r} differs from its checksum")
+    if not finite:
+        raise HandoffError(f"{path}: tensor {name!r} holds values that are not finite")
 
 
 def _checksum(value: Tensor) -> int:

@@ -30,6 +30,7 @@ from hpgr_plugin.hosts.embedded.train.trainer import TrainingRun
 
 LOG = logging.getLogger(__name__)
 MODES = ("pretrain", "finetune", "evaluate", "ablation")
+_TABLES = {"pretrain": "hpgr.MaskedItemModel.tables", "finetune": "hpgr.HSTURanker.tables"}
 SLATE_MODES = ("tokenize", "slates", "align", "slate_ablation")
 
 
@@ -135,8 +136,8 @@ def run(
 
 
 def _reshards(mode: str, bindings: Mapping[str, str]) -> bool:
-    """Whether other numbers of processes can continue the run: a stage 1 with a sharded table."""
-    return mode == "pretrain" and bindings.get("hpgr.MaskedItemModel.tables", "dense") != "dense"
+    """Whether other numbers of processes can continue the run: a stage with a sharded table."""
+    return mode in _TABLES and bindings.get(_TABLES[mode], "dense") != "dense"
 
 
 def _write(

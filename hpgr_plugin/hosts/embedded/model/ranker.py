@@ -13,7 +13,7 @@ from hpgr_plugin.components.attention_hooks import (
     HookInputs,
     PreferenceGuidedSparseAttention,
 )
-from hpgr_plugin.components.checks import check_at_least, check_share
+from hpgr_plugin.components.checks import check_at_least, check_choice, check_share
 from hpgr_plugin.components.item_features import ItemFeatures
 from hpgr_plugin.components.positions import (
     PositionPlan,
@@ -21,7 +21,9 @@ from hpgr_plugin.components.positions import (
     VisibilityCheck,
 )
 from hpgr_plugin.components.sem import SessionEnhancementModule, SessionPlan
+from hpgr_plugin.components.sharded_table import RowShardedTable, Tables, build_sharded_table
 from hpgr_plugin.data.batch import Batch
+from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.hosts.embedded.model.features import (
     ItemOdds,
@@ -49,6 +51,7 @@ from hpgr_plugin.ops.preference_plan import PreferencePlan
 from hpgr_plugin.transfer.handoff import inherit
 
 _NAME = "hpgr.HSTURanker"
+_TABLE_STD = 0.02
 Statistics = Literal["linear", "network"]
 PositionalEncoder = LearnedPositionalEncoder | TimeAwarePositionalEncoder
 
@@ -113,8 +116,13 @@ class HSTURanker(nn.Module):
         inherited_lr_ratio: learning-rate ratio of what `pretrained` brought.
         max_blind_share: of the candidates that have a history, the share that may see nothing of
             it in the first batches, because all of it is at or after their own time.
+        tables: "dense" holds the whole item table in every process. "torchrec" divides its rows
+            among the processes by torchrec, "rows" without it: both for tables that no single GPU
+            holds. All processes then call `forward` at the same time; PGSA that scores on a frozen
+            copy of the table takes "dense".
 
     Raises:
+        HpgrError: an argument out of its range, or a hook that takes a dense table.
         SlotError: a slot holds the wrong kind of thing.
         HandoffError: `pretrained` belongs to another vocabulary, size or version.
     """
@@ -149,6 +157,7 @@ class HSTURanker(nn.Module):
         pretrained: str | None = None,
         inherited_lr_ratio: float = 0.1,
         max_blind_share: float = 0.5,
+        tables: Tables = "dense",
     ) -> None:
         super().__init__()
         if not (isinstance(layer, type) and issubclass(layer, SequenceLayer)):
@@ -170,6 +179,8 @@ class HSTURanker(nn.Module):
             max_history=max_history,
         )
         check_share(dropout=dropout)
+        check_choice(get_args(Tables), tables=tables)
+        _check_tables(tables, attention_hook)
         if statistics not in (None, *get_args(Statistics)):
             raise SlotError(
                 f"{_NAME}.statistics takes 'linear', 'network' or None, got {statistics!r}"
@@ -182,8 +193,7 @@ class HSTURanker(nn.Module):
                 )
         self.dynamic_mask = layer.dynamic_mask
         self.inherited_lr_ratio = inherited_lr_ratio
-        self.item_table = nn.Embedding(num_items, embedding_dim)
-        nn.init.normal_(self.item_table.weight, std=0.02)
+        self.item_table = _item_table(tables, num_items, embedding_dim)
         self.action_table = nn.Embedding(num_actions, embedding_dim) if use_actions else None
         if self.action_table is not None:
             nn.init.normal_(self.action_table.weight, std=0.02)
@@ -259,8 +269,9 @@ class HSTURanker(nn.Module):
             self.inherited = inherit(
                 pretrained, self.item_table, sem, vocabulary_digest, self.item_features
             )
-        if getattr(attention_hook, "table", None) == "frozen":
+        if _scores_on_frozen_table(attention_hook):
             assert isinstance(attention_hook, PreferenceGuidedSparseAttention)
+            assert isinstance(self.item_table, nn.Embedding)
             attention_hook.freeze(self.item_table.weight)
 
     @property
@@ -322,8 +333,7 @@ class HSTURanker(nn.Module):
         index = plan.requests
         if self.hide_future and self.training and not self._visibility.done:
             self._visibility(index.visible, batch.history_offsets.diff()[index.candidate_users])
-        history = self.embed_items(batch.history_items)
-        candidates = self.embed_items(batch.candidate_items)
+        history, candidates = self.embed_requests(batch)
         kept = self.plan(batch, history, candidates, index)  # Eq. 5, on the raw item embeddings
         if self.positional_encoder is not None:  # Eq. 4
             history, candidates = self.positional_encoder(
@@ -405,9 +415,27 @@ class HSTURanker(nn.Module):
         scaled: Tensor = self.input_dropout(tokens * self.input_scale)
         return scaled
 
+    def embed_requests(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The embeddings of a batch's history items `[T, D]` and candidates `[C, D]`.
+
+        A sharded table is asked once for both, by all processes together. In `forward` nothing with
+        a gradient comes before: the backward of the look-up, in which the processes exchange rows,
+        then comes after all gradients that DDP reduces. So the collectives have the same order in
+        all processes, also where a batch lacks what others have.
+        """
+        items = batch.history_items, batch.candidate_items
+        if not isinstance(self.item_table, RowShardedTable):
+            return self.embed_items(items[0]), self.embed_items(items[1])
+        rows = self.item_table(torch.cat(items))
+        history, candidates = rows.split([len(items[0]), len(items[1])])
+        return self._embedding_of(history, items[0]), self._embedding_of(candidates, items[1])
+
     def embed_items(self, items: Tensor) -> Tensor:
         """The embeddings of items `[L]`, `[L, D]`: what PGSA scores, and the tokens begin with."""
-        rows: Tensor = self.item_table(items)
+        return self._embedding_of(self.item_table(items), items)
+
+    def _embedding_of(self, rows: Tensor, items: Tensor) -> Tensor:
+        """The embeddings of items from their rows of the table, `[L, D]` both."""
         if self.rare_items is None:
             return rows
         features = None if self.item_features is None else self.item_features(items)
@@ -469,6 +497,32 @@ class HSTURanker(nn.Module):
             return history, candidates, None
         context = self.user_features(batch.user_features)
         return history, candidates, self._scaled(context)
+
+
+def _item_table(
+    tables: Tables, num_items: int, embedding_dim: int
+) -> nn.Embedding | RowShardedTable:
+    """A new table, whole or this process's part of it."""
+    if tables != "dense":
+        return build_sharded_table(
+            tables, num_embeddings=num_items, embedding_dim=embedding_dim, std=_TABLE_STD
+        )
+    table = nn.Embedding(num_items, embedding_dim)
+    nn.init.normal_(table.weight, std=_TABLE_STD)
+    return table
+
+
+def _scores_on_frozen_table(hook: AttentionHook | None) -> bool:
+    return getattr(hook, "table", None) == "frozen"
+
+
+def _check_tables(tables: Tables, hook: AttentionHook | None) -> None:
+    """Raises `HpgrError` for a sharded table with a hook that copies the whole one."""
+    if tables != "dense" and _scores_on_frozen_table(hook):
+        raise HpgrError(
+            f"hpgr.{type(hook).__name__}.table = 'frozen' takes {_NAME}.tables = 'dense', "
+            f"got {tables!r}"
+        )
 
 
 def _check_classes(parameter: str, given: Sequence[object], kind: type) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +27,7 @@ from hpgr_plugin.hosts.embedded.report.predictions import (
 from hpgr_plugin.hosts.embedded.report.table import task_metric
 from hpgr_plugin.hosts.embedded.train.distributed import Process, gather_arrays
 from hpgr_plugin.hosts.embedded.train.planned import RequestPlanner
+from hpgr_plugin.hosts.embedded.train.shards import batches_of_all
 from hpgr_plugin.metrics import ranking_metrics
 
 MANY_SESSIONS = 5
@@ -165,18 +165,18 @@ def inference_seconds(
 ) -> float:
     """Seconds per batch of scoring, with loading, over the first batches of `loader`."""
     start = time.perf_counter()
-    parts = list(islice(_probabilities(model, loader, process), max_batches))
+    parts = list(_probabilities(model, loader, process, max_batches))
     for part in parts:
         part.cpu()
     return (time.perf_counter() - start) / max(1, len(parts))
 
 
 def _probabilities(
-    model: HSTURanker, loader: RequestLoader, process: Process
+    model: HSTURanker, loader: RequestLoader, process: Process, most: int | None = None
 ) -> Iterator[torch.Tensor]:
     """Of every task and candidate, batch by batch, `[1 + tasks, C]` on the process's device."""
     planner = RequestPlanner(model, process.device)
-    for planned in loader.map_batches(lambda batch, _: planner.plan(batch)):
+    for planned in batches_of_all(model, loader, lambda b, _: planner.plan(b), most=most):
         yield planned.to(process.device).logits_of(model).float().sigmoid()
 
 
@@ -194,14 +194,12 @@ def kept_tokens(
     kept = seen = 0
     hook.train()
     planner = RequestPlanner(model, process.device)
-    for planned in islice(loader.map_batches(lambda batch, _: planner.plan(batch)), max_batches):
+    for planned in batches_of_all(model, loader, lambda b, _: planner.plan(b), most=max_batches):
         batch, (index, *_) = planned.to(process.device)
-        rows = model.embed_items(batch.history_items), model.embed_items(batch.candidate_items)
-        plan = model.plan(batch, *rows, index)
-        if plan is None:
-            return 1.0
-        kept += plan.index.numel()
+        plan = model.plan(batch, *model.embed_requests(batch), index)
         per_user = hook.layout == "per_user"
-        seen += batch.history_items.numel() if per_user else index.num_visible
+        here = batch.history_items.numel() if per_user else index.num_visible
+        kept += here if plan is None else plan.index.numel()
+        seen += here
     hook.eval()
     return kept / max(1, seen)

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hpgr_plugin.errors import HpgrError
 from hpgr_plugin.files import atomic_write, crc32
 from hpgr_plugin.hosts.embedded.train.distributed import Process, gather_objects
+from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT, checkpoint_folders
 
 FORMAT_VERSION = 3
+# In the folder that a sharded training writes.
+SHARDED_STATE = "state.pt"
+SHARDED_BEST = "best_model/"
 _CHECKSUM_BYTES = 8  # at the end of the file, in hexadecimal; PyTorch does not read them
 _PARTS = ("stage", "generators", "model", "best_model", "optimizer", "progress")
 
@@ -64,6 +74,9 @@ def _on_host(value: Any) -> Any:
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     """Read a checkpoint.
 
+    Where a training with a sharded table left its folders in place of the file, the newest one is
+    read: of its weights only the best ones, whole, and nothing of the optimizer.
+
     Args:
         path: of the checkpoint.
         device: where its tensors are put.
@@ -71,6 +84,9 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, a damaged one, or another format version.
     """
+    folders = checkpoint_folders(path.parent) if path.name == CHECKPOINT else []
+    if folders and not path.exists():
+        return _whole_of_shards(folders[-1], device)
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
@@ -94,6 +110,37 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
             f"{path} has format version {version}, this code reads {FORMAT_VERSION}"
         )
     return state
+
+
+def _whole_of_shards(folder: Path, device: torch.device) -> dict[str, Any]:
+    """The state of a sharded training, with the best weights as one process would hold them."""
+    state = load_checkpoint(folder / SHARDED_STATE, device)
+    with errors_of(folder):
+        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+        best = {
+            name: torch.empty(found.size, dtype=found.properties.dtype, device=device)
+            for name, found in stored.items()
+            if name.startswith(SHARDED_BEST) and isinstance(found, TensorStorageMetadata)
+        }
+        dcp.load(best, checkpoint_id=folder, no_dist=True)
+    weights = {name.removeprefix(SHARDED_BEST): value for name, value in best.items()}
+    return {**state, "best_model": weights}
+
+
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """What torch raises on the tensors of a sharded training becomes a `CheckpointError`."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        raise CheckpointError(
+            f"{path} is damaged or of another model: {last_line(error)}"
+        ) from error
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _check(path: Path) -> None:

@@ -22,11 +22,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from hpgr_plugin.components.sharded_table import RowShardedTable
 from hpgr_plugin.hosts.embedded.train.checkpoint import (
+    SHARDED_BEST,
+    SHARDED_STATE,
     CheckpointError,
+    errors_of,
+    last_line,
     load_checkpoint,
     restore_generators,
     save_checkpoint,
@@ -36,7 +41,6 @@ from hpgr_plugin.hosts.embedded.train.run_directory import checkpoint_folders, n
 from hpgr_plugin.hosts.embedded.train.shards import sharded_tables
 
 LOG = logging.getLogger(__name__)
-_STATE = "state.pt"
 _ERRORS = (Exception, CheckpointException)  # the latter is no Exception
 
 
@@ -63,18 +67,15 @@ class ShardedCheckpoints:
         self.optimizer = optimizer
         self.process = process
         self._tables = sharded_tables(model)
-        self._mesh = self._group = None
+        self._mesh, self._group = _mesh_of(process), None
         if process.world_size > 1:
-            self._mesh = init_device_mesh(process.device.type, (process.world_size,))
             # Saving runs beside the training: its messages need a group of their own, on the CPU.
             self._group = dist.new_group(backend="gloo")
         self._saving: Future[Any] | None = None
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, the same one on all processes."""
-        found = checkpoint_folders(self.directory) if self.process.is_main else []
-        latest: Path | None = broadcast(found[-1] if found else None)
-        return latest
+        return _latest(self.directory, self.process)
 
     def save(self, best_state: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Start to write a checkpoint; every process calls it.
@@ -92,10 +93,10 @@ class ShardedCheckpoints:
         folder = next_checkpoint(self.directory)
         partial: Path = broadcast(folder.with_name(f"{folder.name}.{os.getpid()}.tmp"))
         parts: dict[str, Any] = {"model": {}, "best_model": {}, "optimizer": {}}
-        save_checkpoint(partial / _STATE, {**state, **parts}, self.process)
-        tensors = self._tensors(best_state)
+        save_checkpoint(partial / SHARDED_STATE, {**state, **parts}, self.process)
+        tensors = self._tensors(self.model.state_dict(), best_state)
         writing = dcp.async_save(
-            {name: self._global(name, value) for name, value in tensors.items()},
+            self._global(tensors),
             checkpoint_id=partial,
             process_group=self._group,
             no_dist=self._group is None,
@@ -116,7 +117,7 @@ class ShardedCheckpoints:
             saving.result()
         except _ERRORS as error:
             raise CheckpointError(
-                f"the checkpoint in {self.directory} cannot be written: {_last_line(error)}"
+                f"the checkpoint in {self.directory} cannot be written: {last_line(error)}"
             ) from error
 
     def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -129,22 +130,17 @@ class ShardedCheckpoints:
         Raises:
             CheckpointError: damaged, or of another model.
         """
-        state = load_checkpoint(path / _STATE, self.process.device)
+        state = load_checkpoint(path / SHARDED_STATE, self.process.device)
         self._make_optimizer_state()
+        weights: dict[str, Tensor] = self.model.state_dict()
         best_state: dict[str, Tensor] = {}
-        try:
+        with errors_of(path):
             stored = FileSystemReader(path).read_metadata().state_dict_metadata
-            if any(name.startswith("best_model/") for name in stored):  # after a validation
-                best_state = {n: value.clone() for n, value in self.model.state_dict().items()}
-            tensors = self._tensors(best_state)
-            wanted = {n: self._global(n, value) for n, value in tensors.items()}
-            _check_shapes(stored, wanted)
-            wanted = {name: value for name, value in wanted.items() if name in stored}
-            dcp.load(wanted, checkpoint_id=path, no_dist=self._group is None)
-        except _ERRORS as error:
-            raise CheckpointError(
-                f"{path} is damaged or of another model: {_last_line(error)}"
-            ) from error
+            if any(name.startswith(SHARDED_BEST) for name in stored):  # after a validation
+                best_state = {name: value.clone() for name, value in weights.items()}
+            _read(path, stored, self._global(self._tensors(weights, best_state)))
+            # The weights are in place; the state of a hook is a copy of what the hook has.
+            self.model.load_state_dict(weights)
         self._forget_what_was_not_stored(stored)
         writers = len(state["generators"])
         if writers == self.process.world_size:
@@ -156,24 +152,19 @@ class ShardedCheckpoints:
             )
         return {**state, "world_size": writers}, best_state
 
-    def _tensors(self, best_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _tensors(
+        self, weights: dict[str, Tensor], best_state: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Everything that is stored, by a name that ends with the weight's."""
-        found = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        found |= {f"best_model/{name}": value for name, value in best_state.items()}
+        found = {f"model/{name}": value for name, value in weights.items()}
+        found |= {SHARDED_BEST + name: value for name, value in best_state.items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 found[f"optimizer.{key}/{name}"] = value
         return {name: value.detach() for name, value in found.items()}
 
-    def _global(self, name: str, value: Tensor) -> Tensor:
-        """This process's part of a tensor that is sharded, as part of the whole."""
-        table = self._tables.get(name.partition("/")[2])
-        if table is None or self._mesh is None or not value.dim():
-            return value
-        shape = torch.Size((table.num_embeddings, table.embedding_dim))
-        return DTensor.from_local(
-            value, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1)
-        )
+    def _global(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return _as_parts(tensors, self._tables, self._mesh)
 
     def _make_optimizer_state(self) -> None:
         """AdamW makes it in its first step; here it is there to be read into."""
@@ -191,7 +182,65 @@ class ShardedCheckpoints:
         """Weights that never had a gradient have no state."""
         for name, parameter in self.model.named_parameters():
             if f"optimizer.step/{name}" not in stored:
-                del self.optimizer.state[parameter]
+                self.optimizer.state.pop(parameter, None)
+
+
+def load_best_weights(directory: Path, model: nn.Module, process: Process) -> None:
+    """Read the best weights of a run's newest checkpoint, whatever number of processes wrote it.
+
+    Args:
+        directory: of the run.
+        model: with a sharded table.
+        process: this process among its peers; all of them call it.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of another model.
+    """
+    path = _latest(directory, process)
+    if path is None:
+        raise CheckpointError(f"no checkpoint-N of a sharded training in {directory}")
+    weights: dict[str, Tensor] = model.state_dict()
+    named = {SHARDED_BEST + name: value.detach() for name, value in weights.items()}
+    with errors_of(path):
+        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        _read(path, stored, _as_parts(named, sharded_tables(model), _mesh_of(process)))
+        model.load_state_dict(weights)
+
+
+def _latest(directory: Path, process: Process) -> Path | None:
+    """The newest complete checkpoint, the same one on all processes."""
+    found = checkpoint_folders(directory) if process.is_main else []
+    latest: Path | None = broadcast(found[-1] if found else None)
+    return latest
+
+
+def _mesh_of(process: Process) -> DeviceMesh | None:
+    """All processes, or None for one."""
+    if process.world_size == 1:
+        return None
+    return init_device_mesh(process.device.type, (process.world_size,))
+
+
+def _as_parts(
+    tensors: Mapping[str, Tensor], tables: Mapping[str, RowShardedTable], mesh: DeviceMesh | None
+) -> dict[str, Tensor]:
+    """The tensors; of one that is sharded, this process's part as part of the whole."""
+    parts = dict(tensors)
+    for name, value in tensors.items():
+        table = tables.get(name.partition("/")[2])
+        if table is not None and mesh is not None and value.dim():
+            shape = torch.Size((table.num_embeddings, table.embedding_dim))
+            parts[name] = DTensor.from_local(
+                value, mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1)
+            )
+    return parts
+
+
+def _read(path: Path, stored: Mapping[str, Any], wanted: dict[str, Tensor]) -> None:
+    """Read a checkpoint into tensors that are of its shapes."""
+    _check_shapes(stored, wanted)
+    wanted = {name: value for name, value in wanted.items() if name in stored}
+    dcp.load(wanted, checkpoint_id=path, no_dist=not dist.is_initialized())
 
 
 def _check_shapes(stored: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
@@ -203,10 +252,6 @@ def _check_shapes(stored: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> No
                 raise ValueError(f"{name} is {shape} there, {list(value.shape)} here")
         elif not name.startswith("optimizer."):
             raise ValueError(f"it has no {name}")
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _published(writing: Future[Any], partial: Path, folder: Path) -> Future[None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpgr_plugin.components.sharded_table import RowShardedTable
-from hpgr_plugin.ops.collectives import sum_over_processes
+from hpgr_plugin.data.batches import Loader
+from hpgr_plugin.ops.collectives import largest_over_processes, sum_over_processes, world_size
 
 _ROWS_PER_BLOCK = 1 << 16
+_Item = TypeVar("_Item")
+_Prepared = TypeVar("_Prepared")
 
 
 def sharded_tables(model: nn.Module) -> dict[str, RowShardedTable]:
@@ -27,7 +32,9 @@ def sharded_tables(model: nn.Module) -> dict[str, RowShardedTable]:
 def data_parallel(model: nn.Module) -> DistributedDataParallel:
     """The model under DDP, which does not touch sharded tables."""
     if tables := sharded_tables(model):
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(tables))
+        # Nor buffers, which no step changes: some have a number for every item.
+        ignored = [*tables, *(name for name, _ in model.named_buffers())]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     # A batch without history leaves some weights without a gradient.
     return DistributedDataParallel(model, find_unused_parameters=True)
 
@@ -44,6 +51,36 @@ def clip_gradients(model: nn.Module, largest_norm: float) -> None:
     device = next(iter(tables.values())).weight.device
     norm = (dense.to(device).square() + sum_over_processes(shards.to(device).square())).sqrt()
     nn.utils.clip_grads_with_norm_(model.parameters(), largest_norm, norm)
+
+
+def batches_of_all(
+    model: nn.Module,
+    loader: Loader[_Item],
+    prepare: Callable[[_Item, int], _Prepared],
+    *,
+    most: int | None = None,
+) -> Iterator[_Prepared]:
+    """The loader's first batches, prepared, for a model that looks up once for each of them.
+
+    All processes look up at the same time, but one may have fewer batches than another: after its
+    own, it looks up nothing until all are done. Every process takes all that this yields.
+
+    Args:
+        model: with a sharded table or without.
+        loader: of this process.
+        prepare: see `Loader.map_batches`.
+        most: batches at most; None for all.
+    """
+    tables = sharded_tables(model).values() if world_size() > 1 else ()
+    missing = 0
+    if tables:
+        own = loader.num_batches() if most is None else min(most, loader.num_batches())
+        device = next(iter(tables)).weight.device
+        missing = int(largest_over_processes(torch.tensor(own, device=device))) - own
+    yield from islice(loader.map_batches(prepare), most)
+    for _ in range(missing):
+        for table in tables:
+            table(torch.empty(0, dtype=torch.int64, device=device))
 
 
 def gather_blocks(table: RowShardedTable) -> Iterator[Tensor]:

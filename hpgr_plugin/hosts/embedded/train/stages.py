@@ -39,7 +39,8 @@ from hpgr_plugin.hosts.embedded.train.planned import (
     SequencePlanner,
 )
 from hpgr_plugin.hosts.embedded.train.run_directory import CHECKPOINT
-from hpgr_plugin.hosts.embedded.train.shards import gather_blocks
+from hpgr_plugin.hosts.embedded.train.sharded_checkpoint import load_best_weights
+from hpgr_plugin.hosts.embedded.train.shards import gather_blocks, sharded_tables
 from hpgr_plugin.hosts.embedded.train.trainer import (
     Trainer,
     TrainingRun,
@@ -286,11 +287,13 @@ def task_loss(
 def evaluate(task: Task, output_dir: Path) -> dict[str, Any]:
     """Test metrics of the best weights in the checkpoint of `output_dir`."""
     check_splits(task.data, task.requests, ["test"])
-    path = output_dir / CHECKPOINT
-    state = load_checkpoint(path, task.process.device)
     model = build_ranker(task)
     task = replace(task, statistics=model.reads_statistics)
-    load_weights(path, model, state["best_model"])
+    if sharded_tables(model):
+        load_best_weights(output_dir, model, task.process)
+    else:
+        path = output_dir / CHECKPOINT
+        load_weights(path, model, load_checkpoint(path, task.process.device)["best_model"])
     return _test_metrics(model, task)
 
 
