@@ -302,6 +302,7 @@ def _load_into_shards(
         rows, num_items = file.get_slice(_TABLE), table.num_embeddings
         starts = range(0, num_items, _ROWS_PER_BLOCK)
         blocks = (rows[at : min(at + _ROWS_PER_BLOCK, num_items)] for at in starts)
+        # Strict: the check comes after the last block.
         for start, block in zip(starts, _checked(path, _TABLE, blocks, header), strict=True):
             table.take_rows(start, block)
     for name, value in tensors.items():
