@@ -197,9 +197,7 @@ def load_handoff(
     with _open(path) as file:
         header = _fitting_header(path, file, expected)
         tensors = {name: file.get_tensor(name) for name in _names(path, file, header)}
-    for name, value in tensors.items():
-        for _ in _checked(path, name, [value], header):
-            pass
+    _check_tensors(path, tensors, header)
     if (item_ids := tensors.pop(_ITEM_IDS, None)) is not None:
         header["extra"][_ITEM_IDS] = item_ids.tolist()
     sem_state = _below(_SEM_PREFIX, tensors) if header["sem"] is not None else None
@@ -305,9 +303,7 @@ def _load_into_shards(
         # Strict: the check comes after the last block.
         for start, block in zip(starts, _checked(path, _TABLE, blocks, header), strict=True):
             table.take_rows(start, block)
-    for name, value in tensors.items():
-        for _ in _checked(path, name, [value], header):
-            pass
+    _check_tensors(path, tensors, header)
     no_rows = torch.empty(0, table.embedding_dim)
     sem_state = _below(_SEM_PREFIX, tensors) if header["sem"] is not None else None
     return Handoff(no_rows, sem_state, _below(_FEATURE_PREFIX, tensors) or None, header)
@@ -434,6 +430,14 @@ def _names(path: str | os.PathLike[str], file: Any, header: Mapping[str, Any]) -
     if missing := sorted(header["checksums"].keys() ^ set(names)):
         raise HandoffError(f"{path} is damaged: header and file disagree on tensors {missing}")
     return names
+
+
+def _check_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+) -> None:
+    for name, value in tensors.items():
+        for _ in _checked(path, name, [value], header):
+            pass
 
 
 def _checked(
