@@ -296,3 +296,11 @@ def test_a_malformed_row_of_latin_1(
     assert error.row == 2
     assert "3 fields, expected 4" in str(error)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("unit", ["us", "ns"])
+def test_times_that_datetime_cannot_hold_are_named(tmp_path: Path, unit: str) -> None:
+    late = pa.array([0, 2**62 + 1 if unit == "us" else -1], pa.timestamp(unit))
+    error = fails(parquet_of(tmp_path, timestamp=late))
+    assert "a time too late" in str(error) or "a negative time" in str(error)
+    assert "timestamp" in str(error)

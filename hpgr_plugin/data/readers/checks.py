@@ -138,7 +138,7 @@ class RowChecks:
         if not self._drop:
             first = int(bad.argmax())
             row = first + 1 if self._file_rows is None else int(self._file_rows[first])
-            shown = _shown(self.table[field][first].as_py())
+            shown = _shown(_python_value(self.table[field][first]))
             raise DataError(f"{problem}: {shown}", file=self.file, row=row, field=field)
         self.good &= ~bad
 
@@ -188,6 +188,14 @@ def as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 def empty_to_null(texts: pa.Array) -> pa.Array:
     """The texts, null where they are empty."""
     return pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
+
+
+def _python_value(value: pa.Scalar) -> object:
+    """The value; of a time that `datetime` cannot hold, its number."""
+    try:
+        return value.as_py()
+    except (OverflowError, ValueError):
+        return value.cast(pa.int64()).as_py()
 
 
 def _shown(value: object) -> str:
