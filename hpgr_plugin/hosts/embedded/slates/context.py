@@ -13,8 +13,14 @@ from hpgr_plugin.components.transformer import JaggedEncoder
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.bias import RelativeBias
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, initialise_linear
-from hpgr_plugin.ops.hstu_attention import AttentionSpec, Places
-from hpgr_plugin.ops.jagged import jagged_to_padded_dense, lead_with, segment_ids
+from hpgr_plugin.ops.dispatch import product_dtype
+from hpgr_plugin.ops.hstu_attention import AttentionSpec, Places, attention_backend
+from hpgr_plugin.ops.jagged import (
+    jagged_to_padded_dense,
+    lead_with,
+    segment_ids,
+    segment_positions,
+)
 from hpgr_plugin.ops.segments import segment_layout
 
 Encoder = Literal["hstu", "transformer"]
@@ -48,6 +54,7 @@ class ContextEncoder(nn.Module):
         sizes = {"embedding_dim": embedding_dim, "num_heads": num_heads}
         self.start = nn.Parameter(torch.randn(embedding_dim))
         self.transformer = self.hstu = None
+        self.num_heads = num_heads
         if encoder == "transformer":
             self.transformer = JaggedEncoder(
                 **sizes, num_layers=num_layers, dropout=dropout, final_norm=True
@@ -76,29 +83,56 @@ class ContextEncoder(nn.Module):
         if self.transformer is not None:
             tokens = self.transformer(tokens, segment_layout(offsets, causal=True))
             return Context(jagged_to_padded_dense(tokens, offsets, longest), real)
+        places = _places(batch, offsets, len(tokens))
+        if self._jagged(tokens):
+            spec = self._spec(offsets, longest, places)
+            return Context(jagged_to_padded_dense(self._hstu(tokens, spec), offsets, longest), real)
         padded = jagged_to_padded_dense(tokens, offsets, longest)
-        return Context(self._hstu(padded, batch), real)
+        columns = torch.stack(places[:2], 1)
+        positions, times = jagged_to_padded_dense(columns, offsets, longest).flatten(0, 1).T
+        every = torch.arange(len(lengths) + 1, device=lengths.device) * longest
+        # Padding comes last, so no token sees it.
+        spec = self._spec(every, longest, Places(positions, times), padded=True)
+        return Context(self._hstu(padded.flatten(0, 1), spec).view_as(padded), real)
 
-    def _hstu(self, padded: Tensor, batch: Batch) -> Tensor:
-        """HSTU layers over `[B, N, D]`; padding comes last, so no token sees it."""
-        size, longest, _ = padded.shape
-        times = batch.history_timestamps.unsqueeze(1)
-        times = jagged_to_padded_dense(times, batch.history_offsets, longest - 1).squeeze(2)
-        # The start token has the time of the first item.
-        times = torch.cat([times[:, :1] if longest > 1 else times.new_zeros(size, 1), times], 1)
-        place = torch.arange(longest, device=padded.device)
-        spec = AttentionSpec(
-            offsets=torch.arange(size + 1, device=padded.device) * longest,
+    def _jagged(self, tokens: Tensor) -> bool:
+        """Whether the attention of these tokens runs on the kernels, which need no padding."""
+        sizes = 0, self.num_heads, tokens.shape[1] // self.num_heads
+        return attention_backend(tokens.new_empty(sizes, dtype=product_dtype(tokens))) == "triton"
+
+    def _spec(
+        self, offsets: Tensor, longest: int, places: Places, *, padded: bool = False
+    ) -> AttentionSpec:
+        return AttentionSpec(
+            offsets=offsets,
             max_length=longest,
             alpha=self.alpha,
             norm_length=self.norm_length,
-            places=Places(place.repeat(size), times.flatten()),
+            places=places,
             exact=True,
-            padded=True,
+            padded=padded,
         )
-        x = padded.flatten(0, 1)
-        domains = torch.zeros_like(spec.places.positions) if spec.places else place
+
+    def _hstu(self, x: Tensor, spec: AttentionSpec) -> Tensor:
+        """HSTU layers over the tokens `[T, D]` of a specification."""
+        domains = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for depth, layer in enumerate(cast(nn.ModuleList, self.hstu)):
             x = layer(x, domains=domains, spec=spec, bias=self.bias(depth))
         output: Tensor = self.norm(x)
-        return output.view_as(padded)
+        return output
+
+
+def _places(batch: Batch, offsets: Tensor, count: int) -> Places:
+    """Place and time of every token; the start token has the time of the first item.
+
+    Args:
+        batch: with the histories.
+        offsets: int64 `[B + 1]` of the tokens, a start token before every history.
+        count: tokens.
+    """
+    place = segment_positions(offsets, count)
+    times = batch.history_timestamps
+    if not len(times):
+        return Places(place, torch.zeros_like(place))
+    item = batch.history_offsets[segment_ids(offsets, count)] + (place - 1).clamp(min=0)
+    return Places(place, times[item.clamp(max=len(times) - 1)])
