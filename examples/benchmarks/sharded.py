@@ -2,13 +2,15 @@
 
 The batch per GPU is the same, so two GPUs do twice the work of one (weak scaling): the efficiency
 is the step time on one over that on two, at best 1. A step is forward, backward, clipping and AdamW
-over this GPU's rows. Without a GPU a small size runs over gloo.
+over this GPU's rows, measured for both routings of a sharded table. Without a GPU a small size runs
+over gloo.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import os
 import socket
@@ -16,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +28,7 @@ from torch import Tensor, multiprocessing
 
 from examples.benchmarks.registry import check, print_table
 from hpgr_plugin.components.mim import MaskedItemModel
+from hpgr_plugin.components.sharded_table import Tables
 from hpgr_plugin.hosts.embedded.train.shards import clip_gradients, data_parallel
 from hpgr_plugin.ops.item_softmax import mean_cross_entropy, sharded_cross_entropy
 
@@ -42,12 +46,16 @@ class Size:
 
 
 class Measured(NamedTuple):
-    """Of the slowest process: milliseconds, and bytes at the peak."""
+    """Of the slowest process: milliseconds, bytes at the peak, and the table that ran."""
 
     step_ms: float
     optimizer_ms: float
     peak_bytes: int
     routing: str
+
+
+TABLES: tuple[Tables, ...] = ("torchrec", "rows")
+Case = tuple[Size, Tables]
 
 
 GPU_SIZES = (
@@ -66,9 +74,10 @@ def run(*, quick: bool) -> None:
     sizes = GPU_SIZES if gpus else CPU_SIZES
     sizes = sizes[-1:] if quick else sizes
     counts = [1, 2] if gpus >= 2 or not gpus else [1]
-    found = {count: _measure(count, sizes) for count in counts}
+    cases = [(size, tables) for size in sizes for tables in TABLES]
+    found = {count: _measure(count, cases) for count in counts}
     rows = []
-    for number, size in enumerate(sizes):
+    for number, (size, _) in enumerate(cases):
         on_one = found[1][number].step_ms
         for count in counts:
             got = found[count][number]
@@ -86,19 +95,19 @@ def run(*, quick: bool) -> None:
     print_table(rows)
 
 
-def _measure(processes: int, sizes: tuple[Size, ...]) -> list[Measured]:
+def _measure(processes: int, cases: Sequence[Case]) -> list[Measured]:
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
         probe.close()
         path = Path(folder) / "measured.pt"
         multiprocessing.start_processes(
-            _work, args=(processes, port, sizes, path), nprocs=processes, start_method="spawn"
+            _work, args=(processes, port, cases, path), nprocs=processes, start_method="spawn"
         )
         return [Measured(*values) for values in torch.load(path)]
 
 
-def _work(rank: int, processes: int, port: int, sizes: tuple[Size, ...], path: Path) -> None:
+def _work(rank: int, processes: int, port: int, cases: Sequence[Case], path: Path) -> None:
     cuda = torch.cuda.is_available()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
@@ -113,7 +122,7 @@ def _work(rank: int, processes: int, port: int, sizes: tuple[Size, ...], path: P
         init_method=f"tcp://localhost:{port}",
     )
     _check(device)
-    measured = [_steps(size, device) for size in sizes]
+    measured = [_steps(size, tables, device) for size, tables in cases]
     if rank == 0:
         torch.save([tuple(values) for values in measured], path)
     dist.barrier()
@@ -146,10 +155,11 @@ def _check(device: torch.device) -> None:
         check("its gradient of rows", grads[1], wanted_rows, 1e-3)
 
 
-def _steps(size: Size, device: torch.device) -> Measured:
+def _steps(size: Size, tables: Tables, device: torch.device) -> Measured:
     cuda = device.type == "cuda"
     torch.manual_seed(0)
     if cuda:
+        gc.collect()  # the model before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     model = MaskedItemModel(
@@ -157,7 +167,7 @@ def _steps(size: Size, device: torch.device) -> Measured:
         embedding_dim=size.width,
         max_sequence_length=size.length,
         full_softmax_max_items=size.items if size.full_softmax else 0,
-        tables="torchrec",
+        tables=tables,
     ).to(device)
     forward = data_parallel(model) if dist.get_world_size() > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=cuda or None)
