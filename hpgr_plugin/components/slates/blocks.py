@@ -24,15 +24,17 @@ from hpgr_plugin.ops.segments import SDPA_BACKENDS
 
 
 class Context(NamedTuple):
-    """The encoded histories of B users, padded.
+    """What a decoder reads: the encoded histories of B users, padded, and the item table.
 
     Attributes:
         tokens: `[B, N, D]`.
         real: bool `[B, N]`, False for padding; every user has at least one token.
+        items: `[V, D]`, for decoders that score items; None for the others.
     """
 
     tokens: Tensor
     real: Tensor
+    items: Tensor | None = None
 
 
 class Memory(NamedTuple):

@@ -151,6 +151,10 @@ class SlateDecoder(nn.Module):
         """
         raise NotImplementedError
 
+    def counted(self, slates: Tensor) -> Tensor:
+        """Which of `log_probs` leave a choice: bool `[B, M, L]`."""
+        return self.ids.is_choice(slates)
+
     def generate(self, context: Context, allowed: Allowed, *, width: int) -> Slates:
         """A slate for every user.
 
@@ -217,11 +221,19 @@ class HierarchicalDecoder(SlateDecoder):
     `[ihat_m, s^1 .. s^{L-1}]` -> s^1 .. s^L. Slots are filled greedily, with a beam search inside
     each item, and the summed digits of the item are the planner's next input.
 
+    With `item_scores`, which the paper does not have, ihat_m also predicts the item itself by a
+    softmax over the item table. It counts as one digit more: in training, and when the items of a
+    slot's beam are compared.
+
     Args:
         ids, sizes: see `SlateDecoder`.
         planner_layers: blocks; 0 leaves the planner out: ihat_m is then a learned vector.
         generator_layers: blocks.
         generator_context: whether the generator reads the context too.
+        item_scores: whether ihat_m scores items too; `log_probs` are then `[B, M, L + 1]`.
+
+    Raises:
+        HpgrError: `item_scores` without a planner, whose ihat_m would be the same for all users.
     """
 
     def __init__(
@@ -232,16 +244,24 @@ class HierarchicalDecoder(SlateDecoder):
         planner_layers: int = 4,
         generator_layers: int = 1,
         generator_context: bool = True,
+        item_scores: bool = False,
     ) -> None:
         super().__init__(ids=ids, sizes=sizes)
         check_at_least(0, planner_layers=planner_layers)
+        if item_scores and not planner_layers:
+            raise HpgrError(
+                "hpgr.HierarchicalDecoder.item_scores = True needs planner_layers of 1 or more"
+            )
         self.settings = {
             "planner_layers": planner_layers,
             "generator_layers": generator_layers,
             "generator_context": generator_context,
+            "item_scores": item_scores,
         }
         self.planner = sizes.stack(planner_layers, cross=True) if planner_layers else None
         self.generator = sizes.stack(generator_layers, cross=generator_context)
+        size = sizes.embedding_dim
+        self.item_query = nn.Linear(size, size) if item_scores else None
         self.slots = nn.Parameter(torch.empty(sizes.slate_size, sizes.embedding_dim))
         nn.init.normal_(self.slots, std=INIT_STD)
 
@@ -249,7 +269,24 @@ class HierarchicalDecoder(SlateDecoder):
         """See `SlateDecoder.log_probs`."""
         plans = self._plans(context, slates)
         tokens = self._item_tokens(plans, slates)
-        return self.digit_log_probs(self.generator(tokens, self.generator.memory(context)), slates)
+        hidden = self.generator(tokens, self.generator.memory(context))
+        found = self.digit_log_probs(hidden, slates)
+        if self.item_query is None:
+            return found
+        of_items = self._item_log_probs(self.item_query, plans, context)
+        return torch.cat([found, of_items.gather(2, slates.unsqueeze(2))], dim=2)
+
+    def counted(self, slates: Tensor) -> Tensor:
+        """See `SlateDecoder.counted`; the item itself always counts."""
+        digits = super().counted(slates)
+        return digits if self.item_query is None else F.pad(digits, (0, 1), value=True)
+
+    @staticmethod
+    def _item_log_probs(query: nn.Linear, plans: Tensor, context: Context) -> Tensor:
+        """log P of every item by plans `[..., D]`, `[..., V]`."""
+        assert context.items is not None
+        scores: Tensor = query(plans) @ context.items.T
+        return scores.float().log_softmax(-1)
 
     def _plans(self, context: Context, slates: Tensor) -> Tensor:
         """ihat `[B, M, D]`, teacher-forced."""
@@ -275,9 +312,14 @@ class HierarchicalDecoder(SlateDecoder):
                 vector = self.item_vectors(items[:, -1]) if slot else self.bos * self._scale
                 token = (vector + self.slots[slot] * self._scale).expand(size, -1)
                 plan = self.planner(token[:, None, None], planner_memory, cache)[:, 0, 0]
+            keep = 1 if self.item_query is None else width
             item, score = self._search_item(
-                self.generator, memory, plan, allowed, chosen=items, width=width, keep=1
+                self.generator, memory, plan, allowed, chosen=items, width=width, keep=keep
             )
+            if self.item_query is not None:
+                score = score + self._item_log_probs(self.item_query, plan, context).gather(1, item)
+                best = score.argmax(1, keepdim=True)
+                item, score = item.gather(1, best), score.gather(1, best)
             items = torch.cat([items, item], dim=1)
             scores.append(score)
         return Slates(items, torch.cat(scores, dim=1))

@@ -33,12 +33,14 @@ def next_items(
         keep: how many.
     """
     candidates = [item for item in range(decoder.ids.num_items) if item not in {*banned, *slate}]
-    digits = {item: _digit_log_probs(decoder, context, slate, item) for item in candidates}
+    digits = {item: _log_probs(decoder, context, slate, item) for item in candidates}
     codes = {item: tuple(decoder.ids.codes[item].tolist()) for item in candidates}
     levels = decoder.ids.num_decoded
+    # Where the item itself has a score, it decides among all that the search found.
+    scored = any(len(found) > decoder.ids.num_levels for found in digits.values())
     for level in range(levels):
         prefixes = {codes[item][: level + 1]: sum(digits[item][: level + 1]) for item in candidates}
-        most = (keep if level == levels - 1 else width) or len(prefixes)
+        most = (keep if level == levels - 1 and not scored else width) or len(prefixes)
         if width is None and level < levels - 1:
             most = len(prefixes)
         best = set(sorted(prefixes, key=lambda prefix: -prefixes[prefix])[:most])
@@ -76,7 +78,7 @@ def generate_flat(
         for slate, score in beams:
             for item in range(decoder.ids.num_items):
                 if item not in banned and item not in slate:
-                    found = _digit_log_probs(decoder, context, slate, item)
+                    found = _log_probs(decoder, context, slate, item)
                     options.append(([*slate, item], score, found))
         for level in range(levels):
             prefixes = {}
@@ -93,10 +95,11 @@ def generate_flat(
     return max(beams, key=lambda beam: beam[1])
 
 
-def _digit_log_probs(
-    decoder: SlateDecoder, context: Context, slate: list[int], item: int
-) -> list[float]:
-    """log P of every digit of `item` behind `slate`; later slots hold any item."""
+def _log_probs(decoder: SlateDecoder, context: Context, slate: list[int], item: int) -> list[float]:
+    """log P of every digit of `item` behind `slate`, and of the item itself where it is scored.
+
+    Later slots hold any item.
+    """
     whole = [*slate, item] + [0] * (decoder.slate_size - len(slate) - 1)
     device = context.tokens.device
     found = decoder.log_probs(context, torch.tensor([whole], device=device))[0, len(slate)]

@@ -13,10 +13,12 @@ from hpgr_plugin.components.slates.decoder import (
 from hpgr_plugin.components.slates.semantic_ids import SemanticIds
 
 WIDTH = 16
+MOST_ITEMS = 200
 KINDS = {
     "hierarchical": (HierarchicalDecoder, {"planner_layers": 2}),
     "no-planner": (HierarchicalDecoder, {"planner_layers": 0}),
     "no-context": (HierarchicalDecoder, {"planner_layers": 1, "generator_context": False}),
+    "items": (HierarchicalDecoder, {"planner_layers": 2, "item_scores": True}),
     "flat-item": (FlatItemDecoder, {"num_layers": 2}),
     "flat-slate": (FlatSlateDecoder, {"num_layers": 2}),
 }
@@ -45,10 +47,12 @@ def users(seed: int = 2) -> Context:
     """Three users; the last has a single token."""
     rng = torch.Generator().manual_seed(seed)
     real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] + [False] * 4])
-    return Context(torch.randn(3, 5, WIDTH, generator=rng), real)
+    tokens, items = (torch.randn(*n, WIDTH, generator=rng) for n in ((3, 5), (MOST_ITEMS,)))
+    return Context(tokens, real, 0.2 * items)
 
 
 def user(context: Context, number: int) -> Context:
     """One of them, without padding."""
     length = int(context.real[number].sum())
-    return Context(*(x[number : number + 1, :length] for x in context))
+    tokens, real = (x[number : number + 1, :length] for x in context[:2])
+    return Context(tokens, real, context.items)

@@ -8,6 +8,7 @@ from small_slates import KINDS, catalogue, decoder_of, user, users
 
 from hpgr_plugin.components.slates import naive
 from hpgr_plugin.components.slates.beam import Allowed
+from hpgr_plugin.components.slates.decoder import DecoderSizes, HierarchicalDecoder
 from hpgr_plugin.components.slates.semantic_ids import SemanticIds
 from hpgr_plugin.errors import HpgrError
 
@@ -74,7 +75,8 @@ def test_probabilities_of_all_items_sum_to_one(kind: str) -> None:
     every = context._replace(
         tokens=context.tokens.expand(50, -1, -1), real=context.real.expand(50, -1)
     )
-    total = model.log_probs(every, slates)[:, 1].sum(1).exp().sum()
+    found = model.log_probs(every, slates)[:, 1]
+    total = found[:, : ids.num_levels].sum(1).exp().sum()
     assert float(total) == pytest.approx(1.0, abs=1e-5)
 
 
@@ -142,6 +144,30 @@ def test_a_later_item_changes_nothing_for_an_earlier_one() -> None:
         before, after = model.log_probs(users(), slates), model.log_probs(users(), other)
         torch.testing.assert_close(before[:, :2], after[:, :2], rtol=0, atol=1e-6)
         assert not torch.equal(before[:, 2], after[:, 2])
+
+
+@torch.no_grad()
+def test_the_item_that_its_row_favours_wins_whatever_its_digits_say() -> None:
+    ids = CATALOGUES["collisions"]
+    model, context = decoder_of("items", ids), users()
+    slates = torch.randint(0, 50, (3, 4))
+    assert model.log_probs(context, slates).shape == (3, 4, ids.num_levels + 1)
+    assert model.counted(slates)[..., -1].all()
+    assert isinstance(model.item_query, torch.nn.Linear)
+    model.item_query.weight.zero_()
+    model.item_query.bias.fill_(100.0)
+    rows = torch.zeros(200, 16)
+    rows[17] = 1.0
+    allowed = Allowed.all_but(ids, None, least=4)
+    found = model.generate(context._replace(items=rows), allowed, width=64)
+    assert (found.items[:, 0] == 17).all()
+
+
+def test_item_scores_need_a_planner() -> None:
+    ids = CATALOGUES["collisions"]
+    sizes = DecoderSizes(embedding_dim=16, num_heads=2, dropout=0.0, slate_size=4)
+    with pytest.raises(HpgrError, match="item_scores"):
+        HierarchicalDecoder(ids=ids, sizes=sizes, planner_layers=0, item_scores=True)
 
 
 def test_a_catalogue_smaller_than_the_slate_is_refused() -> None:

@@ -167,7 +167,7 @@ class SlateModel(nn.Module):
         if self.decoder is not None:
             history = history + self.decoder.item_vectors(items)
         context: Context = self.context_encoder(self.input_dropout(history), batch)
-        return context
+        return context._replace(items=self.item_table.weight)
 
     def forward(self, batch: Batch) -> tuple[Tensor, int]:
         """The sum of -log P over the items of the batch's slates, and their number."""
@@ -190,7 +190,7 @@ class SlateModel(nn.Module):
             raise HpgrError(f"{_NAME}.decoder is None: only a decoder gives slates a probability")
         slot = torch.arange(self.slate_size, device=slates.device)
         used = (slot < lengths.unsqueeze(1)).unsqueeze(2)
-        counted = self.decoder.ids.is_choice(slates) & used
+        counted = self.decoder.counted(slates) & used
         return SlateLogProbs(self.decoder.log_probs(context, slates), counted)
 
     def _next_item_loss(self, batch: Batch) -> tuple[Tensor, int]:
