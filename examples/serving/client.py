@@ -1,5 +1,8 @@
 """Score a few candidates of one user with a running server, then again after one more event.
 
+Between events the history is not sent again: the version in the last answer names it. A server that
+does not keep it any more says so (409), and is sent the whole history.
+
 python examples/serving/client.py --url http://127.0.0.1:8000 --items 1 2 3 4 5
 """
 
@@ -7,6 +10,22 @@ import argparse
 import json
 
 import httpx
+
+
+def score(client: httpx.Client, request: dict, history: dict, version: str | None) -> dict:
+    """The answer to a request for the candidates of one user.
+
+    Args:
+        client: of the server.
+        request: user, candidates and their time.
+        history: of the user.
+        version: of the same history in an earlier answer, or None.
+    """
+    if version is not None:
+        response = client.post("/score", json={**request, "history_version": version})
+        if response.status_code != httpx.codes.CONFLICT:
+            return response.raise_for_status().json()
+    return client.post("/score", json={**request, "history": history}).raise_for_status().json()
 
 
 def main() -> None:
@@ -23,15 +42,13 @@ def main() -> None:
             history["items"].append(item)
             history["times"].append(now)
             history["actions"].append(action)
-            now += 60
-            body = {
-                "user_id": 1,
-                "history": history,
-                "candidates": options.items,
-                "time": now,
-            }
-            response = client.post("/score", json=body)
-            print(response.status_code, response.json())
+            version = None  # of a history with this event
+            for candidates in (options.items, options.items[::-1]):
+                now += 60
+                request = {"user_id": 1, "candidates": candidates, "time": now}
+                answer = score(client, request, history, version)
+                version = answer["history_version"]
+                print(answer)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 python examples/serving/load.py --model FOLDER --clients 8 --seconds 10
 
 Item ids and actions are drawn from the vocabulary of the served folder. Every user comes back with
-the same history (`--repeat` is the share), or with one event more.
+the same history (`--repeat` is the share), or with one event more. With `--named` a history that
+was scored is not sent again: its version names it, until the server answers that it is not kept.
 """
 
 import argparse
@@ -33,18 +34,27 @@ async def client(
             start = time.perf_counter()
             body = {
                 "user_id": user["id"],
-                "history": user["history"],
                 "candidates": draw.choices(user["items"], k=options.candidates),
                 "time": user["history"]["times"][-1] + 60,
             }
-            response = await session.post("/score", json=body)
+            version = user.get("version") if options.named else None
+            given = {"history": user["history"]}
+            response = await session.post(
+                "/score", json={**body, **({"history_version": version} if version else given)}
+            )
+            if version and response.status_code == httpx.codes.CONFLICT:
+                statuses[response.status_code] += 1
+                response = await session.post("/score", json={**body, **given})
             seconds.append(time.perf_counter() - start)
             statuses[response.status_code] += 1
+            if response.status_code == httpx.codes.OK:
+                user["version"] = response.json()["history_version"]
     return seconds, statuses
 
 
 def add_event(user: dict[str, Any], draw: random.Random) -> None:
     history = user["history"]
+    user["version"] = None
     history["items"].append(draw.choice(user["items"]))
     history["times"].append(history["times"][-1] + draw.randint(1, 600))
     history["actions"].append(draw.choice(user["actions"]))
@@ -94,6 +104,7 @@ def main() -> None:
     parser.add_argument("--history", type=int, default=100)
     parser.add_argument("--candidates", type=int, default=64)
     parser.add_argument("--repeat", type=float, default=0.5)
+    parser.add_argument("--named", action="store_true", help="send no history that was scored")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     asyncio.run(run(parser.parse_args()))

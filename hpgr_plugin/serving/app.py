@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 from hpgr_plugin.hosts.embedded.slates.generator import History
 from hpgr_plugin.serving.batcher import Batcher, BatchLimits, OverloadedError, StoppingError
 from hpgr_plugin.serving.metrics import Metrics
-from hpgr_plugin.serving.requests import Request
+from hpgr_plugin.serving.requests import HistoryNotKeptError, Request
 from hpgr_plugin.serving.scorer import Scorer, Scores
 from hpgr_plugin.serving.slates import SlateAnswer, SlateServer
 from hpgr_plugin.serving.vocabulary import RequestError
@@ -45,10 +45,15 @@ class ScoreHistory(Strict):
 
 
 class ScoreRequest(Strict):
-    """One user's history, and the candidates to score at `time` (seconds), or at `times` each."""
+    """Candidates to score at `time` (seconds), or at `times` each, for one user's history.
+
+    `history_version` of an earlier answer stands for a history that the server keeps. Without
+    both, the history is empty.
+    """
 
     candidates: list[ItemId]
-    history: ScoreHistory = Field(default_factory=ScoreHistory)
+    history: ScoreHistory | None = None
+    history_version: StrictStr | None = None
     time: StrictInt | None = None
     times: list[StrictInt] | None = None
     user_id: ItemId | None = None
@@ -58,14 +63,18 @@ class ScoreRequest(Strict):
         """For the scorer.
 
         Raises:
-            RequestError: both or neither of `time` and `times`.
+            RequestError: both or neither of `time` and `times`, or history and version both.
         """
         if (self.time is None) == (self.times is None):
             raise RequestError("time", "give either time, for all candidates, or times, one each")
+        history = self.history
+        if history is None and self.history_version is None:
+            history = ScoreHistory()
         return Request(
-            history_items=self.history.items,
-            history_times=self.history.times,
-            history_actions=self.history.actions,
+            history_items=None if history is None else history.items,
+            history_times=None if history is None else history.times,
+            history_actions=None if history is None else history.actions,
+            history_version=self.history_version,
             candidates=self.candidates,
             times=self.times if self.time is None else self.time,  # type: ignore[arg-type]
             user_id=self.user_id,
@@ -151,7 +160,8 @@ def create_app(
     @app.post("/score")
     async def score(body: ScoreRequest) -> ScoreAnswer:
         """Score the candidates of one user."""
-        _check_size("history.items", body.history.items, settings.sizes.max_history)
+        if body.history is not None:
+            _check_size("history.items", body.history.items, settings.sizes.max_history)
         _check_size("candidates", body.candidates, settings.sizes.max_candidates)
         encoded = scorer.encode(body.as_request())
         answer = _answer(await scores.score(encoded))
@@ -271,8 +281,8 @@ def _add_error_answers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def bad_request(_: HttpRequest, error: RequestError) -> JSONResponse:
-        status = 413 if isinstance(error, _TooLargeError) else 422
-        return _error(status, error.field, error.problem)
+        statuses = {_TooLargeError: 413, HistoryNotKeptError: 409}
+        return _error(statuses.get(type(error), 422), error.field, error.problem)
 
     @app.exception_handler(RequestValidationError)
     async def bad_body(_: HttpRequest, error: RequestValidationError) -> JSONResponse:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from hpgr_plugin.serving.requests import EncodedRequest
+from hpgr_plugin.serving.requests import EncodedCandidates
 
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
@@ -42,21 +42,22 @@ class BatchLimits:
 
 def count_candidates(request: object) -> int:
     """How much of a batch a request takes: its candidates; a request for a slate is 1."""
-    return request.candidates.shape[1] if isinstance(request, EncodedRequest) else 1
+    return request.candidates.shape[1] if isinstance(request, EncodedCandidates) else 1
 
 
 class Batcher(Generic[Asked, Answered]):
     """Scores in one thread of its own, so that the event loop stays free.
 
     Args:
-        score: called with one batch at a time.
+        score: called with one batch at a time; an answer that is an exception fails its request,
+            and no other.
         limits: of a batch.
         observe: told the size of every batch and the seconds that it took.
     """
 
     def __init__(
         self,
-        score: Callable[[Sequence[Asked]], list[Answered]],
+        score: Callable[[Sequence[Asked]], Sequence[Answered | Exception]],
         limits: BatchLimits,
         observe: Callable[[int, float], None] = lambda size, seconds: None,
     ) -> None:
@@ -93,6 +94,7 @@ class Batcher(Generic[Asked, Answered]):
         Raises:
             OverloadedError: too many are waiting.
             StoppingError: after `stop`.
+            Exception: what `score` raised, or gave as the answer.
         """
         if self.stopping or self._worker is None:
             raise StoppingError
@@ -114,7 +116,11 @@ class Batcher(Generic[Asked, Answered]):
                 requests = [request for request, _ in live]
                 scores = await loop.run_in_executor(self._thread, self._score, requests)
                 for (_, answer), one in zip(live, scores, strict=True):
-                    if not answer.done():
+                    if answer.done():
+                        continue
+                    if isinstance(one, Exception):
+                        answer.set_exception(one)
+                    else:
                         answer.set_result(one)
             except Exception as error:  # the requests of this batch fail, not the server
                 for _, answer in live:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,13 +58,17 @@ class CachedEncoder(nn.Module):
         self.cache = cache
         self._users: Sequence[Hashable] | None = None
         self._versions: Sequence[Hashable] = ()
+        self._histories: Sequence[np.ndarray | None] = ()
         first: Any = encoder.layers[0]
         self.num_heads: int = first.num_heads
         self.bias = LayerBias.of(encoder)
         take_cached_rows(encoder)
 
     def for_users(
-        self, users: Sequence[Hashable] | None, versions: Sequence[Hashable] | None = None
+        self,
+        users: Sequence[Hashable] | None,
+        versions: Sequence[Hashable] | None = None,
+        histories: Sequence[np.ndarray] | None = None,
     ) -> None:
         """Whose histories the next batch holds.
 
@@ -71,8 +76,10 @@ class CachedEncoder(nn.Module):
             users: a key per request; None: nothing is kept.
             versions: of all that a request's context and history tokens are made from, one each.
                 Where a kept version is the same the tokens are not compared.
+            histories: int64 `[3, n]` each, which go into the states.
         """
         self._users = users
+        self._histories = [None] * len(users or ()) if histories is None else histories
         self._versions = versions or [None] * len(users or ())
 
     def forward(self, sequence: TokenSequence, *, mask_position: MaskPosition = "post") -> Tensor:
@@ -110,6 +117,7 @@ class CachedEncoder(nn.Module):
         """The state of a request's history: found, extended by what is new, or made."""
         assert self._users is not None
         user, version = self._users[place], self._versions[place]
+        source: dict[str, Any] = {"version": version, "history": self._histories[place]}
         found = self.cache.get(user)
         if found is not None and found.is_of(version, marks):
             self.cache.counts.hits += 1
@@ -118,14 +126,17 @@ class CachedEncoder(nn.Module):
             old = len(found.tokens)
             if old == len(tokens):
                 self.cache.counts.hits += 1
+                if version is not None:  # the same tokens from something else
+                    found = replace(found, **source, ready=None)
+                    self.cache.put(user, found)
                 return found
             if _appends(Marks(*marks.unbind(1)), old):
                 self.cache.counts.extended += 1
-                state = replace(self._extend(found, tokens, marks), version=version)
+                state = replace(self._extend(found, tokens, marks), **source)
                 self.cache.put(user, state)
                 return state
         self.cache.counts.misses += 1
-        state = replace(self._extend(None, tokens, marks), version=version)
+        state = replace(self._extend(None, tokens, marks), **source)
         self.cache.put(user, state)
         return state
 

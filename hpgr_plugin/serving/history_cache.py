@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,8 @@ class HistoryState:
         keys, values: `[H, N, d]` of every layer, H heads.
         version: what the tokens were made from; equal versions with equal marks have equal tokens.
             None: not known.
+        history: int64 `[3, n]` on the host, the items, times and actions of the history among the
+            tokens; None: not known.
         ready: what further requests of it need, or None until one came.
     """
 
@@ -59,6 +62,7 @@ class HistoryState:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     version: Hashable = None
+    history: np.ndarray | None = None
     ready: ReadyHistory | None = None
 
     @property
@@ -66,7 +70,14 @@ class HistoryState:
         """Memory of the tensors."""
         tensors = (self.tokens, self.marks, *self.keys, *self.values)
         ready = 0 if self.ready is None else self.ready.num_bytes
-        return ready + sum(tensor.nbytes for tensor in tensors)
+        history = 0 if self.history is None else self.history.nbytes
+        return ready + history + sum(tensor.nbytes for tensor in tensors)
+
+    @property
+    def num_items(self) -> int:
+        """n, of a known history."""
+        assert self.history is not None
+        return self.history.shape[1]
 
     def is_of(self, version: Hashable, marks: Tensor) -> bool:
         """Whether the tokens of this version with these marks are those of this state."""

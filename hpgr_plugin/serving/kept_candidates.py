@@ -31,7 +31,7 @@ from hpgr_plugin.serving.bias import LayerBias, bias_places
 from hpgr_plugin.serving.cached_encoder import cached_rows, few, near_rows, slots_of
 from hpgr_plugin.serving.history_cache import HistoryState, ReadyHistory
 from hpgr_plugin.serving.kept_rows import ScoredHistory, ServedPreferences
-from hpgr_plugin.serving.requests import EncodedRequest
+from hpgr_plugin.serving.requests import EncodedCandidates
 
 # Scores at once: on a CPU what its cache holds, on a GPU what its memory does.
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
@@ -92,11 +92,12 @@ class KeptCandidates:
     # -- the history --------------------------------------------------------------------------
 
     @torch.no_grad()
-    def ready(self, request: EncodedRequest, state: HistoryState) -> HistoryState:
-        """The request's kept history with what its further requests need."""
+    def ready(self, state: HistoryState) -> HistoryState:
+        """A kept history, which knows its events, with what further requests of it need."""
+        assert state.history is not None
         scored, near = None, torch.zeros(0, dtype=torch.int64, device=self.device)
         if self.hook is not None:
-            ids = torch.from_numpy(request.history[0].copy()).to(self.device)
+            ids = torch.from_numpy(state.history[0].copy()).to(self.device)
             scored = ScoredHistory.of(self._scored(self.model.embed_items(ids), ids), ids)
             recent = scored.recent(self.hook.settings)
             near = near_rows(recent, self.context, self.device)
@@ -106,7 +107,7 @@ class KeptCandidates:
         )
         positions, times = state.marks[:, :2].T.contiguous().cpu()
         if self.bias is not None:
-            own = request.history.shape[1] + 1
+            own = state.num_items + 1
             positions = bias_places(own - positions, torch.zeros_like(times), self.bias.sizes)
         return replace(state, ready=ReadyHistory(positions, times, scored, near, keys, values))
 
@@ -122,7 +123,9 @@ class KeptCandidates:
     # -- the candidates -----------------------------------------------------------------------
 
     @torch.no_grad()
-    def logits(self, requests: Sequence[EncodedRequest], states: Sequence[HistoryState]) -> Tensor:
+    def logits(
+        self, requests: Sequence[EncodedCandidates], states: Sequence[HistoryState]
+    ) -> Tensor:
         """Of all tasks, `[1 + tasks, C]`, the main one first; one ready state each."""
         model = self.model
         items, visible, places = self._moved(requests, states)
@@ -146,7 +149,7 @@ class KeptCandidates:
         return torch.stack([logits, *model.task_heads.logits(encoded, items)])
 
     def _moved(
-        self, requests: Sequence[EncodedRequest], states: Sequence[HistoryState]
+        self, requests: Sequence[EncodedCandidates], states: Sequence[HistoryState]
     ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
         """Items and visible history items `[C]`, and the bias' places `[N]` of each request.
 
@@ -154,7 +157,8 @@ class KeptCandidates:
         """
         candidates = [request.candidates[0] for request in requests]
         visible = [
-            np.full(one.candidates.shape[1], one.history.shape[1], np.int64) for one in requests
+            np.full(one.candidates.shape[1], state.num_items, np.int64)
+            for one, state in zip(requests, states, strict=True)
         ]
         pieces = [torch.from_numpy(np.concatenate([*candidates, *visible]))]
         if self.bias is not None:
@@ -187,7 +191,7 @@ class KeptCandidates:
 
     def _parts(
         self,
-        requests: Sequence[EncodedRequest],
+        requests: Sequence[EncodedCandidates],
         states: Sequence[HistoryState],
         rows: Tensor,
         items: Tensor,
@@ -386,7 +390,7 @@ def _by_kernel(kept: Slots | None) -> bool:
     return kept is not None and kept.index.is_cuda and few(kept)
 
 
-def _places(request: EncodedRequest, state: HistoryState, num_times: int) -> Tensor:
+def _places(request: EncodedCandidates, state: HistoryState, num_times: int) -> Tensor:
     """Places in the bias table of a candidate over all tokens, int64 `[N]` on the host."""
     assert state.ready is not None
     passed = int(request.candidates[1, 0]) - state.ready.times

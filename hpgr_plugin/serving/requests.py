@@ -1,4 +1,7 @@
-"""Requests in the log's own ids, and the batch that the model takes."""
+"""Requests in the log's own ids, and the batch that the model takes.
+
+A request has the user's history, or names one that the scorer keeps by its version.
+"""
 
 from __future__ import annotations
 
@@ -19,52 +22,71 @@ _NO_BOUND = 2**62
 _LATEST = 2**52
 
 
+class HistoryNotKeptError(RequestError):
+    """The history that a request names is not kept, or not any more: it has to be sent."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("history_version", f"{reason}; send the history")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One user's history, and candidates to score.
+    """Candidates to score, and one user's history or the version of a kept one.
 
     Attributes:
-        history_items: ids, oldest first.
-        history_times: seconds, ascending.
         candidates: item ids.
         times: seconds, when the candidates are shown: one for all, or one each. History at or
             after a candidate's time is hidden from it.
+        history_items: ids, oldest first.
+        history_times: seconds, ascending.
         history_actions: what the user did with each item, as the log codes it; needed where the
             model was trained with actions.
+        history_version: of an earlier answer, in place of the history; it takes one time for all
+            candidates, after the last event that was read.
         user_id: finds the user's kept history and, for a user of the log, the user's features.
         user_features: values by name, in place of those in the log.
     """
 
-    history_items: Sequence[int | str]
-    history_times: Sequence[int]
     candidates: Sequence[int | str]
     times: int | Sequence[int]
+    history_items: Sequence[int | str] | None = None
+    history_times: Sequence[int] | None = None
     history_actions: Sequence[Any] | None = None
+    history_version: str | None = None
     user_id: int | str | None = None
     user_features: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class EncodedRequest:
-    """A request in codes, cut to what the model reads.
+@dataclass(frozen=True, kw_only=True)
+class EncodedCandidates:
+    """Candidates in codes, and what finds the kept history that they are scored over.
 
     Attributes:
-        history: int64 [3, N], items, times and actions.
         candidates: int64 [2, C'], items and times of the known candidates.
         known: bool [C], which candidates the log has.
         user_features: codes by name.
-        unknown_history: items of the history that the log does not have; they are left out.
         user: key of the kept history.
         version: digest of the history; the same history has the same.
     """
 
-    history: np.ndarray
     candidates: np.ndarray
     known: np.ndarray
     user_features: dict[str, int]
-    unknown_history: int
     user: tuple[str, int | str]
     version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedRequest(EncodedCandidates):
+    """A request in codes, cut to what the model reads.
+
+    Attributes:
+        history: int64 [3, N], items, times and actions.
+        unknown_history: items of the history that the log does not have; they are left out.
+    """
+
+    history: np.ndarray
+    unknown_history: int
 
     @property
     def one_time(self) -> bool:
@@ -93,8 +115,10 @@ def encode(
     *,
     use_actions: bool,
     hide_future: bool = True,
-) -> EncodedRequest:
+) -> EncodedCandidates:
     """Check a request and code it, as requests of the training are cut.
+
+    An `EncodedRequest`, or without its history where the request names one.
 
     Args:
         request: in the log's ids.
@@ -106,6 +130,13 @@ def encode(
     Raises:
         RequestError: naming the field.
     """
+    if request.history_version is not None:
+        return _encode_named(request, vocabulary)
+    if request.history_items is None or request.history_times is None:
+        name = "items" if request.history_items is None else "times"
+        raise RequestError(
+            f"history.{name}", "is missing: give the history, or the history_version of a kept one"
+        )
     items = vocabulary.items(request.history_items, "history.items")
     times = history_times(request.history_times, len(items))
     actions = np.zeros(len(items), np.int64)
@@ -115,26 +146,58 @@ def encode(
     elif use_actions and len(items):
         raise RequestError("history.actions", "is missing: the model was trained with actions")
     candidates = vocabulary.items(request.candidates, "candidates")
-    shown = request.times
-    if isinstance(shown, int) and not isinstance(shown, bool):
-        shown_at = _times([shown], "times", 1).repeat(len(candidates))
-    else:
-        shown_at = _times(shown, "times", len(candidates))  # type: ignore[arg-type]
+    shown_at = _shown_at(request)
     if not hide_future and len(shown_at) and shown_at.min() < shown_at.max():
         raise RequestError("times", "takes one time for all candidates: hide_future is False")
     known = candidates != UNKNOWN
     history = np.stack([items, times, actions])[:, _kept(items, times, shown_at, settings)]
     digest = hashlib.blake2b(np.ascontiguousarray(history).tobytes(), digest_size=12).hexdigest()
-    key = ("history", digest) if request.user_id is None else ("user", request.user_id)
     return EncodedRequest(
         history=history,
         candidates=np.stack([candidates, shown_at])[:, known],
         known=known,
         user_features=vocabulary.user_feature_codes(request.user_id, dict(request.user_features)),
         unknown_history=int((items == UNKNOWN).sum()),
-        user=key,
+        user=_key(request, digest),
         version=digest,
     )
+
+
+def _encode_named(request: Request, vocabulary: Vocabulary) -> EncodedCandidates:
+    """Code a request that names its history: nothing here depends on the history's length."""
+    version = request.history_version
+    if not isinstance(version, str):
+        raise RequestError("history_version", f"takes that of an answer, got {version!r}")
+    parts = request.history_items, request.history_times, request.history_actions
+    if any(part is not None for part in parts):
+        raise RequestError("history_version", "give either it or the history, not both")
+    candidates = vocabulary.items(request.candidates, "candidates")
+    shown_at = _shown_at(request)
+    if len(shown_at) and shown_at.min() < shown_at.max():
+        raise RequestError(
+            "times", "takes one time for all candidates where history_version names the history"
+        )
+    known = candidates != UNKNOWN
+    return EncodedCandidates(
+        candidates=np.stack([candidates, shown_at])[:, known],
+        known=known,
+        user_features=vocabulary.user_feature_codes(request.user_id, dict(request.user_features)),
+        user=_key(request, version),
+        version=version,
+    )
+
+
+def _key(request: Request, version: str) -> tuple[str, int | str]:
+    """By which a history is kept."""
+    return ("history", version) if request.user_id is None else ("user", request.user_id)
+
+
+def _shown_at(request: Request) -> np.ndarray:
+    """int64 seconds `[C]` at which the candidates are shown."""
+    shown, count = request.times, len(request.candidates)
+    if isinstance(shown, int) and not isinstance(shown, bool):
+        return _times([shown], "times", 1).repeat(count)
+    return _times(shown, "times", count)  # type: ignore[arg-type]
 
 
 def batch_of(requests: Sequence[EncodedRequest]) -> Batch:

@@ -15,7 +15,15 @@ from hpgr_plugin.serving.folder import ServedModel, read_folder
 from hpgr_plugin.serving.history_cache import HistoryCache, HistoryState
 from hpgr_plugin.serving.kept_candidates import KeptCandidates
 from hpgr_plugin.serving.kept_rows import ServedPreferences, can_plan
-from hpgr_plugin.serving.requests import EncodedRequest, Request, batch_of, encode
+from hpgr_plugin.serving.requests import (
+    EncodedCandidates,
+    EncodedRequest,
+    HistoryNotKeptError,
+    Request,
+    batch_of,
+    encode,
+)
+from hpgr_plugin.serving.vocabulary import RequestError
 
 _MIB = 2**20
 
@@ -27,7 +35,8 @@ class Scores:
     Attributes:
         probabilities: float32 [C], NaN for candidates that the log does not have.
         unknown_candidates: places of those candidates.
-        unknown_history: history items that the log does not have; they were left out.
+        unknown_history: history items of the request that the log does not have; they were left
+            out.
         history_length: items that were read.
         history_version: digest of what was read; equal histories have equal ones.
         tasks: the same as `probabilities` for every further task of the model, by name.
@@ -99,7 +108,7 @@ class Scorer:
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(read_folder(Path(folder)), device=place, cache_mib=cache_mib)
 
-    def encode(self, request: Request) -> EncodedRequest:
+    def encode(self, request: Request) -> EncodedCandidates:
         """Check a request and code it; any thread may do so.
 
         Raises:
@@ -118,50 +127,62 @@ class Scorer:
         """The answers to some requests, scored together.
 
         Raises:
+            HistoryNotKeptError: a request names a history that is not kept.
             RequestError: naming the field of the first request that cannot be scored.
         """
-        return self.score_encoded([self.encode(request) for request in requests])
+        answers = self.score_encoded([self.encode(request) for request in requests])
+        scores = []
+        for answer in answers:
+            if isinstance(answer, RequestError):
+                raise answer
+            scores.append(answer)
+        return scores
 
     @torch.inference_mode()
-    def score_encoded(self, requests: Sequence[EncodedRequest]) -> list[Scores]:
-        """The answers to some checked requests; one thread at a time."""
-        chosen = [request for request in requests if request.known.any()]
+    def score_encoded(self, requests: Sequence[EncodedCandidates]) -> list[Scores | RequestError]:
+        """The answers to some checked requests; one thread at a time.
+
+        What keeps one of them from being scored, such as a history that is not kept any more, is
+        its answer: the others are scored.
+        """
+        found = self._find(requests)
+        chosen = [
+            (request, state)
+            for request, state in zip(requests, found, strict=True)
+            if request.known.any() and not isinstance(state, RequestError)
+        ]
         names = self.model.task_names
         scores = np.zeros((1 + len(names), 0), np.float32)
         if chosen:
             scores = self._probabilities(chosen)
-        answers, start = [], 0
-        for request in requests:
+        answers: list[Scores | RequestError] = []
+        start = 0
+        for request, state in zip(requests, found, strict=True):
+            if isinstance(state, RequestError):
+                answers.append(state)
+                continue
             count = int(request.known.sum())
-            probabilities = np.full((len(scores), len(request.known)), np.nan, np.float32)
-            probabilities[:, request.known] = scores[:, start : start + count]
+            answers.append(_answer(request, state, scores[:, start : start + count], names))
             start += count
-            answers.append(
-                Scores(
-                    probabilities=probabilities[0],
-                    unknown_candidates=np.flatnonzero(~request.known).tolist(),
-                    unknown_history=request.unknown_history,
-                    history_length=request.history.shape[1],
-                    history_version=request.version,
-                    tasks=dict(zip(names, probabilities[1:], strict=True)),
-                )
-            )
         return answers
 
-    def _probabilities(self, requests: Sequence[EncodedRequest]) -> np.ndarray:
-        """Of all tasks and candidates, float32 `[1 + tasks, C]`."""
-        states = [self._kept(request) for request in requests]
-        found = [(r, state) for r, state in zip(requests, states, strict=True) if state is not None]
-        others = [r for r, state in zip(requests, states, strict=True) if state is None]
+    def _probabilities(
+        self, requests: Sequence[tuple[EncodedCandidates, HistoryState | None]]
+    ) -> np.ndarray:
+        """Of all tasks and candidates, float32 `[1 + tasks, C]`; None: nothing is kept."""
+        found = [(request, state) for request, state in requests if state is not None]
+        others = [r for r, state in requests if state is None and isinstance(r, EncodedRequest)]
         parts = []
         if found and self._candidates is not None:
-            parts.append(self._candidates.logits(*zip(*found, strict=True)))
+            parts.append(self._candidates.logits(*zip(*self._ready(found), strict=True)))
         if not self.model.hide_future:
             others = [one for request in others for one in request.split()]
         if others:
             if self._encoder is not None:
                 self._encoder.for_users(
-                    [r.user for r in others], [self._version(r) for r in others]
+                    [r.user for r in others],
+                    [self._version(r, r.fewest_visible) for r in others],
+                    [r.history for r in others],
                 )
             parts.append(self.model(batch_of(others).to(self.device), every_task=True))
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -169,27 +190,114 @@ class Scorer:
         if len(parts) == 1:
             return scores
         # Back from those that were found and the others to the order of the requests.
-        counts = [request.candidates.shape[1] for request in requests]
-        owner = np.repeat([state is None for state in states], counts)
+        counts = [request.candidates.shape[1] for request, _ in requests]
+        owner = np.repeat([state is None for _, state in requests], counts)
         ordered = np.empty_like(scores)
         ordered[:, np.argsort(owner, kind="stable")] = scores
         return ordered
 
-    def _kept(self, request: EncodedRequest) -> HistoryState | None:
-        """The kept state of a request that needs nothing else of its history."""
-        if self._candidates is None or not request.one_time:
+    # -- kept histories -----------------------------------------------------------------------
+
+    def _find(
+        self, requests: Sequence[EncodedCandidates]
+    ) -> list[HistoryState | RequestError | None]:
+        """The kept histories of requests that need nothing else of them, before any is dropped.
+
+        None: the model reads the history. An error: it would have to, but the request names one.
+        """
+        found: list[HistoryState | RequestError | None] = []
+        for request in requests:
+            state = self._kept(request)
+            if isinstance(request, EncodedRequest):
+                found.append(state)
+            else:
+                found.append(self._why_not_named(request, state) or state)
+        return found
+
+    def _kept(self, request: EncodedCandidates) -> HistoryState | None:
+        """The kept history of one request, if it needs nothing else of it."""
+        if self._candidates is None:
+            return None
+        if isinstance(request, EncodedRequest) and not request.one_time:
             return None
         state = self.cache.get(request.user)
-        if state is None or state.version != self._version(request):
+        if state is None or state.history is None:
             return None
-        self.cache.counts.hits += 1
-        if state.ready is None:
-            state = self._candidates.ready(request, state)
-            if state.num_bytes <= self.cache.max_bytes:
-                self.cache.put(request.user, state)
-        return state
+        return state if state.version == self._version(request, state.num_items) else None
 
-    def _version(self, request: EncodedRequest) -> tuple[Hashable, ...]:
-        """Of all that the tokens and marks of a request's history are made from."""
-        seen = request.fewest_visible if self.model.dynamic_mask else None
+    def _why_not_named(
+        self, request: EncodedCandidates, state: HistoryState | None
+    ) -> RequestError | None:
+        """Why a request that names its history cannot be scored over this one; None: it can."""
+        if self._candidates is None:
+            return HistoryNotKeptError("this model is served without kept histories")
+        if state is None or state.history is None:
+            return HistoryNotKeptError(
+                f"history {request.version!r} is not kept for this user and these features"
+            )
+        times = request.candidates[1]
+        if state.num_items and len(times) and times[0] <= state.history[1, -1]:
+            return RequestError(
+                "times",
+                "takes a time after the last event of the kept history, "
+                f"{state.history[1, -1]}, got {times[0]}; send the history for an earlier one",
+            )
+        return None
+
+    def _ready(
+        self, found: Sequence[tuple[EncodedCandidates, HistoryState]]
+    ) -> list[tuple[EncodedCandidates, HistoryState]]:
+        """The same with states that are ready."""
+        assert self._candidates is not None
+        ready: dict[Hashable, HistoryState] = {}  # a user may ask twice
+        for request, state in found:
+            self.cache.counts.hits += 1
+            if request.user in ready:
+                continue
+            if state.ready is None:
+                state = self._candidates.ready(state)
+                if state.num_bytes <= self.cache.max_bytes:
+                    self.cache.put(request.user, state)
+            ready[request.user] = state
+        return [(request, ready[request.user]) for request, _ in found]
+
+    def _version(self, request: EncodedCandidates, visible: int) -> tuple[Hashable, ...]:
+        """Of all that the tokens and marks of a request's history are made from.
+
+        Args:
+            request: whose history it is.
+            visible: how many items of it every candidate sees.
+        """
+        seen = visible if self.model.dynamic_mask else None
         return request.version, seen, *request.user_features.items()
+
+
+def _answer(
+    request: EncodedCandidates,
+    state: HistoryState | None,
+    scores: np.ndarray,
+    names: Sequence[str],
+) -> Scores:
+    """The answer to one request.
+
+    Args:
+        request: that was scored.
+        state: the history that it was found by; None: it has its own.
+        scores: `[1 + tasks, C']`, of the known candidates.
+        names: of the further tasks.
+    """
+    probabilities = np.full((len(scores), len(request.known)), np.nan, np.float32)
+    probabilities[:, request.known] = scores
+    if isinstance(request, EncodedRequest):
+        unknown, length = request.unknown_history, request.history.shape[1]
+    else:
+        assert state is not None
+        unknown, length = 0, state.num_items
+    return Scores(
+        probabilities=probabilities[0],
+        unknown_candidates=np.flatnonzero(~request.known).tolist(),
+        unknown_history=unknown,
+        history_length=length,
+        history_version=request.version,
+        tasks=dict(zip(names, probabilities[1:], strict=True)),
+    )

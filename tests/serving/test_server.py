@@ -118,6 +118,44 @@ def test_a_bad_request_is_answered_by_field(
     assert response.json()["error"]["problem"]
 
 
+def test_a_history_is_named_by_its_version(served: Served) -> None:
+    client, scorer, requests = served
+    body = {**body_of(requests[0]), "time": max(requests[0].times)}  # type: ignore[type-var,arg-type]
+    del body["times"]
+    wanted = client.post("/score", json=body).json()
+    del body["history"]
+    body["history_version"] = wanted["history_version"]
+    answer = client.post("/score", json=body)
+    assert answer.status_code == 200
+    np.testing.assert_allclose(answer.json()["probabilities"], wanted["probabilities"], atol=1e-6)
+    assert answer.json()["history_version"] == wanted["history_version"]
+    twice = client.post("/score", json={**body, "history": {"items": []}})
+    assert (twice.status_code, twice.json()["error"]["field"]) == (422, "history_version")
+    early = client.post("/score", json={**body, "time": 0})
+    assert (early.status_code, early.json()["error"]["field"]) == (422, "times")
+    scorer.cache.clear()
+    gone = client.post("/score", json=body)
+    assert (gone.status_code, gone.json()["error"]["field"]) == (409, "history_version")
+    assert "send the history" in gone.json()["error"]["problem"]
+    assert 'hpgr_requests_total{status="409"} 1.0' in client.get("/metrics").text
+
+
+def test_a_request_that_fails_leaves_its_batch_alone() -> None:
+    async def run() -> list[Any]:
+        batcher = Batcher(
+            lambda batch: [KeyError(one) if one % 2 else one for one in batch],
+            BatchLimits(wait_seconds=0.2),
+        )
+        batcher.start()
+        answers = await asyncio.gather(*map(batcher.score, range(4)), return_exceptions=True)
+        await batcher.stop()
+        return answers
+
+    answers = asyncio.run(run())
+    assert answers[::2] == [0, 2]
+    assert all(isinstance(answer, KeyError) for answer in answers[1::2])
+
+
 def test_health_and_metrics(served: Served) -> None:
     client, _, requests = served
     health = client.get("/healthz").json()
@@ -232,7 +270,15 @@ def test_a_real_process_serves_and_stops_gracefully(trained: Trained) -> None:
             shown = subprocess.run(
                 [*client, "--items", *items], capture_output=True, text=True, check=True
             )
-            assert shown.stdout.count("200 {'probabilities'") == 3
+            assert shown.stdout.count("{'probabilities'") == 6
+            text = httpx.get(f"{url}/metrics").text
+            assert 'hpgr_history_cache_total{outcome="hits"} 3.0' in text  # named
+            assert 'status="409"' not in text
+            load = [sys.executable, str(ROOT / "examples/serving/load.py"), f"--url={url}"]
+            load += [f"--model={folder}", "--seconds=1", "--clients=2", "--history=5", "--named"]
+            shown = subprocess.run(load, capture_output=True, text=True, check=True)
+            assert "statuses {200: " in shown.stdout
+            assert "422" not in shown.stdout.splitlines()[0].split("statuses")[1]
             under_way = pool.submit(post, body_of(requests[0]))
             time.sleep(1.0)  # it waits for its batch
             process.send_signal(signal.SIGTERM)
