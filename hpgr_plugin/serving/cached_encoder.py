@@ -24,10 +24,9 @@ from hpgr_plugin.ops.hstu_attention import AttentionSpec, MaskPosition, Position
 from hpgr_plugin.ops.preference_plan import PreferencePlan
 from hpgr_plugin.ops.slot_attention import Settings, SlotBias, Slots, slot_attention
 from hpgr_plugin.serving.bias import LayerBias, bias_places
+from hpgr_plugin.serving.chunks import rows_at_once
 from hpgr_plugin.serving.history_cache import HistoryCache, HistoryState
 from hpgr_plugin.serving.kept_rows import ServedPlan, UserPlan
-
-_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}  # scores, or gathered numbers, at once
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -174,7 +173,7 @@ class CachedEncoder(nn.Module):
         length, new = k.shape[1], len(q)
         columns = torch.arange(length, device=k.device)
         outputs = []
-        step = max(1, _CHUNK_ELEMENTS[k.device.type] // max(1, length * self.num_heads))
+        step = rows_at_once("history", length * self.num_heads, k.device)
         for begin in range(0, new, step):
             rows = columns[length - new :][begin : begin + step]
             seen = marks.key_order < marks.query_order[rows].unsqueeze(1)
@@ -197,7 +196,7 @@ class CachedEncoder(nn.Module):
             if few(kept):  # a GPU may gather their rows
                 slots = kept.index.shape[1] + len(kept.near)
                 width = slots * (state.tokens.shape[1] if kept.index.is_cuda else self.num_heads)
-        step = max(1, _CHUNK_ELEMENTS[state.tokens.device.type] // max(1, width))
+        step = rows_at_once("history", width, state.tokens.device)
         if step >= count > 0:
             yield slice(0, count), kept
             return

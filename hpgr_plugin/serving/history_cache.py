@@ -5,39 +5,85 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpgr_plugin.serving.kept_rows import ScoredHistory
+from hpgr_plugin.serving.anchors import ScoredHistory
+from hpgr_plugin.serving.kept_rows import Window
+
+
+@dataclass(frozen=True, eq=False)
+class ReadyPlan:
+    """What the plans of candidates that see a whole history are made from.
+
+    Attributes:
+        scored: chooses the anchors; None: there are none.
+        window: of the anchors, or None.
+        near: int64 `[W]`, the tokens that every candidate reads.
+        end: int64 `[]`, the last item that may be in a window.
+    """
+
+    scored: ScoredHistory | None
+    window: Window | None
+    near: Tensor
+    end: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tensors but for the window, which is that of others too."""
+        scored = 0 if self.scored is None else self.scored.num_bytes
+        return scored + self.near.nbytes + self.end.nbytes
 
 
 @dataclass(frozen=True, eq=False)
 class ReadyHistory:
-    """What requests of a kept history need besides keys and values, made at the first of them.
+    """What candidates read of a history that they all see whole.
 
     Attributes:
-        places: int64 `[N]` on the host, of a bias by the distance to the tokens, no time passed.
-        times: int64 `[N]` on the host, of the tokens.
-        scored: of a plan, or None.
-        near: int64 `[W]`, the tokens that every candidate of a plan reads.
-        near_keys, near_values: `[H, W, d]` of every layer.
+        layers: `[2, layers, H, N, d]`, keys and values.
+        marks: int64 `[2, N]`, the tokens' places in a bias by their distance, no time passed, and
+            their times.
+        plan: what is kept for each candidate; None: all tokens.
     """
 
-    places: Tensor
-    times: Tensor
-    scored: ScoredHistory | None
-    near: Tensor
-    near_keys: tuple[Tensor, ...]
-    near_values: tuple[Tensor, ...]
+    layers: Tensor
+    marks: Tensor
+    plan: ReadyPlan | None
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.layers.shape[3]
+
+    @cached_property
+    def keys(self) -> tuple[Tensor, ...]:
+        """`[H, N, d]` of every layer."""
+        return self.layers[0].unbind(0)
+
+    @cached_property
+    def values(self) -> tuple[Tensor, ...]:
+        """`[H, N, d]` of every layer."""
+        return self.layers[1].unbind(0)
+
+    @cached_property
+    def near_rows(self) -> Tensor:
+        """Keys and values of the tokens that all candidates of a plan read.
+
+        `[2, layers, H, W, d]`; on a GPU a kernel finds them.
+        """
+        assert self.plan is not None
+        return self.layers.index_select(3, self.plan.near)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the tensors."""
-        tensors = (self.places, self.times, self.near, *self.near_keys, *self.near_values)
-        scored = 0 if self.scored is None else self.scored.num_bytes
-        return scored + sum(tensor.nbytes for tensor in tensors)
+        """Memory of the tensors but for keys and values, which are those of the state."""
+        if self.plan is None:
+            return self.marks.nbytes
+        near = 0 if self.layers.is_cuda else self.layers[:, :, :, :1].nbytes * len(self.plan.near)
+        return self.marks.nbytes + self.plan.num_bytes + near
 
 
 @dataclass(frozen=True)

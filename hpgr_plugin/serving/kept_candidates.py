@@ -7,15 +7,13 @@ nothing of that is read: they see the whole history, and what depends on it was 
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hpgr_plugin.components.attention_hooks import HookInputs, StochasticLength
@@ -25,31 +23,23 @@ from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.model.tokens import Domain
 from hpgr_plugin.ops.hstu_attention import MaskPosition
-from hpgr_plugin.ops.hstu_attention.buckets import time_buckets
-from hpgr_plugin.ops.slot_attention import Settings, SlotBias, Slots, slot_attention
+from hpgr_plugin.ops.preference_plan.plan import PlanSettings
+from hpgr_plugin.ops.slot_attention import Settings, Slots
+from hpgr_plugin.serving.anchors import ScoredHistory
 from hpgr_plugin.serving.bias import LayerBias, bias_places
-from hpgr_plugin.serving.cached_encoder import cached_rows, few, near_rows, slots_of
-from hpgr_plugin.serving.history_cache import HistoryState, ReadyHistory
-from hpgr_plugin.serving.kept_rows import ScoredHistory, ServedPreferences
+from hpgr_plugin.serving.cached_encoder import cached_rows, near_rows
+from hpgr_plugin.serving.history_cache import HistoryState, ReadyHistory, ReadyPlan
+from hpgr_plugin.serving.kept_attention import Attend, KeptAttention
+from hpgr_plugin.serving.kept_rows import (
+    ServedPreferences,
+    keeps_all,
+    recent_items,
+    window_of,
+    window_slots,
+)
 from hpgr_plugin.serving.requests import EncodedCandidates
 
-# Scores at once: on a CPU what its cache holds, on a GPU what its memory does.
-_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
-
-_Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Some candidates of one request.
-
-    Attributes:
-        rows: of the candidates of all requests.
-        attend: depth, queries, keys and values `[c, D]` -> `[c, D]`.
-    """
-
-    rows: slice
-    attend: _Attend
+_Part = tuple[slice, Attend]  # rows of the candidates of all requests, and their attention
 
 
 class KeptCandidates:
@@ -72,7 +62,14 @@ class KeptCandidates:
         self.hook = hook.hook if isinstance(hook, ServedPreferences) else None
         self.context = 0 if model.user_features is None else model.user_features.tokens_per_user
         position: MaskPosition = "post" if self.hook is None else self.hook.mask_position
-        self.settings = Settings(encoder.alpha, encoder.norm_length, position)
+        settings = Settings(encoder.alpha, encoder.norm_length, position)
+        self.attention = KeptAttention(self.num_heads, settings, bias)
+
+    @property
+    def plan_settings(self) -> PlanSettings:
+        """Of the hook; only where there is one."""
+        assert self.hook is not None
+        return self.hook.settings
 
     @staticmethod
     def serves(model: HSTURanker) -> bool:
@@ -95,23 +92,30 @@ class KeptCandidates:
     def ready(self, state: HistoryState) -> HistoryState:
         """A kept history, which knows its events, with what further requests of it need."""
         assert state.history is not None
-        scored, near = None, torch.zeros(0, dtype=torch.int64, device=self.device)
-        if self.hook is not None:
-            ids = torch.from_numpy(state.history[0].copy()).to(self.device)
-            scored = ScoredHistory.of(self._scored(self.model.embed_items(ids), ids), ids)
-            recent = scored.recent(self.hook.settings)
-            near = near_rows(recent, self.context, self.device)
-        keys, values = (
-            tuple(x.index_select(1, near) for x in of_layers)
-            for of_layers in (state.keys, state.values)
-        )
-        positions, times = state.marks[:, :2].T.contiguous().cpu()
+        layers = torch.stack([torch.stack(state.keys), torch.stack(state.values)])
+        marks = state.marks[:, :2].T.clone(memory_format=torch.contiguous_format)
         if self.bias is not None:
-            own = state.num_items + 1
-            positions = bias_places(own - positions, torch.zeros_like(times), self.bias.sizes)
-        return replace(state, ready=ReadyHistory(positions, times, scored, near, keys, values))
+            own, times = marks
+            distance = state.num_items + 1 - own
+            marks[0] = bias_places(distance, torch.zeros_like(times), self.bias.sizes)
+        plan = None if self.hook is None else self._ready_plan(state.history[0], state.num_items)
+        ready = ReadyHistory(layers, marks, plan)
+        return replace(state, keys=ready.keys, values=ready.values, ready=ready)
 
-    def _scored(self, rows: Tensor, ids: Tensor) -> Tensor:
+    def _ready_plan(self, items: np.ndarray, length: int) -> ReadyPlan | None:
+        """Of these items `[n]`; None where all of them are kept with weight 1."""
+        settings, scored, window = self.plan_settings, None, None
+        if keeps_all(settings, length):
+            return None
+        recent = recent_items(settings, length)
+        near = near_rows(recent, self.context, self.device)
+        if settings.top_k:
+            ids = torch.from_numpy(items.copy()).to(self.device)
+            scored = ScoredHistory.of(self.scored(self.model.embed_items(ids), ids), ids)
+            window = window_of(settings, length, scored.rows)
+        return ReadyPlan(scored, window, near, near.new_full((), recent.start - 1))
+
+    def scored(self, rows: Tensor, ids: Tensor) -> Tensor:
         """The embeddings `[L, D]` that choose anchors, of items with these raw ones."""
         assert self.hook is not None
         if self.hook.table == "live" and self.hook.score == "dot":
@@ -127,9 +131,118 @@ class KeptCandidates:
         self, requests: Sequence[EncodedCandidates], states: Sequence[HistoryState]
     ) -> Tensor:
         """Of all tasks, `[1 + tasks, C]`, the main one first; one ready state each."""
+        items, visible, times = self._moved(requests, states)
+        rows = self.model.embed_items(items)
+        parts, start = [], 0
+        for request, state, time in zip(requests, states, times, strict=True):
+            own = slice(start, start + request.candidates.shape[1])
+            assert state.ready is not None
+            parts += self._parts(state.ready, rows, items, own, time, exact=True)[0]
+            start = own.stop
+        return self._scores(items, visible, rows, parts)
+
+    @torch.no_grad()
+    def logits_and_ties(
+        self, items: Tensor, visible: Tensor, time: Tensor, history: ReadyHistory
+    ) -> tuple[Tensor, Tensor | None]:
+        """Those of one request, without a wait for the device.
+
+        Args:
+            items: int64 `[C]`.
+            visible: int64 `[1]`, items of the history.
+            time: int64 `[]`, when the candidates are shown.
+            history: of the request.
+
+        Returns:
+            Logits `[1 + tasks, C]`; and bool `[C]`, candidates of which another anchor may be the
+            right one because it is as good: `logits` has them right. None: of no candidate.
+        """
+        rows = self.model.embed_items(items)
+        every = slice(0, len(items))
+        parts, tied = self._parts(history, rows, items, every, time, exact=False)
+        return self._scores(items, visible, rows, parts), tied
+
+    def _moved(
+        self, requests: Sequence[EncodedCandidates], states: Sequence[HistoryState]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Items and visible history items `[C]`, and the time of each request, in one copy."""
+        counts = [request.candidates.shape[1] for request in requests]
+        visible = np.repeat([state.num_items for state in states], counts)
+        candidates = [request.candidates[0] for request in requests]
+        times = [request.candidates[1, :1] for request in requests]
+        packed = self.moved(np.concatenate([*candidates, visible, *times]))
+        items, seen, shown = packed.split([len(visible), len(visible), len(requests)])
+        return items, seen, shown
+
+    def moved(self, numbers: np.ndarray) -> Tensor:
+        """On the device; a GPU is not waited for."""
+        moved = torch.from_numpy(numbers)
+        if self.device.type == "cuda":
+            moved = moved.pin_memory().to(self.device, non_blocking=True)
+        return moved
+
+    def _parts(
+        self,
+        history: ReadyHistory,
+        rows: Tensor,
+        items: Tensor,
+        own: slice,
+        time: Tensor,
+        *,
+        exact: bool,
+    ) -> tuple[list[_Part], Tensor | None]:
+        """The attention of one request's candidates, some at a time, and see `_slots`."""
+        kept, tied = self._slots(history, rows[own], items[own], exact=exact)
+        count = own.stop - own.start
+        parts = [
+            (slice(own.start + some.start, own.start + some.stop), attend)
+            for some, attend in self.attention.parts(history, kept, time, count)
+        ]
+        return parts, tied
+
+    def _slots(
+        self, history: ReadyHistory, rows: Tensor, items: Tensor, *, exact: bool
+    ) -> tuple[Slots | None, Tensor | None]:
+        """What candidates keep of their history, and the ties of `ScoredHistory.anchors`.
+
+        Args:
+            history: of one request.
+            rows: raw embeddings `[c, D]` of its candidates.
+            items: int64 `[c]`.
+            exact: whether to wait for the device and resolve ties, of which then none are left.
+        """
+        plan = history.plan
+        if plan is None:
+            return None, None
+        if plan.scored is None or plan.window is None:
+            places = plan.near.new_zeros(len(items), 0)
+            return self._slots_of(plan, history, places, rows.new_zeros(places.shape)), None
+        chosen = self.scored(rows, items)
+        anchors, tied = plan.scored.anchors(chosen, None, self.plan_settings.top_k)
+        if exact:
+            anchors = plan.scored.exact(chosen, None, anchors, tied)
+        slots = window_slots(anchors, plan.end, plan.window)
+        return self._slots_of(plan, history, *slots), None if exact else tied
+
+    def _slots_of(
+        self, plan: ReadyPlan, history: ReadyHistory, places: Tensor, weights: Tensor
+    ) -> Slots:
+        """Of places in the history, behind the context tokens."""
+        places = places + self.context if self.context else places
+        return Slots(plan.near, places, weights, history.num_tokens, self.num_heads)
+
+    def _scores(
+        self, items: Tensor, visible: Tensor, rows: Tensor, parts: Sequence[_Part]
+    ) -> Tensor:
+        """Logits of all tasks `[1 + tasks, C]`.
+
+        Args:
+            items: int64 `[C]`.
+            visible: int64 `[C]` or `[1]`, how many items of its history each sees.
+            rows: raw embeddings `[C, D]`.
+            parts: of the attention.
+        """
         model = self.model
-        items, visible, places = self._moved(requests, states)
-        rows = model.embed_items(items)
         tokens, positions = rows, model.positional_encoder
         if isinstance(positions, LearnedPositionalEncoder):
             tokens = tokens + positions.table.weight[0]
@@ -138,9 +251,7 @@ class KeptCandidates:
         gated = model.rare_items is not None and model.rare_items.replaces_features
         if model.item_features is not None and not gated:
             tokens = tokens + model.item_features(items)
-        encoded = self._encode(
-            tokens * model.input_scale, list(self._parts(requests, states, rows, items, places))
-        )
+        encoded = self._encode(tokens * model.input_scale, parts)
         logits: Tensor = model.head(encoded).squeeze(1)
         if model.item_bias is not None:
             logits = logits + model.item_bias(items).squeeze(1)
@@ -148,250 +259,17 @@ class KeptCandidates:
             return logits.unsqueeze(0)
         return torch.stack([logits, *model.task_heads.logits(encoded, items)])
 
-    def _moved(
-        self, requests: Sequence[EncodedCandidates], states: Sequence[HistoryState]
-    ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
-        """Items and visible history items `[C]`, and the bias' places `[N]` of each request.
-
-        One copy moves all of them.
-        """
-        candidates = [request.candidates[0] for request in requests]
-        visible = [
-            np.full(one.candidates.shape[1], state.num_items, np.int64)
-            for one, state in zip(requests, states, strict=True)
-        ]
-        pieces = [torch.from_numpy(np.concatenate([*candidates, *visible]))]
-        if self.bias is not None:
-            size = self.bias.num_times
-            pieces += [_places(*pair, size) for pair in zip(requests, states, strict=True)]
-        sizes = [len(piece) for piece in pieces[1:]]
-        packed = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if self.device.type == "cuda":
-            packed = packed.pin_memory().to(self.device, non_blocking=True)
-        count = len(pieces[0]) // 2
-        items, seen, *places = packed.split([count, count, *sizes])
-        return items, seen, places or [None] * len(requests)
-
     def _encode(self, x: Tensor, parts: Sequence[_Part]) -> Tensor:
         """Candidates `[C, D]` through all layers."""
         domains = torch.full((len(x),), int(Domain.CANDIDATE), device=x.device)
 
         def attend(depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if len(parts) == 1:
-                return parts[0].attend(depth, q, k, v)
-            return torch.cat(
-                [part.attend(depth, q[part.rows], k[part.rows], v[part.rows]) for part in parts]
-            )
+                return parts[0][1](depth, q, k, v)
+            return torch.cat([of(depth, q[rows], k[rows], v[rows]) for rows, of in parts])
 
         depths = itertools.count()
         spec = cached_rows(domains, lambda q, k, v: attend(next(depths), q, k, v))
         for layer in self.encoder.layers:
             x = layer(x, domains=domains, spec=spec, bias=None)
         return x
-
-    def _parts(
-        self,
-        requests: Sequence[EncodedCandidates],
-        states: Sequence[HistoryState],
-        rows: Tensor,
-        items: Tensor,
-        places: Sequence[Tensor | None],
-    ) -> Iterator[_Part]:
-        """The candidates request by request, some at a time; rows are their raw embeddings."""
-        start = 0
-        for request, state, where in zip(requests, states, places, strict=True):
-            end = start + request.candidates.shape[1]
-            own = slice(start, end)
-            kept = None if self.hook is None else self._slots(state, rows[own], items[own])
-            width = len(state.tokens) * self.num_heads
-            if kept is not None and few(kept):  # a GPU may gather their rows
-                slots = kept.index.shape[1] + len(kept.near)
-                width = slots * (rows.shape[1] if rows.is_cuda else self.num_heads)
-            bias = None
-            if self.bias is not None and where is not None and not _by_kernel(kept):
-                bias = self.bias.at(where)
-            step = max(1, _CHUNK_ELEMENTS[rows.device.type] // max(1, width))
-            for begin in range(start, end, step):
-                stop = min(begin + step, end)
-                chosen = kept
-                if kept is not None and step < end - start:
-                    chosen = kept.take(slice(begin - start, stop - start))
-                yield _Part(slice(begin, stop), self._attention(state, chosen, where, bias))
-            start = end
-
-    def _slots(self, state: HistoryState, rows: Tensor, items: Tensor) -> Slots:
-        """What each candidate keeps of its history."""
-        assert self.hook is not None
-        assert state.ready is not None
-        assert state.ready.scored is not None
-        plan = state.ready.scored.plan(self._scored(rows, items), self.hook.settings)
-        return slots_of(
-            plan, self.context, len(state.tokens), self.num_heads, near=state.ready.near
-        )
-
-    # -- attention ----------------------------------------------------------------------------
-
-    def _attention(
-        self, state: HistoryState, kept: Slots | None, places: Tensor | None, bias: Tensor | None
-    ) -> _Attend:
-        """The attention of some candidates in every layer.
-
-        Args:
-            state: ready.
-            kept: what they read of it; None: all.
-            places: `[N]` in the bias table, or None.
-            bias: `[layers, N]`, or None; not read by the kernel.
-        """
-        if kept is None or not few(kept):
-            weights = None if kept is None else kept.dense()
-            return functools.partial(self._dense, state.keys, state.values, bias, weights)
-        if _by_kernel(kept):
-            return self._with_kernel(state, kept, places)
-        return self._with_products(state, kept, bias)
-
-    def _with_kernel(self, state: HistoryState, kept: Slots, places: Tensor | None) -> _Attend:
-        """Slots by `slot_attention`."""
-        biases: list[SlotBias | None] = [None] * len(state.keys)
-        if places is not None and self.bias is not None:
-            near, slots = places[kept.near].unsqueeze(0), places[kept.index]
-            biases = [SlotBias(table, self.bias.own, near, slots) for table in self.bias.tables]
-
-        def attend(depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            rows = state.keys[depth], state.values[depth]
-            return slot_attention((q, k, v), rows, kept, biases[depth], self.settings)
-
-        return attend
-
-    def _with_products(self, state: HistoryState, kept: Slots, bias: Tensor | None) -> _Attend:
-        """What all read by products with these rows; the slots by sparse products."""
-        assert state.ready is not None
-        ready = state.ready
-        of_near = None if bias is None else bias.index_select(1, kept.near)
-        add_slots = self._sparse(state, kept, bias) if kept.index.numel() else None
-
-        def attend(depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            queries = self._split(q).transpose(0, 1).contiguous()
-            own = self._own(depth, queries.transpose(0, 1), self._split(k), self._split(v))
-            if add_slots is not None:
-                own += add_slots(depth, queries).transpose(0, 1)
-            rows = ready.near_keys[depth], ready.near_values[depth]
-            of_layer = None if of_near is None else of_near[depth]
-            return self._among(queries, *rows, of_layer, None, own)
-
-        return attend
-
-    def _sparse(
-        self, state: HistoryState, kept: Slots, bias: Tensor | None
-    ) -> Callable[[int, Tensor], Tensor]:
-        """Depth and queries `[H, c, d]` -> the sum over each candidate's slots, not divided by n.
-
-        One matrix of scores is used for all layers.
-        """
-        scores, bag = kept.pattern, kept.index_of_heads
-        values = scores.values().view(self.num_heads, *kept.index.shape)
-        of_slots = None
-        if bias is not None:
-            of_slots = bias.index_select(1, kept.index.flatten()).unflatten(1, kept.index.shape)
-        pre = self.settings.mask_position == "pre"
-
-        def attend(depth: int, q: Tensor) -> Tensor:
-            if of_slots is not None:
-                values.copy_(of_slots[depth])
-            torch.sparse.sampled_addmm(
-                scores,
-                q.flatten(0, 1),
-                state.keys[depth].flatten(0, 1).t(),
-                beta=0.0 if of_slots is None else 1.0,
-                alpha=self.settings.alpha,
-                out=scores,
-            )
-            if pre:
-                values.mul_(kept.weights)
-            F.silu(values, inplace=True)
-            if not pre:
-                values.mul_(kept.weights)
-            sums = F.embedding_bag(
-                bag,
-                state.values[depth].flatten(0, 1),
-                mode="sum",
-                per_sample_weights=values.view(bag.shape),
-            )
-            return sums.view_as(q)
-
-        return attend
-
-    def _dense(
-        self,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        bias: Tensor | None,
-        weights: Tensor | None,
-        depth: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ) -> Tensor:
-        """All of a history; weights `[c, N]` or None."""
-        q, k, v = self._split(q), self._split(k), self._split(v)
-        of_layer = None if bias is None else bias[depth]
-        own = self._own(depth, q, k, v)
-        return self._among(q.transpose(0, 1), keys[depth], values[depth], of_layer, weights, own)
-
-    def _among(
-        self,
-        q: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        weights: Tensor | None,
-        own: Tensor,
-    ) -> Tensor:
-        """What is read of rows that all candidates share, added to `own`, and divided by n.
-
-        Args:
-            q: `[H, c, d]`.
-            keys, values: `[H, N, d]`.
-            bias: `[N]` or None.
-            weights: `[c, N]` or None.
-            own: `[c, H, d]`; it is changed.
-
-        Returns:
-            `[c, D]`.
-        """
-        alpha, share = self.settings.alpha, 1.0 / self.settings.norm_length
-        if bias is None:
-            scores = torch.bmm(q * alpha, keys.transpose(1, 2))
-        else:
-            scores = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=alpha)
-        if weights is not None and self.settings.mask_position == "pre":
-            scores *= weights
-        F.silu(scores, inplace=True)
-        if weights is not None and self.settings.mask_position == "post":
-            scores *= weights
-        own.transpose(0, 1).baddbmm_(scores, values, beta=share, alpha=share)
-        return own.flatten(1)
-
-    def _own(self, depth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What each candidate takes from itself, `[c, H, d]` as all three, not divided by n."""
-        scores = (q * k).sum(2, keepdim=True)
-        if self.bias is None:
-            scores *= self.settings.alpha
-        else:
-            scores = torch.add(self.bias.itself[depth], scores, alpha=self.settings.alpha)
-        return F.silu(scores, inplace=True) * v
-
-    def _split(self, x: Tensor) -> Tensor:
-        """`[c, D]` to `[c, H, d]`."""
-        return x.unflatten(1, (self.num_heads, -1))
-
-
-def _by_kernel(kept: Slots | None) -> bool:
-    """Whether `slot_attention` is taken, which gathers what each candidate reads."""
-    return kept is not None and kept.index.is_cuda and few(kept)
-
-
-def _places(request: EncodedCandidates, state: HistoryState, num_times: int) -> Tensor:
-    """Places in the bias table of a candidate over all tokens, int64 `[N]` on the host."""
-    assert state.ready is not None
-    passed = int(request.candidates[1, 0]) - state.ready.times
-    return time_buckets(passed, num_times).add_(state.ready.places)

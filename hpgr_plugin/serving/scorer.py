@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from hpgr_plugin.hosts.embedded.model.encoder import SequenceEncoder
 from hpgr_plugin.serving.cached_encoder import CachedEncoder
+from hpgr_plugin.serving.captured import CapturedCandidates
 from hpgr_plugin.serving.folder import ServedModel, read_folder
 from hpgr_plugin.serving.history_cache import HistoryCache, HistoryState
 from hpgr_plugin.serving.kept_candidates import KeptCandidates
@@ -62,10 +66,16 @@ class Scorer:
         served: model, vocabulary and settings.
         device: where the model runs.
         cache_mib: bound on the memory of kept histories; 0 encodes every history anew.
+        capture: whether requests over kept histories are replayed from CUDA graphs, on a GPU.
     """
 
     def __init__(
-        self, served: ServedModel, *, device: str | torch.device = "cpu", cache_mib: int = 256
+        self,
+        served: ServedModel,
+        *,
+        device: str | torch.device = "cpu",
+        cache_mib: int = 256,
+        capture: bool = True,
     ) -> None:
         self.model = served.model.to(device)
         self.settings = served.settings
@@ -75,6 +85,7 @@ class Scorer:
         self.cache = HistoryCache(cache_mib * _MIB)
         self._encoder: CachedEncoder | None = None
         self._candidates: KeptCandidates | None = None
+        self._captured: CapturedCandidates | None = None
         if cache_mib and isinstance(self.model.encoder, SequenceEncoder):
             self._encoder = CachedEncoder(self.model.encoder, self.cache)
             # Modules of another kind with the same call.
@@ -86,6 +97,8 @@ class Scorer:
                 self._candidates = KeptCandidates(
                     self.model, self._encoder.encoder, self._encoder.bias
                 )
+                if capture and self.device.type == "cuda":
+                    self._captured = CapturedCandidates(self._candidates)
 
     @classmethod
     def load(
@@ -94,19 +107,21 @@ class Scorer:
         *,
         device: str | torch.device | None = None,
         cache_mib: int = 256,
+        capture: bool = True,
     ) -> Scorer:
         """The scorer of a folder that `python -m hpgr_plugin.serving.export` wrote.
 
         Args:
             folder: that was written.
             device: None takes a GPU if there is one.
-            cache_mib: see the class.
+            cache_mib, capture: see the class.
 
         Raises:
             FolderError: no such folder, or a damaged one.
         """
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(read_folder(Path(folder)), device=place, cache_mib=cache_mib)
+        served = read_folder(Path(folder))
+        return cls(served, device=place, cache_mib=cache_mib, capture=capture)
 
     def encode(self, request: Request) -> EncodedCandidates:
         """Check a request and code it; any thread may do so.
@@ -146,55 +161,85 @@ class Scorer:
         its answer: the others are scored.
         """
         found = self._find(requests)
-        chosen = [
-            (request, state)
-            for request, state in zip(requests, found, strict=True)
-            if request.known.any() and not isinstance(state, RequestError)
-        ]
+        chosen = {
+            place: state
+            for place, state in enumerate(found)
+            if requests[place].known.any() and not isinstance(state, RequestError)
+        }
+        scores = self._probabilities(requests, chosen)
         names = self.model.task_names
-        scores = np.zeros((1 + len(names), 0), np.float32)
-        if chosen:
-            scores = self._probabilities(chosen)
+        nothing = np.zeros((1 + len(names), 0), np.float32)
         answers: list[Scores | RequestError] = []
-        start = 0
-        for request, state in zip(requests, found, strict=True):
+        for place, (request, state) in enumerate(zip(requests, found, strict=True)):
             if isinstance(state, RequestError):
                 answers.append(state)
-                continue
-            count = int(request.known.sum())
-            answers.append(_answer(request, state, scores[:, start : start + count], names))
-            start += count
+            else:
+                answers.append(_answer(request, state, scores.get(place, nothing), names))
         return answers
 
     def _probabilities(
-        self, requests: Sequence[tuple[EncodedCandidates, HistoryState | None]]
-    ) -> np.ndarray:
-        """Of all tasks and candidates, float32 `[1 + tasks, C]`; None: nothing is kept."""
-        found = [(request, state) for request, state in requests if state is not None]
-        others = [r for r, state in requests if state is None and isinstance(r, EncodedRequest)]
-        parts = []
-        if found and self._candidates is not None:
-            parts.append(self._candidates.logits(*zip(*self._ready(found), strict=True)))
-        if not self.model.hide_future:
-            others = [one for request in others for one in request.split()]
+        self, requests: Sequence[EncodedCandidates], states: dict[int, HistoryState | None]
+    ) -> dict[int, np.ndarray]:
+        """Of all tasks and known candidates, float32 `[1 + tasks, C']`, by place of the request.
+
+        Args:
+            requests: all of them.
+            states: by place of those to score; None: the model reads the history.
+        """
+        kept = self._ready({p: (requests[p], s) for p, s in states.items() if s is not None})
+        parts = self._replayed(requests, kept)
+        done = {place for part in parts for place in part.places}
+        rest = [place for place in kept if place not in done]
+        if rest:
+            parts.append(self._launched(requests, kept, rest))
+        others = [place for place, state in states.items() if state is None]
         if others:
-            if self._encoder is not None:
-                self._encoder.for_users(
-                    [r.user for r in others],
-                    [self._version(r, r.fewest_visible) for r in others],
-                    [r.history for r in others],
-                )
-            parts.append(self.model(batch_of(others).to(self.device), every_task=True))
-        logits = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        scores: np.ndarray = logits.float().sigmoid().cpu().numpy()
-        if len(parts) == 1:
-            return scores
-        # Back from those that were found and the others to the order of the requests.
-        counts = [request.candidates.shape[1] for request, _ in requests]
-        owner = np.repeat([state is None for _, state in requests], counts)
-        ordered = np.empty_like(scores)
-        ordered[:, np.argsort(owner, kind="stable")] = scores
-        return ordered
+            parts.append(self._encoded(requests, others))
+        scores = _read(parts, requests)
+        tied = [place for place in done if scores[place][-1].any()]
+        if tied:
+            scores |= _read([self._launched(requests, kept, tied)], requests)
+        return {place: one[: 1 + len(self.model.task_names)] for place, one in scores.items()}
+
+    def _replayed(
+        self, requests: Sequence[EncodedCandidates], kept: dict[int, HistoryState]
+    ) -> list[_Part]:
+        """Requests over kept histories that CUDA graphs score; there may be ties among anchors."""
+        if self._captured is None or not kept:
+            return []
+        found = self._captured.scores([requests[place] for place in kept], list(kept.values()))
+        return [
+            _Part([place], logits, ties=True)
+            for place, logits in zip(kept, found, strict=True)
+            if logits is not None
+        ]
+
+    def _launched(
+        self,
+        requests: Sequence[EncodedCandidates],
+        kept: dict[int, HistoryState],
+        places: list[int],
+    ) -> _Part:
+        """Requests over kept histories together, launch by launch."""
+        assert self._candidates is not None
+        logits = self._candidates.logits(
+            [requests[place] for place in places], [kept[place] for place in places]
+        )
+        return _Part(places, logits)
+
+    def _encoded(self, requests: Sequence[EncodedCandidates], places: list[int]) -> _Part:
+        """Requests whose history the model reads."""
+        others = [requests[place] for place in places]
+        whole = [request for request in others if isinstance(request, EncodedRequest)]
+        if not self.model.hide_future:
+            whole = [one for request in whole for one in request.split()]
+        if self._encoder is not None:
+            self._encoder.for_users(
+                [r.user for r in whole],
+                [self._version(r, r.fewest_visible) for r in whole],
+                [r.history for r in whole],
+            )
+        return _Part(places, self.model(batch_of(whole).to(self.device), every_task=True))
 
     # -- kept histories -----------------------------------------------------------------------
 
@@ -245,12 +290,12 @@ class Scorer:
         return None
 
     def _ready(
-        self, found: Sequence[tuple[EncodedCandidates, HistoryState]]
-    ) -> list[tuple[EncodedCandidates, HistoryState]]:
-        """The same with states that are ready."""
-        assert self._candidates is not None
+        self, found: dict[int, tuple[EncodedCandidates, HistoryState]]
+    ) -> dict[int, HistoryState]:
+        """The same states with what requests of them need."""
         ready: dict[Hashable, HistoryState] = {}  # a user may ask twice
-        for request, state in found:
+        for request, state in found.values():
+            assert self._candidates is not None
             self.cache.counts.hits += 1
             if request.user in ready:
                 continue
@@ -259,7 +304,7 @@ class Scorer:
                 if state.num_bytes <= self.cache.max_bytes:
                     self.cache.put(request.user, state)
             ready[request.user] = state
-        return [(request, ready[request.user]) for request, _ in found]
+        return {place: ready[request.user] for place, (request, _) in found.items()}
 
     def _version(self, request: EncodedCandidates, visible: int) -> tuple[Hashable, ...]:
         """Of all that the tokens and marks of a request's history are made from.
@@ -270,6 +315,40 @@ class Scorer:
         """
         seen = visible if self.model.dynamic_mask else None
         return request.version, seen, *request.user_features.items()
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Scores of some requests.
+
+    Attributes:
+        places: of the requests.
+        logits: `[1 + tasks, C]`, of their known candidates in this order.
+        ties: whether a last row follows, see `PaddedRequest.scores`.
+    """
+
+    places: list[int]
+    logits: Tensor
+    ties: bool = False
+
+
+def _read(parts: Sequence[_Part], requests: Sequence[EncodedCandidates]) -> dict[int, np.ndarray]:
+    """The sigmoid of each request's rows, by its place, after one wait for the device.
+
+    Where one of the parts has a row of ties, all have: 1 for a tie, else 0.
+    """
+    if not parts:
+        return {}
+    ties = any(part.ties for part in parts)
+    rows = [
+        part.logits if part.ties or not ties else F.pad(part.logits, (0, 0, 0, 1), value=-math.inf)
+        for part in parts
+    ]
+    logits = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+    scores: np.ndarray = logits.float().sigmoid().cpu().numpy()
+    places = [place for part in parts for place in part.places]
+    ends = np.cumsum([requests[place].candidates.shape[1] for place in places])
+    return dict(zip(places, np.split(scores, ends[:-1], axis=1), strict=True))
 
 
 def _answer(

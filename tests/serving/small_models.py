@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from hpgr_plugin.components.sem import SessionEnhancementModule
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
+from hpgr_plugin.serving import chunks
 
 DIM, ITEMS, YEAR = 16, 50, 10**6
 
@@ -41,27 +43,35 @@ def ranker(
     *,
     sem: bool = False,
     relative_bias: bool = True,
+    **settings: object,
 ) -> HSTURanker:
-    model = HSTURanker(
-        num_items=ITEMS,
-        num_actions=3,
-        vocabulary_digest="",
-        user_feature_sizes={"age": 4},
-        item_feature_codes={"genre": torch.randint(0, 5, (ITEMS,))},
-        embedding_dim=DIM,
-        num_layers=3,
-        layer=layer,
-        max_history=100,
-        relative_bias=relative_bias,
-        positional_encoder=TimeAwarePositionalEncoder(embedding_dim=DIM, max_positions=101),
-        sem=SessionEnhancementModule(embedding_dim=DIM, causal=True, gap_seconds=9000)
-        if sem
-        else None,
-        attention_hook=hook,
-    ).eval()
+    fields: dict = {
+        "num_items": ITEMS,
+        "num_actions": 3,
+        "vocabulary_digest": "",
+        "user_feature_sizes": {"age": 4},
+        "item_feature_codes": {"genre": torch.randint(0, 5, (ITEMS,))},
+        "embedding_dim": DIM,
+        "num_layers": 3,
+        "layer": layer,
+        "max_history": 100,
+        "relative_bias": relative_bias,
+        "positional_encoder": TimeAwarePositionalEncoder(embedding_dim=DIM, max_positions=101),
+        "sem": None,
+        "attention_hook": hook,
+    }
+    if sem:
+        fields["sem"] = SessionEnhancementModule(embedding_dim=DIM, causal=True, gap_seconds=9000)
+    model = HSTURanker(**{**fields, **settings}).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def compute_in_chunks(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    """From now on, so many numbers are computed at once."""
+    monkeypatch.setattr(chunks, "ON_CPU", dict.fromkeys(chunks.ON_CPU, elements))
+    monkeypatch.setattr(chunks, "ON_GPU", elements)
 
 
 def offsets(lengths: Sequence[int]) -> torch.Tensor:

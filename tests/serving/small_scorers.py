@@ -16,11 +16,13 @@ from hpgr_plugin.serving.vocabulary import UserFeature, Vocabulary
 NOW = 2 * 10**6
 
 
-def scorer(model: HSTURanker, cache_mib: int = 64, device: str = "cpu") -> Scorer:
+def scorer(
+    model: HSTURanker, cache_mib: int = 64, device: str = "cpu", *, capture: bool = True
+) -> Scorer:
     ages = UserFeature(np.array(["1", "2", "3"]), np.array([1, 2, 3], np.int32))
     vocabulary = Vocabulary(np.arange(ITEMS), np.arange(3), 3, np.arange(3), {"age": ages})
     served = ServedModel(copy.deepcopy(model), RequestSettings(max_history=100), vocabulary, {})
-    return Scorer(served, device=device, cache_mib=cache_mib)
+    return Scorer(served, device=device, cache_mib=cache_mib, capture=capture)
 
 
 def request(user: int, length: int, count: int, **changes: object) -> Request:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from small_models import DIM, HOOKS, ITEMS, offsets, ranker, requests
+from small_models import DIM, HOOKS, ITEMS, compute_in_chunks, offsets, ranker, requests
 
 from hpgr_plugin.components.attention_hooks import (
     PreferenceGuidedSparseAttention,
@@ -13,7 +13,6 @@ from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.mtgr import MTGRLayer
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
-from hpgr_plugin.serving import cached_encoder, kept_rows
 from hpgr_plugin.serving.cached_encoder import CachedEncoder
 from hpgr_plugin.serving.history_cache import HistoryCache, HistoryState
 from hpgr_plugin.serving.kept_rows import ServedPreferences
@@ -59,7 +58,7 @@ def test_small_chunks_and_no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     for hook in ("dense", "recent"):
         model, batch = ranker(hook=HOOKS[hook](), relative_bias=False), requests(one_time=False)
         expected = model(batch)
-        monkeypatch.setattr(cached_encoder, "_CHUNK_ELEMENTS", {"cpu": 300})
+        compute_in_chunks(monkeypatch, 300)
         encoder = served(model)
         encoder.for_users("abcd")
         close(model(batch), expected)
@@ -219,8 +218,7 @@ def test_on_a_gpu(
 ) -> None:
     model, batch = ranker(layer, HOOKS[hook](), sem=sem), requests(one_time=one_time)
     expected = model(batch)
-    for module in (cached_encoder, kept_rows):
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cuda": chunk})
+    compute_in_chunks(monkeypatch, chunk)
     model.cuda()
     encoder = served(model)
     encoder.for_users("abcd")

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from small_models import DIM, HOOKS, ITEMS, ranker
+from small_models import DIM, HOOKS, ITEMS, compute_in_chunks, ranker
 from small_scorers import NOW, forget_how_to_read_histories, probabilities, request, same, scorer
 
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.mtgr import MTGRLayer
 from hpgr_plugin.hosts.embedded.model.positions import LearnedPositionalEncoder
-from hpgr_plugin.serving import kept_candidates, kept_rows
+from hpgr_plugin.serving import kept_attention
 from hpgr_plugin.serving.cached_encoder import few
 
 
@@ -25,8 +25,7 @@ def test_scores_equal_those_of_the_model(
     chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (kept_candidates, kept_rows):
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": chunk})
+    compute_in_chunks(monkeypatch, chunk)
     model = ranker(layer, HOOKS[hook](), sem=sem)
     if hook == "frozen":
         model.attention_hook.freeze(torch.randn(ITEMS, DIM))  # type: ignore[union-attr]
@@ -61,7 +60,7 @@ def test_slots_by_their_operator(
     hook: str, relative_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU runs, on the operator's backend for a CPU."""
-    monkeypatch.setattr(kept_candidates, "_by_kernel", lambda kept: few(kept))
+    monkeypatch.setattr(kept_attention, "by_kernel", lambda kept: kept is not None and few(kept))
     model = ranker(hook=HOOKS[hook](), relative_bias=relative_bias)
     whole, kept = scorer(model, 0), scorer(model)
     asked = [request(0, 100, 9), request(1, 90, 5)]
@@ -141,8 +140,7 @@ def test_scores_on_a_gpu_are_those_on_a_cpu(
     chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (kept_candidates, kept_rows):
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": 2**20, "cuda": chunk})
+    compute_in_chunks(monkeypatch, chunk)
     model = ranker(layer, HOOKS[hook](), relative_bias=relative_bias)
     whole, kept = scorer(model, 0), scorer(model, device="cuda")
     asked = [request(user, length, 9) for user, length in ((0, 40), (1, 1), (2, 100))]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from small_models import compute_in_chunks
 
 from hpgr_plugin.components.attention_hooks import HookInputs
 from hpgr_plugin.ops.preference_plan import plan_preferences
 from hpgr_plugin.ops.preference_plan.plan import PlanSettings
-from hpgr_plugin.serving import kept_rows
 from hpgr_plugin.serving.kept_rows import plan_histories
 
 SETTINGS = [
@@ -39,7 +39,7 @@ def inputs(lengths: list[int], counts: list[int], *, items: int, timed: bool) ->
 
 
 @pytest.mark.parametrize("timed", [True, False], ids=["timed", "untimed"])
-@pytest.mark.parametrize("items", [2, 20, 1000])
+@pytest.mark.parametrize("items", [1, 2, 20, 1000])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_plans_equal(
     settings: PlanSettings, items: int, timed: bool, monkeypatch: pytest.MonkeyPatch
@@ -56,7 +56,7 @@ def test_plans_equal(
         backend="naive",
     )
     for chunk in (2**22, 200):
-        monkeypatch.setattr(kept_rows, "_CHUNK_ELEMENTS", {"cpu": chunk})
+        compute_in_chunks(monkeypatch, chunk)
         plan = plan_histories(given, settings).compact()
         assert torch.equal(plan.offsets, expected.offsets)
         assert torch.equal(plan.index, expected.index)
