@@ -1,12 +1,14 @@
 """Requests to a `Scorer`: dense without a cache, dense with one, PGSA with one, in one run.
 
 A request is a user whose history is known to the cache and C candidates shown at one time, from ids
-to probabilities. "new event" has one more event than the history that is kept.
+to probabilities. "named" has the version of the history in its place, "new event" one more event
+than the history that is kept. On a GPU, "launches" is without CUDA graphs. "encode" is the part of
+a request before it is scored, and "busy" the time in which the GPU runs its kernels.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from hpgr_plugin.serving.vocabulary import Vocabulary
 WIDTH, LAYERS, HEADS, ITEMS, ACTIONS = 64, 4, 2, 100_000, 2
 HOUR = 3600
 TOP_K, SIGMA, RECENT = 8, 1.0, 32
+_WARM_UP = 3  # requests: encoded, found, captured
 
 
 def run(*, quick: bool) -> None:
@@ -35,7 +38,7 @@ def run(*, quick: bool) -> None:
     print(f"PGSA: K={TOP_K}, sigma={SIGMA:g}, recent={RECENT}, layout shared_history")
     lengths = [400, 4096] if quick or not cuda else [400, 4096, 16384]
     counts = [64, 1000] if quick or not cuda else [64, 1000, 10_000]
-    seconds = 0.4 if cuda else 3.0
+    seconds = 0.4 if cuda else 1.5
     rows: list[dict[str, object]] = []
     for length in lengths:
         for count in counts:
@@ -66,37 +69,73 @@ def _print_work(lengths: Sequence[int], counts: Sequence[int]) -> None:
 def _measure(
     length: int, count: int, device: torch.device, seconds: float
 ) -> list[dict[str, object]]:
-    dense = _scorer(length, None, device, cache_mib=0)
-    cached = _scorer(length, None, device, cache_mib=1024)
-    pgsa = _scorer(length, _pgsa(), device, cache_mib=1024)
     request, few = (_request(length - 1, c) for c in (count, min(count, 64)))
-    for title, scorer, whole in (
-        ("dense", cached, dense),
-        ("PGSA", pgsa, _scorer(length, _pgsa(), device, cache_mib=0)),
-    ):
+    scorers: dict[str, Scorer] = {}
+    for title, hook in (("dense", None), ("PGSA", _pgsa())):
+        whole = _scorer(length, hook, device, cache_mib=0)
+        scorers[title] = cached = _scorer(length, hook, device, cache_mib=1024)
         wanted = _score(whole, few)
-        for _ in range(2):  # encoded, then found
-            check(f"n={length} C={len(wanted)} {title}", _score(scorer, few), wanted, 1e-4)
-    rows = []
-    base = 0.0
-    for title, scorer, new_event in (
-        ("dense, no cache", dense, False),
-        ("dense, cache", cached, False),
-        ("PGSA, cache", pgsa, False),
-        ("PGSA, cache, new event", pgsa, True),
-    ):
-        times = _times_ms(scorer, request, new_event=new_event, seconds=seconds)
-        p50, p99 = statistics.median(times), float(np.percentile(times, 99))
-        if title == "dense, cache":
-            base = p50
-        rows.append(
-            {
-                "n": length, "C": count, "model": title, "p50 ms": p50, "p99 ms": p99,
-                "candidates/s": f"{1e3 * count / p50:,.0f}", "requests": len(times),
-                "x dense, cache": base / p50 if base else "",
-            }
-        )  # fmt: skip
-    return rows
+        for _ in range(3):  # encoded, found, and captured on a GPU
+            check(f"n={length} C={len(wanted)} {title}", _score(cached, few), wanted, 1e-4)
+        check(f"n={length} {title}, named", _score(cached, _named(cached, few)), wanted, 1e-4)
+        if title == "dense":
+            scorers["dense, no cache"] = whole
+        if device.type == "cuda":
+            launches = _scorer(length, hook, device, cache_mib=1024, capture=False)
+            scorers[f"{title}, launches"] = launches
+    rows = [
+        _row("dense, no cache", scorers["dense, no cache"], request, seconds),
+        _row("dense", scorers["dense"], request, seconds),
+    ]
+    base = rows[-1]["p50 ms"]
+    for title, scorer in scorers.items():
+        if title not in ("dense, no cache", "dense"):
+            rows.append(_row(title, scorer, request, seconds))
+        named = _named(scorer, request) if title in ("dense", "PGSA") else None
+        if named is not None:
+            rows.append(_row(f"{title}, named", scorer, named, seconds))
+    rows.append(_row("PGSA, new event", scorers["PGSA"], request, seconds, new_event=True))
+    return [
+        {"n": length, "C": count, **row, "x dense": base / row["p50 ms"]}  # type: ignore[operator]
+        for row in rows
+    ]
+
+
+def _row(
+    title: str, scorer: Scorer, request: Request, seconds: float, *, new_event: bool = False
+) -> dict[str, object]:
+    """One line of the table."""
+    times, encode = _times_ms(scorer, request, new_event=new_event, seconds=seconds)
+    p50, p99 = statistics.median(times), float(np.percentile(times, 99))
+    row: dict[str, object] = {
+        "model": title, "p50 ms": p50, "p99 ms": p99, "encode ms": statistics.median(encode),
+    }  # fmt: skip
+    if scorer.device.type == "cuda":
+        row["busy ms"] = "" if new_event else _busy_ms(scorer, request)
+    count = len(request.candidates)
+    return {**row, "candidates/s": f"{1e3 * count / p50:,.0f}", "requests": len(times)}
+
+
+def _busy_ms(scorer: Scorer, request: Request) -> float:
+    """The time in which kernels of one request run."""
+    scorer.score([request])
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        scorer.score([request])
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.device_time for e in kernels) / 1e3
+
+
+def _named(scorer: Scorer, request: Request) -> Request:
+    """The same request with the version of its history, which is kept from now on."""
+    (answer,) = scorer.score([request])
+    return Request(
+        user_id=request.user_id,
+        history_version=answer.history_version,
+        candidates=request.candidates,
+        times=request.times,
+    )
 
 
 def _pgsa() -> AttentionHook:
@@ -106,7 +145,12 @@ def _pgsa() -> AttentionHook:
 
 
 def _scorer(
-    length: int, hook: AttentionHook | None, device: torch.device, *, cache_mib: int
+    length: int,
+    hook: AttentionHook | None,
+    device: torch.device,
+    *,
+    cache_mib: int,
+    capture: bool = True,
 ) -> Scorer:
     torch.manual_seed(0)
     model = HSTURanker(
@@ -129,7 +173,8 @@ def _scorer(
         user_ids=np.zeros(0, np.int64),
     )
     settings = RequestSettings(max_history=length)
-    return Scorer(ServedModel(model, settings, vocabulary, {}), device=device, cache_mib=cache_mib)
+    served = ServedModel(model, settings, vocabulary, {})
+    return Scorer(served, device=device, cache_mib=cache_mib, capture=capture)
 
 
 def _request(length: int, count: int) -> Request:
@@ -150,34 +195,33 @@ def _score(scorer: Scorer, request: Request) -> torch.Tensor:
     return torch.from_numpy(answer.probabilities)
 
 
-def _times_ms(scorer: Scorer, request: Request, *, new_event: bool, seconds: float) -> list[float]:
-    """Times of requests that follow each other, for about `seconds` and at least three."""
-    longer = Request(
-        **{
-            **vars(request),
-            "history_items": [*request.history_items, 0],
-            "history_times": [*request.history_times, 365 * 24 * HOUR],
-            "history_actions": [*(request.history_actions or ()), 0],
-        }
-    )
-    prepare: Callable[[], object] = lambda: None  # noqa: E731
+def _times_ms(
+    scorer: Scorer, request: Request, *, new_event: bool, seconds: float
+) -> tuple[list[float], list[float]]:
+    """Times of requests that follow each other, for about `seconds` and at least three.
+
+    Of whole requests, and of their encoding.
+    """
+    asked, kept = request, None
     if new_event:
-        kept = None
-
-        def prepare() -> None:
-            nonlocal kept
-            key = ("user", 1)
-            kept = kept or scorer.cache.get(key)
-            scorer.cache.put(key, kept)  # type: ignore[arg-type]
-
         scorer.score([request])
-    asked = longer if new_event else request
+        kept = scorer.cache.get(("user", 1))
+        asked = Request(
+            **{
+                **vars(request),
+                "history_items": [*(request.history_items or ()), 0],
+                "history_times": [*(request.history_times or ()), 365 * 24 * HOUR],
+                "history_actions": [*(request.history_actions or ()), 0],
+            }
+        )
     times: list[float] = []
-    prepare()
-    scorer.score([asked])
-    while len(times) < 3 or (sum(times) < 1e3 * seconds and len(times) < 300):
-        prepare()
+    encode: list[float] = []
+    while len(times) < 3 + _WARM_UP or (sum(times) < 1e3 * seconds and len(times) < 300):
+        if kept is not None:
+            scorer.cache.put(("user", 1), kept)
         start = time.perf_counter()
-        scorer.score([asked])
+        encoded = scorer.encode(asked)
+        encode.append(1e3 * (time.perf_counter() - start))
+        scorer.score_encoded([encoded])
         times.append(1e3 * (time.perf_counter() - start))
-    return times
+    return times[_WARM_UP:], encode[_WARM_UP:]

@@ -30,7 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        scorer = Scorer.load(options.model, device=options.device, cache_mib=options.cache_mib)
+        scorer = Scorer.load(
+            options.model,
+            device=options.device,
+            cache_mib=options.cache_mib,
+            capture=not options.no_capture,
+        )
         slates = None
         if options.slates is not None:
             slates = SlateServer.load(options.slates, device=options.device)
@@ -62,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default=None, help="default: a GPU, if there is one")
     parser.add_argument("--threads", type=int, default=0, help="of torch; default: torch's own")
     parser.add_argument("--cache_mib", type=int, default=256, help="kept histories; 0: none")
+    parser.add_argument("--no_capture", action="store_true", help="no CUDA graphs of requests")
     parser.add_argument("--batch_wait_ms", type=float, default=2.0)
     parser.add_argument("--batch_requests", type=int, default=32)
     parser.add_argument("--max_waiting", type=int, default=1024, help="others get 503")

@@ -19,7 +19,9 @@ from hpgr_plugin.serving.chunks import rows_at_once
 
 _FEW_SCORES = {"cpu": 2**15, "cuda": 2**22}  # of which the largest are looked for at once
 _GROUP = 8  # scores of which only the largest is looked at first
-_SPARE = 8  # best items behind the K-th, among which its equals are looked for
+# Best items behind the K-th, among which its equals are looked for: on a CPU looking again, where
+# there is an equal one, costs less.
+_SPARE = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,18 +142,19 @@ def _repeated(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _best(scores: Tensor, visible: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
     """See `ScoredHistory.anchors`; scores `[c, N]`, K at most N."""
-    count = min(top_k + _SPARE, scores.shape[1])
+    spare = _SPARE[scores.device.type]
+    count = min(top_k + spare, scores.shape[1])
     values, places = _largest(scores, count)
     worst = values[:, top_k - 1]
-    if count < scores.shape[1]:
-        tied = (worst == values[:, -1]) & worst.isfinite()
-    else:
-        tied = torch.zeros_like(worst, dtype=torch.bool)
-    if count > top_k:  # which of equal scores come first is not defined above
+    tied = (worst == values[:, -1]) & worst.isfinite()
+    if count == top_k or (spare > 1 and count == scores.shape[1]):
+        tied = torch.zeros_like(tied)  # all equal ones are here
+    if count > top_k and spare > 1:  # which of equal scores come first is not defined above
         places, order = places.sort(1, descending=True)
         values = values.gather(1, order)
         order = values.sort(dim=1, descending=True, stable=True).indices
-        places = places.gather(1, order[:, :top_k])
+        places = places.gather(1, order)
+    places = places[:, :top_k]
     if visible is not None:
         places = torch.where(places < visible.unsqueeze(1), places, -1)
     return places.sort(1).values, tied

@@ -103,7 +103,7 @@ class CapturedCandidates:
     def _capture(
         self, sizes: Sizes, request: EncodedCandidates, state: HistoryState
     ) -> tuple[PaddedRequest, _Replay] | None:
-        """A new graph for requests of this size; None where there is no memory for it."""
+        """A new graph for requests of this size; None where it cannot be made."""
         assert state.ready is not None
         while len(self._graphs) >= self._most_graphs:
             self._graphs.popitem(last=False)
@@ -111,13 +111,12 @@ class CapturedCandidates:
             padded = PaddedRequest(self._kept, sizes, state.ready)
             padded.load(self._kept.moved(padded.pack(request, state)), state.ready)
             replay = padded.scores if self._kept.device.type == "cpu" else self._replay_of(padded)
-        except RuntimeError as error:
-            if not _lacks_memory(error):
-                raise
+        except RuntimeError as error:  # mostly for lack of memory
             self._refused.add(sizes)
             log_once(
                 logger,
-                "no memory for a CUDA graph of a request: it is scored launch by launch",
+                "no CUDA graph of some requests, which are scored launch by launch: "
+                f"{_first_line(error)}",
                 logging.WARNING,
             )
             return None
@@ -126,7 +125,8 @@ class CapturedCandidates:
 
     def _replay_of(self, padded: PaddedRequest) -> _Replay:
         """Capture the function of what is loaded."""
-        with torch.cuda.device(self._kept.device):
+        # A capture that fails leaves its stream the current one, but for the context here.
+        with torch.cuda.device(self._kept.device), torch.cuda.stream(torch.cuda.current_stream()):
             return self._captured(padded)
 
     def _captured(self, padded: PaddedRequest) -> _Replay:
@@ -152,10 +152,8 @@ class CapturedCandidates:
         return replay
 
 
-def _lacks_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that the device has no memory left."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _first_line(error: BaseException) -> str:
+    """Of the error that another one came from; the end of a capture has an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0]

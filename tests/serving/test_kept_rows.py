@@ -1,5 +1,7 @@
 """Plans at serving time are those of `plan_preferences`."""
 
+import itertools
+
 import pytest
 import torch
 from small_models import compute_in_chunks
@@ -7,6 +9,7 @@ from small_models import compute_in_chunks
 from hpgr_plugin.components.attention_hooks import HookInputs
 from hpgr_plugin.ops.preference_plan import plan_preferences
 from hpgr_plugin.ops.preference_plan.plan import PlanSettings
+from hpgr_plugin.serving import anchors
 from hpgr_plugin.serving.kept_rows import plan_histories
 
 SETTINGS = [
@@ -55,8 +58,9 @@ def test_plans_equal(
         candidate_timestamps=given.candidate_timestamps,
         backend="naive",
     )
-    for chunk in (2**22, 200):
+    for chunk, spare in itertools.product((2**22, 200), (1, 8)):
         compute_in_chunks(monkeypatch, chunk)
+        monkeypatch.setitem(anchors._SPARE, "cpu", spare)
         plan = plan_histories(given, settings).compact()
         assert torch.equal(plan.offsets, expected.offsets)
         assert torch.equal(plan.index, expected.index)
