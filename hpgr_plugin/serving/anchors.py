@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +23,7 @@ _GROUP = 8  # scores of which only the largest is looked at first
 # Best items behind the K-th, among which its equals are looked for: on a CPU looking again, where
 # there is an equal one, costs less.
 _SPARE = {"cpu": 1, "cuda": 8}
+_MOST_SPARE = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,7 @@ class ScoredHistory:
             occurs first, and the same place.
         hidden: `[N]`, 0 and -inf in padding; None without padding.
         length: items of the history, or more where at least K of the rows are no padding.
+        spare: best items behind the K-th, among which its equals are looked for.
     """
 
     rows: Tensor
@@ -42,17 +45,19 @@ class ScoredHistory:
     origin: Tensor
     hidden: Tensor | None
     length: int
+    spare: int
 
     @classmethod
-    def of(cls, rows: Tensor, ids: Tensor) -> ScoredHistory:
-        """Of the scored embeddings `[n, D]` of these items `[n]`."""
+    def of(cls, rows: Tensor, ids: Tensor, spare: int | None = None) -> ScoredHistory:
+        """Of the scored embeddings `[n, D]` of these items `[n]`; None: see `spare_for`."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         length, hidden = len(rows), None
         padding = -length % _group_of_groups(length)
         if padding:
             rows = F.pad(rows, (0, 0, 0, padding))
             hidden = F.pad(rows.new_zeros(length), (0, padding), value=-math.inf)
-        return cls(rows, *_repeated(ids), hidden, length)
+        spare = _SPARE[rows.device.type] if spare is None else spare
+        return cls(rows, *_repeated(ids), hidden, length, spare)
 
     @property
     def num_bytes(self) -> int:
@@ -84,13 +89,13 @@ class ScoredHistory:
             return places, places.new_zeros(count, dtype=torch.bool)
         step = rows_at_once("plan", num_rows, self.rows.device)
         if step >= count:
-            return _best(self._scores(candidates, visible), visible, top_k)
+            return _best(self._scores(candidates, visible), visible, top_k, self.spare)
         memory, parts = self.rows.new_empty(step, num_rows), []
         for begin in range(0, count, step):
             chosen = candidates[begin : begin + step]
             seen = None if visible is None else visible[begin : begin + step]
             scores = self._scores(chosen, seen, memory[: len(chosen)])
-            parts.append(_best(scores, seen, top_k))
+            parts.append(_best(scores, seen, top_k, self.spare))
         return torch.cat([places for places, _ in parts]), torch.cat([tied for _, tied in parts])
 
     def exact(
@@ -127,6 +132,15 @@ class ScoredHistory:
         return scores
 
 
+def spare_for(items: np.ndarray, device: torch.device) -> int:
+    """So many that an item which the history `[n]` has several times is told apart from itself."""
+    least = _SPARE[device.type]
+    if least == 1:
+        return 1
+    most = int(np.unique(items, return_counts=True)[1].max(initial=1))
+    return min(_MOST_SPARE, max(least, 1 << (most - 1).bit_length()))
+
+
 def _repeated(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Places of the items that occur earlier in the history too, and where each occurs."""
     ordered, order = ids.sort(stable=True)
@@ -140,9 +154,8 @@ def _repeated(ids: Tensor) -> tuple[Tensor, Tensor]:
     return order[again], order[first[again]]
 
 
-def _best(scores: Tensor, visible: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
+def _best(scores: Tensor, visible: Tensor | None, top_k: int, spare: int) -> tuple[Tensor, Tensor]:
     """See `ScoredHistory.anchors`; scores `[c, N]`, K at most N."""
-    spare = _SPARE[scores.device.type]
     count = min(top_k + spare, scores.shape[1])
     values, places = _largest(scores, count)
     worst = values[:, top_k - 1]

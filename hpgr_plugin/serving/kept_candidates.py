@@ -25,7 +25,7 @@ from hpgr_plugin.hosts.embedded.model.tokens import Domain
 from hpgr_plugin.ops.hstu_attention import MaskPosition
 from hpgr_plugin.ops.preference_plan.plan import PlanSettings
 from hpgr_plugin.ops.slot_attention import Settings, Slots
-from hpgr_plugin.serving.anchors import ScoredHistory
+from hpgr_plugin.serving.anchors import ScoredHistory, spare_for
 from hpgr_plugin.serving.bias import LayerBias, bias_places
 from hpgr_plugin.serving.cached_encoder import cached_rows, near_rows
 from hpgr_plugin.serving.history_cache import HistoryState, ReadyHistory, ReadyPlan
@@ -111,7 +111,8 @@ class KeptCandidates:
         near = near_rows(recent, self.context, self.device)
         if settings.top_k:
             ids = torch.from_numpy(items.copy()).to(self.device)
-            scored = ScoredHistory.of(self.scored(self.model.embed_items(ids), ids), ids)
+            rows = self.scored(self.model.embed_items(ids), ids)
+            scored = ScoredHistory.of(rows, ids, spare_for(items, self.device))
             window = window_of(settings, length, scored.rows)
         return ReadyPlan(scored, window, near, near.new_full((), recent.start - 1))
 

@@ -27,25 +27,30 @@ class Sizes(NamedTuple):
         candidates: room for so many.
         items: of the history.
         again: items that occur earlier in the history too.
+        spare: of `ScoredHistory`.
         planned: whether a plan is made; else all of the history is read.
     """
 
     candidates: int
     items: int
     again: int
+    spare: int
     planned: bool
 
     @classmethod
     def of(cls, request: EncodedCandidates, state: HistoryState) -> Sizes:
         """For a request over a ready state."""
         assert state.ready is not None
-        plan, again = state.ready.plan, 0
-        if plan is not None and plan.scored is not None and len(plan.scored.again):
-            again = max(_FEWEST_AGAIN, 1 << (len(plan.scored.again) - 1).bit_length())
+        plan, again, spare = state.ready.plan, 0, 0
+        if plan is not None and plan.scored is not None:
+            spare = plan.scored.spare
+            if len(plan.scored.again):
+                again = max(_FEWEST_AGAIN, 1 << (len(plan.scored.again) - 1).bit_length())
         return cls(
             padded_size(request.candidates.shape[1]),
             padded_size(state.num_items),
             again,
+            spare,
             plan is not None,
         )
 
@@ -133,5 +138,6 @@ class PaddedRequest:
         places = torch.arange(self.sizes.items, device=device)
         hidden = self._rows.new_zeros(self.sizes.items).masked_fill_(places >= length, -math.inf)
         again, origin = self._repeats.unbind()
-        scored = ScoredHistory(self._rows, again, origin, hidden, self.sizes.items)
+        sizes = self.sizes
+        scored = ScoredHistory(self._rows, again, origin, hidden, sizes.items, sizes.spare)
         return ReadyPlan(scored, self._window, near, begin - 1)
