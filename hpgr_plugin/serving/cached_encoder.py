@@ -365,9 +365,7 @@ def _plan_of(sequence: TokenSequence, place: int) -> tuple[UserPlan, int] | None
     return UserPlan.of(plan, slice(*start[place : place + 2].tolist()), first), context
 
 
-def slots_of(
-    plan: UserPlan, context: int, num_rows: int, num_heads: int, near: Tensor | None = None
-) -> Slots:
+def slots_of(plan: UserPlan, context: int, num_rows: int, num_heads: int) -> Slots:
     """The rows that a plan keeps, behind the context tokens, all of which are read.
 
     Args:
@@ -375,10 +373,8 @@ def slots_of(
         context: tokens in front of the history.
         num_rows: tokens of context and history.
         num_heads: of the attention.
-        near: of `near_rows`; None makes it.
     """
-    if near is None:
-        near = near_rows(plan.recent, context, plan.places.device)
+    near = near_rows(plan.recent, context, plan.places.device)
     places = plan.places + context if context else plan.places
     return Slots(near, places, plan.weights, num_rows, num_heads)
 
