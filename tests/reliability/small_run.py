@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,27 @@ def kill(process: subprocess.Popen) -> bool:
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     return running
+
+
+def happens(check: Callable[[], bool], *, seconds: float = 120) -> bool:
+    """Whether it does within so long."""
+    end = time.monotonic() + seconds
+    while not check():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def processes_of(process: subprocess.Popen) -> list[int]:
+    """Those of a run's group that are running, itself among them."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, group, *_ = status.read_text().rpartition(")")[2].split()
+            if int(group) == process.pid and state != "Z":
+                found.append(int(status.parent.name))
+    return found
 
 
 def kill_once(

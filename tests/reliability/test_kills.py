@@ -1,17 +1,22 @@
 """Killed runs: resumed, they give the metrics of a run that was not interrupted, bit for bit."""
 
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 from small_run import (
     Count,
     error_lines,
+    happens,
     kill_in_training,
     kill_inside_write,
     kill_once,
+    processes_of,
     results,
     run,
+    start,
     write_config,
 )
 
@@ -85,6 +90,22 @@ def test_an_ablation_killed_inside_a_write(
     assert "HPGR base" in table
     shown = "the cache" if name == "*[0-9a-f]" else name
     count(f"killed while {shown} is half-written", kills=kills, resumed_runs=1, equal_bit_for_bit=1)
+
+
+def test_the_workers_of_a_killed_ablation_end_with_it(tmp_path: Path, count: Count) -> None:
+    """They would train on, and write beside the run that resumes."""
+    bindings = (*ABLATION, *LONG, "hpgr.run.workers = 2")
+    process = start(write_config(tmp_path, *bindings, mode="ablation"))
+    assert happens(lambda: len(list(tmp_path.glob("out/*_seed0/checkpoint.pt"))) > 1)
+    workers = len(processes_of(process)) - 1
+    process.kill()
+    process.wait()  # not for the end of its output, which is that of its workers
+    ended = happens(lambda: not processes_of(process), seconds=20)
+    for left in processes_of(process):
+        os.kill(left, signal.SIGKILL)
+    assert workers >= 2
+    assert ended
+    count("killed with two workers", kills=1)
 
 
 def test_two_processes_with_dropout(tmp_path: Path, count: Count) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -167,6 +169,7 @@ _jobs: JobPool[Any, Any] | None = None
 def _start_worker(jobs: JobPool[Any, Any], bindings: str, workers: int) -> None:
     """The configuration, device and share of the cores of a worker."""
     global _jobs
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     register("components", "data", "embedded")
     restore(bindings)
     build("set_backends")
@@ -177,6 +180,17 @@ def _start_worker(jobs: JobPool[Any, Any], bindings: str, workers: int) -> None:
         device = torch.device("cuda", (number - 1) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     _jobs = replace(jobs, task=replace(jobs.task, process=Process(0, 1, device)))
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended, which a killed one does unseen.
+
+    A worker would train on, beside the run that resumes it. Files are written whole or not at all.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _run_in_worker(job: Any) -> Any:
