@@ -16,8 +16,8 @@ _ENTERED = ("stage1", "tokenizer")  # parameters of rows that name a scope
 def check_scopes() -> None:
     """Check the scopes of all `hpgr` bindings.
 
-    A scope is entered by a row of an ablation (also one that this run leaves out), by the stage 1
-    or the tokenizer of a row, by `hpgr.run.tokenizers`, or by a reference such as
+    A scope is entered by a row of an ablation or a tokenizer (also one that this run leaves out),
+    by the stage 1 or the tokenizer of a row, by `hpgr.run.tokenizers`, or by a reference such as
     `@scope/hpgr.Name()`.
 
     Raises:
@@ -28,6 +28,11 @@ def check_scopes() -> None:
     bound = {scope for scope, _ in ours if scope}
     rows = {scope: values for (scope, name), values in ours.items() if name in _ROWS}
     named = {values[key] for values in rows.values() for key in _ENTERED if values.get(key)}
+    named |= {
+        scope
+        for (scope, name), values in ours.items()
+        if scope and name == "hpgr.TokenizeSettings" and "tokenizer" in values
+    }
     named |= set(_CONFIG.get(("", "hpgr.run"), {}).get("tokenizers", ()))
     references = {
         "/".join(reference.scopes)

@@ -164,6 +164,10 @@ ROWS = """
     [
         ("", None),
         ("deep/er/hpgr.AblationRow.title = 'x'\ndeep/hpgr.HSTURanker.dropout = 0.5", None),
+        (
+            "other/hpgr.TokenizeSettings.tokenizer = @hpgr.RQVAE",
+            None,
+        ),
         ("typo/hpgr.HSTURanker.layer = 'mtgr'", "nothing enters the gin scope 'typo'"),
         ("base/hpgr.AblationRow.stage1 = 'min'", "'min' is entered and has no bindings"),
         (
@@ -175,7 +179,15 @@ ROWS = """
             "'typo' is entered and has no bindings",
         ),
     ],
-    ids=["right", "nested", "unused-scope", "stage-1-typo", "reference-typo", "inside-a-dict"],
+    ids=[
+        "right",
+        "nested",
+        "tokenizer-left-out",
+        "unused-scope",
+        "stage-1-typo",
+        "reference-typo",
+        "inside-a-dict",
+    ],
 )
 def test_scopes(binding: str, words: str | None) -> None:
     gin.parse_config(ROWS)
