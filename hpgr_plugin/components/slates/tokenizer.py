@@ -110,7 +110,8 @@ class ItemTokenizer(nn.Module):
         self.centre.copy_(embeddings.mean(0))
         rest = self.encode(embeddings)
         for codebook in self.codebooks:
-            codebook.copy_(kmeans(rest, self.codebook_size, generator))
+            found = kmeans(rest, self.codebook_size, generator, from_groups=not self.trains)
+            codebook.copy_(found)
             rest = rest - codebook[_distances(rest, codebook).argmin(1)]
 
 
@@ -298,24 +299,41 @@ class CRQVAE(RQVAE):
         return quantised.words + (quantised.rests - quantised.rests.detach())
 
 
-def kmeans(points: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def kmeans(
+    points: Tensor, size: int, generator: torch.Generator, *, from_groups: bool = False
+) -> Tensor:
     """Cluster centres `[size, H]` of points `[R, H]`; empty clusters move to far points.
 
     With fewer points than centres, the points themselves, and copies of them.
+
+    Args:
+        points: what is clustered.
+        size: of the codebook.
+        generator: on the CPU.
+        from_groups: start from the means of random groups in place of random points. In many
+            dimensions all points are nearer to one in the middle than to each other: where such a
+            point is drawn, its cluster takes nearly all of them.
     """
     drawn = torch.randperm(len(points), generator=generator)
     repeats = -(-size // len(points))
     centres = points[drawn.repeat(repeats)[:size].to(points.device)].clone()
     if size >= len(points):
         return centres
+    if from_groups:
+        centres, _ = _means(points, drawn.to(points.device) % size, size)
     for _ in range(KMEANS_ITERATIONS):
         nearest, place = _distances(points, centres).min(1)
-        counts = place.bincount(minlength=size)
-        sums = torch.zeros_like(centres).index_add_(0, place, points)
-        centres = sums / counts.clamp(min=1).unsqueeze(1)
+        centres, counts = _means(points, place, size)
         empty = (counts == 0).nonzero().squeeze(1)
         centres[empty] = points[nearest.topk(len(empty)).indices]
     return centres
+
+
+def _means(points: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Means `[size, H]` of the points at each place, 0 where there are none, and their numbers."""
+    counts = place.bincount(minlength=size)
+    sums = points.new_zeros(size, points.shape[1]).index_add_(0, place, points)
+    return sums / counts.clamp(min=1).unsqueeze(1), counts
 
 
 def _equal_rows(left: Tensor, right: Tensor) -> Tensor:

@@ -126,6 +126,20 @@ def test_an_item_that_comes_later_is_encoded_as_one_of_its_cluster() -> None:
     assert torch.equal(model.digits(later)[:, 0], model.digits(embeddings[:8])[:, 0])
 
 
+def test_a_point_in_the_middle_does_not_take_the_others() -> None:
+    """Rests of a level: in many dimensions, and near 0 for items that the level before hits."""
+    draw = torch.Generator().manual_seed(0)
+    points = torch.nn.functional.normalize(torch.randn(2000, 64, generator=draw), dim=1)
+    points = torch.where(torch.rand(2000, 1, generator=draw) < 0.02, 0.01 * points, points)
+    most = {}
+    for from_groups in (False, True):
+        centres = kmeans(points, 64, torch.Generator().manual_seed(0), from_groups=from_groups)
+        counts = torch.cdist(points, centres).argmin(1).bincount(minlength=64)
+        most[from_groups] = int(counts.max())
+    assert most[True] < 100
+    assert most[False] > 1500  # or from_groups is not needed any more
+
+
 def test_kmeans_leaves_no_cluster_empty() -> None:
     points = torch.cat([torch.zeros(50, 2), torch.randn(20, 2)])
     centres = kmeans(points, 10, torch.Generator().manual_seed(0))
