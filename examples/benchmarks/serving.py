@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from examples.benchmarks.registry import check, print_table
+from examples.benchmarks.steps import profile_kernels
 from hpgr_plugin.components.attention_hooks import AttentionHook, PreferenceGuidedSparseAttention
 from hpgr_plugin.components.positions import TimeAwarePositionalEncoder
 from hpgr_plugin.data.requests import RequestSettings
@@ -120,11 +121,7 @@ def _busy_ms(scorer: Scorer, request: Request) -> float:
     """The time in which kernels of one request run."""
     scorer.score([request])
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        scorer.score([request])
-        torch.cuda.synchronize()
-    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(e.device_time for e in kernels) / 1e3
+    return profile_kernels(lambda: scorer.score([request]))[0]
 
 
 def _named(scorer: Scorer, request: Request) -> Request:

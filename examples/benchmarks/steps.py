@@ -46,9 +46,14 @@ def measure_step(step: Callable[[], object], *, steps: int = 15, warmup: int = 5
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    busy, launches = profile_kernels(step)
+    return StepCost(statistics.median(times), busy, launches, peak / 2**30, reserved / 2**30)
+
+
+def profile_kernels(step: Callable[[], object]) -> tuple[float, int]:
+    """The ms in which kernels of a step run, and how many they are."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
     kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(e.device_time for e in kernels) / 1e3
-    return StepCost(statistics.median(times), busy, len(kernels), peak / 2**30, reserved / 2**30)
+    return sum(e.device_time for e in kernels) / 1e3, len(kernels)

@@ -105,7 +105,7 @@ class SequenceEncoder(nn.Module):
             sequence: the tokens.
             mask_position: where the weights of a plan enter the attention.
         """
-        if self._jagged(sequence.values):
+        if runs_jagged(sequence.values, self.num_heads):
             return self._encode(self._as_they_are(sequence, mask_position))
         groups = [None] if sequence.row_plan is not None else _length_groups(sequence)
         outputs, places = [], []
@@ -134,12 +134,6 @@ class SequenceEncoder(nn.Module):
             else:
                 x = layer(x, domains=domains, spec=spec, bias=bias)
         return x if group.candidate_index is None else x.index_select(0, group.candidate_index)
-
-    def _jagged(self, values: Tensor) -> bool:
-        """Whether the attention of these values runs on the kernels, which need no padding."""
-        sizes = 0, self.num_heads, values.shape[1] // self.num_heads
-        head = values.new_empty(sizes, dtype=product_dtype(values))
-        return attention_backend(head) == "triton"
 
     def _as_they_are(self, sequence: TokenSequence, mask_position: MaskPosition) -> TokenGroup:
         """The jagged sequences, and who sees whom with what weight."""
@@ -219,6 +213,12 @@ class SequenceEncoder(nn.Module):
             last=last,
             candidate_index=ranges(number[:-1] * most, counts),
         )
+
+
+def runs_jagged(values: Tensor, num_heads: int) -> bool:
+    """Whether attention among `values` `[T, D]` runs on the kernels, which need no padding."""
+    sizes = 0, num_heads, values.shape[1] // num_heads
+    return attention_backend(values.new_empty(sizes, dtype=product_dtype(values))) == "triton"
 
 
 def _domains(sequence: TokenSequence) -> Tensor:

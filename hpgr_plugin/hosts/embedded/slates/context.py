@@ -12,9 +12,9 @@ from hpgr_plugin.components.slates.blocks import Context
 from hpgr_plugin.components.transformer import JaggedEncoder
 from hpgr_plugin.data.batch import Batch
 from hpgr_plugin.hosts.embedded.model.bias import RelativeBias
+from hpgr_plugin.hosts.embedded.model.encoder import runs_jagged
 from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, initialise_linear
-from hpgr_plugin.ops.dispatch import product_dtype
-from hpgr_plugin.ops.hstu_attention import AttentionSpec, Places, attention_backend
+from hpgr_plugin.ops.hstu_attention import AttentionSpec, Places
 from hpgr_plugin.ops.jagged import (
     jagged_to_padded_dense,
     lead_with,
@@ -84,7 +84,7 @@ class ContextEncoder(nn.Module):
             tokens = self.transformer(tokens, segment_layout(offsets, causal=True))
             return Context(jagged_to_padded_dense(tokens, offsets, longest), real)
         places = _places(batch, offsets, len(tokens))
-        if self._jagged(tokens):
+        if runs_jagged(tokens, self.num_heads):
             spec = self._spec(offsets, longest, places)
             return Context(jagged_to_padded_dense(self._hstu(tokens, spec), offsets, longest), real)
         padded = jagged_to_padded_dense(tokens, offsets, longest)
@@ -94,11 +94,6 @@ class ContextEncoder(nn.Module):
         # Padding comes last, so no token sees it.
         spec = self._spec(every, longest, Places(positions, times), padded=True)
         return Context(self._hstu(padded.flatten(0, 1), spec).view_as(padded), real)
-
-    def _jagged(self, tokens: Tensor) -> bool:
-        """Whether the attention of these tokens runs on the kernels, which need no padding."""
-        sizes = 0, self.num_heads, tokens.shape[1] // self.num_heads
-        return attention_backend(tokens.new_empty(sizes, dtype=product_dtype(tokens))) == "triton"
 
     def _spec(
         self, offsets: Tensor, longest: int, places: Places, *, padded: bool = False

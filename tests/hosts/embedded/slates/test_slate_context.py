@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpgr_plugin.data import Batch
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
-from hpgr_plugin.hosts.embedded.slates.context import ContextEncoder
+from hpgr_plugin.hosts.embedded.slates import context
 from hpgr_plugin.hosts.embedded.slates.model import SlateModel
 
 
@@ -44,13 +44,13 @@ def batch_of(lengths: list[int], model: SlateModel) -> Batch:
 def context_and_gradients(model: SlateModel, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Real tokens only: what stands in padding differs."""
     model.zero_grad()
-    context = model.context(batch)
-    tokens = context.tokens[context.real]
+    encoded = model.context(batch)
+    tokens = encoded.tokens[encoded.real]
     weights = torch.linspace(-1, 1, tokens.numel(), dtype=tokens.dtype, device=tokens.device)
     (tokens.flatten() * weights).sum().backward()
     parameters = [model.item_table, *model.context_encoder.children()]
     gradients = [p.grad for module in parameters for p in module.parameters()]
-    return tokens.detach(), context.real, [g.clone() for g in gradients if g is not None]
+    return tokens.detach(), encoded.real, [g.clone() for g in gradients if g is not None]
 
 
 @pytest.mark.parametrize("lengths", [[5, 0, 60, 1], [0, 0], [1], [60]])
@@ -60,7 +60,7 @@ def test_without_padding(
     """What the kernels of a GPU are given, on the operator's backend for a CPU."""
     batch, model = batch_of(lengths, model), model.double()
     padded = context_and_gradients(model, batch)
-    monkeypatch.setattr(ContextEncoder, "_jagged", lambda self, tokens: True)
+    monkeypatch.setattr(context, "runs_jagged", lambda tokens, num_heads: True)
     jagged = context_and_gradients(model, batch)
     torch.testing.assert_close(jagged, padded, rtol=1e-9, atol=1e-9)
 
