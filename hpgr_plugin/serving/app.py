@@ -146,7 +146,7 @@ def create_app(
 ) -> FastAPI:
     """The application, for uvicorn or a test client; with `slates` it answers /slate as well."""
     settings = settings or ServerSettings()
-    metrics = Metrics(scorer.cache, slates=slates is not None)
+    metrics = Metrics(scorer, slates=slates is not None)
     scores = Batcher(scorer.score_encoded, settings.batches, metrics.score.batch)
     batchers: list[Batcher[Any, Any]] = [scores]
     app = FastAPI(title="hpgr-plugin", lifespan=_lifespan(batchers))

@@ -35,6 +35,9 @@ class CapturedCandidates:
     Args:
         kept: of the model.
         most_graphs: that are kept.
+
+    Attributes:
+        replayed: requests that a graph scored so far.
     """
 
     def __init__(self, kept: KeptCandidates, *, most_graphs: int = MOST_GRAPHS) -> None:
@@ -44,12 +47,24 @@ class CapturedCandidates:
         self._seen: set[Sizes] = set()
         self._refused: set[Sizes] = set()
         self._pool: Any = None
+        self.replayed = 0
         # A table in parts is looked up by several processes together.
         self._serves = isinstance(kept.model.item_table, nn.Embedding)
 
     def __len__(self) -> int:
         """Graphs that are kept."""
         return len(self._graphs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the graphs share on the device; 0 on a CPU, where nothing is set apart."""
+        if self._pool is None:
+            return 0
+        return sum(
+            segment["total_size"]
+            for segment in torch.cuda.memory_snapshot()
+            if tuple(segment["segment_pool_id"]) == tuple(self._pool)
+        )
 
     def scores(
         self, requests: Sequence[EncodedCandidates], states: Sequence[HistoryState]
@@ -75,6 +90,7 @@ class CapturedCandidates:
             padded, replay = graph
             padded.load(next(moved), state.ready)
             scores.append(replay()[:, : request.candidates.shape[1]].clone())
+            self.replayed += 1
         return scores
 
     def _graph(

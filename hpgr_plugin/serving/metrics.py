@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from hpgr_plugin.serving.captured import CapturedCandidates
 from hpgr_plugin.serving.history_cache import HistoryCache
+from hpgr_plugin.serving.scorer import Scorer
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -56,11 +58,11 @@ class Metrics:
     """Counters of one server.
 
     Args:
-        cache: of the scorer.
+        scorer: whose kept histories and CUDA graphs are counted.
         slates: whether the server answers /slate.
     """
 
-    def __init__(self, cache: HistoryCache, *, slates: bool = False) -> None:
+    def __init__(self, scorer: Scorer, *, slates: bool = False) -> None:
         self.registry = CollectorRegistry()
         self.score = RouteMetrics(self.registry, "/score", "hpgr")
         self.routes = {"/score": self.score}
@@ -70,7 +72,9 @@ class Metrics:
         self.unknown_candidates = self._counter(
             "hpgr_unknown_candidates", "Candidates that the model does not have"
         )
-        self.registry.register(_CacheCollector(cache))
+        self.registry.register(_CacheCollector(scorer.cache))
+        if scorer.captured is not None:
+            self.registry.register(_GraphCollector(scorer.captured))
 
     def watch_queue(self, num_waiting: Callable[[], int]) -> None:
         """Show how many requests wait."""
@@ -100,4 +104,21 @@ class _CacheCollector:
         )
         yield GaugeMetricFamily(
             "hpgr_history_cache_users", "Kept histories", value=len(self._cache)
+        )
+
+
+class _GraphCollector:
+    """What the CUDA graphs count themselves."""
+
+    def __init__(self, captured: CapturedCandidates) -> None:
+        self._captured = captured
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        yield CounterMetricFamily(
+            "hpgr_graph_requests", "Requests that a graph scored", value=self._captured.replayed
+        )
+        yield GaugeMetricFamily("hpgr_graphs", "Kept CUDA graphs", value=len(self._captured))
+        yield GaugeMetricFamily(
+            "hpgr_graph_bytes", "Memory of CUDA graphs", value=self._captured.num_bytes
         )

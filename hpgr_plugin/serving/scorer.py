@@ -67,6 +67,10 @@ class Scorer:
         device: where the model runs.
         cache_mib: bound on the memory of kept histories; 0 encodes every history anew.
         capture: whether requests over kept histories are replayed from CUDA graphs, on a GPU.
+
+    Attributes:
+        cache: the kept histories.
+        captured: their CUDA graphs, or None where there are none.
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class Scorer:
         self.cache = HistoryCache(cache_mib * _MIB)
         self._encoder: CachedEncoder | None = None
         self._candidates: KeptCandidates | None = None
-        self._captured: CapturedCandidates | None = None
+        self.captured: CapturedCandidates | None = None
         if cache_mib and isinstance(self.model.encoder, SequenceEncoder):
             self._encoder = CachedEncoder(self.model.encoder, self.cache)
             # Modules of another kind with the same call.
@@ -98,7 +102,7 @@ class Scorer:
                     self.model, self._encoder.encoder, self._encoder.bias
                 )
                 if capture and self.device.type == "cuda":
-                    self._captured = CapturedCandidates(self._candidates)
+                    self.captured = CapturedCandidates(self._candidates)
 
     @classmethod
     def load(
@@ -205,9 +209,9 @@ class Scorer:
         self, requests: Sequence[EncodedCandidates], kept: dict[int, HistoryState]
     ) -> list[_Part]:
         """Requests over kept histories that CUDA graphs score; there may be ties among anchors."""
-        if self._captured is None or not kept:
+        if self.captured is None or not kept:
             return []
-        found = self._captured.scores([requests[place] for place in kept], list(kept.values()))
+        found = self.captured.scores([requests[place] for place in kept], list(kept.values()))
         return [
             _Part([place], logits, ties=True)
             for place, logits in zip(kept, found, strict=True)

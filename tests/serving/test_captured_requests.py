@@ -33,9 +33,9 @@ def _ties_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def capturing(model: HSTURanker, **settings: int) -> Scorer:
     """A scorer on a CPU that runs what a GPU captures."""
     one = scorer(model)
-    assert one._captured is None
+    assert one.captured is None
     assert one._candidates is not None
-    one._captured = CapturedCandidates(one._candidates, **settings)
+    one.captured = CapturedCandidates(one._candidates, **settings)
     return one
 
 
@@ -185,8 +185,8 @@ def test_a_longer_history_before_in_the_same_room(launched: Launched) -> None:
     for asked in ([long], [short], [long, short, long], [short]):
         same(kept.score(asked), whole.score(asked))
     assert sum(counts) == 0
-    assert kept._captured is not None
-    assert len(kept._captured) == 1
+    assert kept.captured is not None
+    assert len(kept.captured) == 1
 
 
 @pytest.mark.parametrize(("spare", "falls_back"), [(8, False), (1, True)])
@@ -257,12 +257,27 @@ def test_the_least_recently_used_graph_goes(launched: Launched) -> None:
     for _ in range(2):
         kept.score([large])
     counts = launched(kept)
-    assert kept._captured is not None
-    assert len(kept._captured) == 2
-    assert [sizes.candidates for sizes in kept._captured._graphs] == [16, 48]
+    assert kept.captured is not None
+    assert len(kept.captured) == 2
+    assert [sizes.candidates for sizes in kept.captured._graphs] == [16, 48]
     for asked in (small, large, middle, small):
         same(kept.score([asked]), whole.score([asked]))
     assert counts == []
+
+
+def test_the_metrics_count_graphs() -> None:
+    pytest.importorskip("prometheus_client")
+    from hpgr_plugin.serving.metrics import Metrics
+
+    plain = scorer(ranker())
+    assert Metrics(plain).registry.get_sample_value("hpgr_graphs") is None
+    kept = capturing(ranker(), most_graphs=1)
+    shown = Metrics(kept).registry.get_sample_value
+    assert (shown("hpgr_graphs"), shown("hpgr_graph_requests_total")) == (0, 0)
+    until_captured(kept, [request(0, 40, 9), request(1, 40, 90)])
+    kept.score([request(1, 40, 90)])
+    assert (shown("hpgr_graphs"), shown("hpgr_graph_requests_total")) == (1, 3)
+    assert shown("hpgr_graph_bytes") == 0
 
 
 def test_a_large_request_is_not_captured(
@@ -302,8 +317,8 @@ def test_where_a_capture_fails_requests_are_scored_without(
 def on_gpu(model: HSTURanker) -> tuple[Scorer, Scorer]:
     """Without graphs, and with them."""
     without, captures = scorer(model, device="cuda", capture=False), scorer(model, device="cuda")
-    assert without._captured is None
-    assert captures._captured is not None
+    assert without.captured is None
+    assert captures.captured is not None
     return without, captures
 
 
@@ -350,8 +365,8 @@ def test_models_on_a_gpu(hook: str) -> None:
 def test_after_eviction_of_histories_and_graphs(hook: str) -> None:
     model = ranker(hook=HOOKS[hook]())
     whole, (_, kept) = scorer(model, 0), on_gpu(model)
-    assert kept._captured is not None
-    kept._captured._most_graphs = 2
+    assert kept.captured is not None
+    kept.captured._most_graphs = 2
     asked = [request(user, length, 9) for user, length in ((0, 40), (1, 90), (2, 60), (3, 94))]
     wanted = whole.score(asked)
     for _ in range(3):
@@ -362,7 +377,8 @@ def test_after_eviction_of_histories_and_graphs(hook: str) -> None:
                 kept.cache.drop(("user", user))
                 torch.cuda.empty_cache()
     near(kept.score(asked), wanted)
-    assert len(kept._captured) == 2
+    assert len(kept.captured) == 2
+    assert 0 < kept.captured.num_bytes <= torch.cuda.memory_reserved()
 
 
 @gpu
