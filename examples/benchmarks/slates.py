@@ -4,6 +4,8 @@ Decoders of the same width, blocks and catalogue answer the same contexts, which
 already: what is timed is decoding alone. Weights are random; the time does not depend on them.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from examples.benchmarks.registry import check, print_table, time_ms
@@ -17,9 +19,21 @@ from hpgr_plugin.components.slates.decoder import (
 )
 from hpgr_plugin.components.slates.semantic_ids import SemanticIds
 
-WIDTH, HEADS, SLATE, BEAMS = 128, 4, 5, 5
+SLATE, BEAMS = 5, 5
 ITEMS, CODEBOOK, LEVELS = 4000, 64, 3
-PLANNER, GENERATOR = 4, 1  # a flat decoder has as many blocks together
+
+
+class Size(NamedTuple):
+    """A decoder of either kind; a flat one has as many blocks as planner and generator together."""
+
+    width: int
+    heads: int
+    planner: int
+    generator: int
+
+
+MOVIELENS = Size(128, 4, 4, 1)  # configs/models/slates.gin
+PAPER = Size(512, 8, 14, 2)
 
 
 def run(*, quick: bool) -> None:
@@ -27,27 +41,40 @@ def run(*, quick: bool) -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     if not on_gpu:
         torch.set_num_threads(2)
-    torch.manual_seed(0)
-    ids = SemanticIds(torch.randint(0, CODEBOOK, (ITEMS, LEVELS)), codebook_size=CODEBOOK)
-    sizes = DecoderSizes(embedding_dim=WIDTH, num_heads=HEADS, dropout=0.0, slate_size=SLATE)
-    higr: SlateDecoder = HierarchicalDecoder(
-        ids=ids, sizes=sizes, planner_layers=PLANNER, generator_layers=GENERATOR
-    )
-    flat: SlateDecoder = FlatSlateDecoder(ids=ids, sizes=sizes, num_layers=PLANNER + GENERATOR)
-    higr, flat = (model.to(device).eval() for model in (higr, flat))
     rows: list[dict[str, object]] = []
     batches = (256, 1024) if on_gpu else (1, 32)
-    for history in (200,) if quick else (50, 200):
-        for batch in batches[:1] if quick else batches:
-            rows += _measure(higr, flat, batch, history, device)
+    for size in (MOVIELENS, PAPER):
+        models = _models(size, device)
+        for history in (200,) if quick else (50, 200):
+            for batch in batches[:1] if quick else batches:
+                rows += _measure(*models, size, batch, history, device)
     print_table(rows)
+
+
+def _models(size: Size, device: torch.device) -> tuple[SlateDecoder, SlateDecoder]:
+    """HiGR's decoder and the flat one."""
+    torch.manual_seed(0)
+    ids = SemanticIds(torch.randint(0, CODEBOOK, (ITEMS, LEVELS)), codebook_size=CODEBOOK)
+    sizes = DecoderSizes(
+        embedding_dim=size.width, num_heads=size.heads, dropout=0.0, slate_size=SLATE
+    )
+    higr = HierarchicalDecoder(
+        ids=ids, sizes=sizes, planner_layers=size.planner, generator_layers=size.generator
+    )
+    flat = FlatSlateDecoder(ids=ids, sizes=sizes, num_layers=size.planner + size.generator)
+    return higr.to(device).eval(), flat.to(device).eval()
 
 
 @torch.no_grad()
 def _measure(
-    higr: SlateDecoder, flat: SlateDecoder, batch: int, history: int, device: torch.device
+    higr: SlateDecoder,
+    flat: SlateDecoder,
+    size: Size,
+    batch: int,
+    history: int,
+    device: torch.device,
 ) -> list[dict[str, object]]:
-    tokens = torch.randn(batch, history, WIDTH, device=device)
+    tokens = torch.randn(batch, history, size.width, device=device)
     context = Context(tokens, torch.ones(batch, history, dtype=torch.bool, device=device))
     excluded = torch.rand(batch, ITEMS, device=device) < history / ITEMS
     times = {}
@@ -66,6 +93,8 @@ def _measure(
         )
     return [
         {
+            "width": size.width,
+            "blocks": f"{size.planner} + {size.generator}",
             "batch": batch,
             "history": history,
             "decoding": name,
