@@ -6,6 +6,8 @@ python -m hpgr_plugin.serving.package --model=FOLDER --out=FILE.pt2 [--compiled]
 from __future__ import annotations
 
 import argparse
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ import torch
 from hpgr_plugin.errors import HpgrError, one_line
 from hpgr_plugin.serving.folder import read_folder
 from hpgr_plugin.serving.program import export_program
+
+_LOAD = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
     print(f"wrote {options.out}")
+    if options.compiled and (problem := why_not_loaded(options.out)):
+        print("warning:", problem, file=sys.stderr)
 
 
 def write_program(folder: Path, out: Path, *, device: str = "cpu", compiled: bool = False) -> None:
@@ -56,6 +62,23 @@ def write_program(folder: Path, out: Path, *, device: str = "cpu", compiled: boo
         torch._inductor.aoti_compile_and_package(program, package_path=str(out))
     else:
         torch.export.save(program, str(out))
+
+
+def why_not_loaded(package: Path) -> str | None:
+    """Load a compiled package in a process of its own: what goes wrong and what helps, or None."""
+    loaded = subprocess.run(
+        [sys.executable, "-c", _LOAD, str(package)], capture_output=True, text=True, check=False
+    )
+    if not loaded.returncode:
+        return None
+    if loaded.returncode == -signal.SIGSEGV:
+        return (
+            f"loading {package} ends in a segmentation fault here; start Python with "
+            "LD_PRELOAD=$(g++ -print-file-name=libstdc++.so.6), which helped where torch and the "
+            "package disagree about the C++ library"
+        )
+    last = loaded.stderr.strip().rpartition("\n")[2]
+    return f"{package} cannot be loaded here: {last or f'exit status {loaded.returncode}'}"
 
 
 if __name__ == "__main__":

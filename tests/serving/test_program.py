@@ -20,8 +20,8 @@ from hpgr_plugin.hosts.embedded.model.hstu import HSTULayer, SequenceLayer
 from hpgr_plugin.hosts.embedded.model.mtgr import MTGRLayer
 from hpgr_plugin.hosts.embedded.model.ranker import HSTURanker
 from hpgr_plugin.hosts.embedded.report.evaluation import Task
-from hpgr_plugin.serving import Scorer
-from hpgr_plugin.serving.package import write_program
+from hpgr_plugin.serving import Scorer, package
+from hpgr_plugin.serving.package import why_not_loaded, write_program
 from hpgr_plugin.serving.program import (
     PaddedRanker,
     ProgramError,
@@ -80,7 +80,7 @@ def compare_package(model: HSTURanker, folder: Path, device: str = "cpu") -> Non
 
     Else loading any package ends in a segmentation fault on some machines.
     """
-    package = torch._inductor.aoti_compile_and_package(
+    path = torch._inductor.aoti_compile_and_package(
         export_program(model), package_path=str(folder / "model.pt2")
     )
     cases: list[tuple[list[torch.Tensor], torch.Tensor]] = []
@@ -96,7 +96,7 @@ def compare_package(model: HSTURanker, folder: Path, device: str = "cpu") -> Non
         ["g++", "-print-file-name=libstdc++.so.6"], capture_output=True, text=True, check=True
     ).stdout.strip()
     subprocess.run(
-        [sys.executable, "-c", _RUN_PACKAGE, package, str(folder / "cases.pt"), device],
+        [sys.executable, "-c", _RUN_PACKAGE, path, str(folder / "cases.pt"), device],
         env={**os.environ, "LD_PRELOAD": library},
         check=True,
     )
@@ -112,10 +112,21 @@ for inputs, expected in torch.load(cases):
 """
 
 
+def test_a_package_that_cannot_be_loaded_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "broken.pt2"
+    path.write_bytes(b"no package")
+    assert str(path) in (why_not_loaded(path) or "")
+    monkeypatch.setattr(package, "_LOAD", "import os; os.kill(os.getpid(), 11)")
+    assert "LD_PRELOAD" in (why_not_loaded(path) or "")
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_compiled_package_takes_any_shape(tmp_path: Path) -> None:
     compare_package(ranker(HSTULayer, HOOKS["recent"]()), tmp_path)
+    assert why_not_loaded(tmp_path / "model.pt2") is None
 
 
 @pytest.mark.gpu
