@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,12 +42,19 @@ def compare(
     shapes: list[tuple[list[int], int]] = SHAPES,
     device: str = "cpu",
 ) -> None:
+    for inputs, expected in inputs_and_outputs(model, shapes, device):
+        torch.testing.assert_close(run(*inputs).flatten(), expected, rtol=0, atol=1e-5)
+
+
+def inputs_and_outputs(
+    model: HSTURanker, shapes: list[tuple[list[int], int]] = SHAPES, device: str = "cpu"
+) -> Iterator[tuple[ProgramInputs, torch.Tensor]]:
+    """What a program is given, and the model's own probabilities."""
     for lengths, count in shapes:
         for one_time in (True, False):
             batch = requests(lengths, [count] * len(lengths), one_time=one_time).to(device)
-            expected = model(batch).sigmoid()
             inputs = pad_history(ProgramInputs.of(batch), shortest_history(model))
-            torch.testing.assert_close(run(*inputs).flatten(), expected, rtol=0, atol=1e-5)
+            yield inputs, model(batch).sigmoid()
 
 
 @pytest.mark.parametrize("relative_bias", [True, False], ids=["bias", "no-bias"])
@@ -83,20 +90,13 @@ def compare_package(model: HSTURanker, folder: Path, device: str = "cpu") -> Non
     path = torch._inductor.aoti_compile_and_package(
         export_program(model), package_path=str(folder / "model.pt2")
     )
-    cases: list[tuple[list[torch.Tensor], torch.Tensor]] = []
-
-    def remember(*inputs: torch.Tensor) -> torch.Tensor:
-        output = PaddedRanker(model).eval()(*inputs)
-        cases.append(([each.cpu() for each in inputs], output.cpu()))
-        return output
-
-    compare(remember, model, device=device)
+    cases = [(list(inputs), wanted) for inputs, wanted in inputs_and_outputs(model, device=device)]
     torch.save(cases, folder / "cases.pt")
     library = subprocess.run(
         ["g++", "-print-file-name=libstdc++.so.6"], capture_output=True, text=True, check=True
     ).stdout.strip()
     subprocess.run(
-        [sys.executable, "-c", _RUN_PACKAGE, path, str(folder / "cases.pt"), device],
+        [sys.executable, "-c", _RUN_PACKAGE, path, str(folder / "cases.pt")],
         env={**os.environ, "LD_PRELOAD": library},
         check=True,
     )
@@ -104,11 +104,10 @@ def compare_package(model: HSTURanker, folder: Path, device: str = "cpu") -> Non
 
 _RUN_PACKAGE = """
 import sys, torch
-package, cases, device = sys.argv[1:]
+package, cases = sys.argv[1:]
 run = torch._inductor.aoti_load_package(package)
 for inputs, expected in torch.load(cases):
-    output = run(*(each.to(device) for each in inputs)).cpu()
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(*inputs).flatten(), expected, rtol=0, atol=1e-5)
 """
 
 
